@@ -1,0 +1,1 @@
+"""offload_engine: memory-constrained inference for Mixture-of-Experts diffusion language models."""

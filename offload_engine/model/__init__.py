@@ -1,0 +1,1 @@
+"""LLaDA2-MoE: the network, which knows nothing of offloading."""

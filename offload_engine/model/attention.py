@@ -1,0 +1,88 @@
+"""Grouped-query attention, and the protocol by which a forward says what its queries may see."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from offload_engine.model.config import ModelConfig
+from offload_engine.model.layers import RMSNorm, Rotary
+
+
+class KeyValues(Protocol):
+    """Where a forward's keys and values go and what its queries see; a cache, or a mask over the sequence itself."""
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """Attention output [.., T, heads, head_dim].
+
+        `query` [.., T, heads, head_dim], `key` and `value` [.., T, kv_heads, head_dim], norm and rotary applied.
+        """
+
+
+class MaskedSequence:
+    """Attention of a sequence to itself under a fixed mask; no cache."""
+
+    def __init__(self, mask: Tensor | None) -> None:
+        """`mask` [.., T, T] bool, True where row may see column; None: everything sees everything."""
+        self.mask = mask
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:  # noqa: ARG002
+        """See `KeyValues`."""
+        return grouped_attention(query, key, value, self.mask)
+
+
+def block_causal_mask(positions: Tensor, block_length: int) -> Tensor:
+    """[T, T] bool: position i sees j with floor(j/B) <= floor(i/B) (REFERENCE §1)."""
+    blocks = torch.div(positions, block_length, rounding_mode="floor")
+    return blocks.unsqueeze(-1) >= blocks.unsqueeze(-2)
+
+
+def grouped_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+    """Scaled dot-product attention with query heads sharing key-value heads.
+
+    `query` [.., T, heads, d], `key`/`value` [.., S, kv_heads, d], `mask` [.., T, S] bool or None -> [.., T, heads, d].
+    """
+    if mask is not None and mask.dim() > 2:
+        mask = mask.unsqueeze(-3)
+    out = F.scaled_dot_product_attention(
+        query.transpose(-2, -3),
+        key.transpose(-2, -3),
+        value.transpose(-2, -3),
+        attn_mask=mask,
+        enable_gqa=query.shape[-2] != key.shape[-2],
+    )
+    return out.transpose(-2, -3)
+
+
+class Attention(nn.Module):
+    """One layer's attention: fused QKV, optional RMSNorm of queries and keys, partial rotary (REFERENCE §1)."""
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self.layer = layer
+        self.heads, self.kv_heads, self.head_dim = (
+            config.num_attention_heads,
+            config.num_key_value_heads,
+            config.head_dim,
+        )
+        width = (self.heads + 2 * self.kv_heads) * self.head_dim
+        self.query_key_value = nn.Linear(config.hidden_size, width, bias=config.use_qkv_bias)
+        self.dense = nn.Linear(self.heads * self.head_dim, config.hidden_size, bias=config.use_bias)
+        self.use_qk_norm = config.use_qk_norm
+        if config.use_qk_norm:
+            self.query_layernorm = RMSNorm(self.head_dim, config.rms_norm_eps)
+            self.key_layernorm = RMSNorm(self.head_dim, config.rms_norm_eps)
+        self.rotary = Rotary(config.rotary, config.rope_theta)
+
+    def forward(self, hidden: Tensor, angles: tuple[Tensor, Tensor], key_values: KeyValues) -> Tensor:
+        """[.., T, hidden] -> [.., T, hidden]; `angles` from `Rotary.angles`."""
+        fused = self.query_key_value(hidden).unflatten(-1, (-1, self.head_dim))
+        query, key, value = fused.split((self.heads, self.kv_heads, self.kv_heads), dim=-2)
+        if self.use_qk_norm:
+            query, key = self.query_layernorm(query), self.key_layernorm(key)
+        query, key = self.rotary(query, *angles), self.rotary(key, *angles)
+        attended = key_values.attend(self.layer, query, key, value)
+        return self.dense(attended.flatten(-2))  # type: ignore[no-any-return]

@@ -1,0 +1,91 @@
+"""LLaDA2-MoE (REFERENCE §1). Parameters are named as in the published checkpoints, routed experts excepted."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from offload_engine.core import ForwardInfo
+from offload_engine.model.attention import Attention, KeyValues
+from offload_engine.model.config import ModelConfig
+from offload_engine.model.layers import RMSNorm, SwiGLU
+from offload_engine.model.moe import ExpertExecutor, MoEBlock
+from offload_engine.routing.base import RoutingPolicy
+
+
+@dataclass(frozen=True, slots=True)
+class Forward:
+    """Everything about one forward but the tokens: what attention sees, who routes, who runs the experts."""
+
+    info: ForwardInfo
+    positions: Tensor
+    """[.., T] int64, absolute."""
+    block_ids: Tensor
+    """[T] int64 over the flattened tokens: which block of this forward each belongs to; -1 for a pad."""
+    key_values: KeyValues
+    policy: RoutingPolicy
+    experts: ExpertExecutor
+
+
+class DecoderLayer(nn.Module):
+    """Attention and a feed-forward, each behind its norm, each added to the residual stream."""
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self.layer = layer
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.attention = Attention(config, layer)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp: MoEBlock | SwiGLU
+        if layer in config.moe_layers:
+            self.mlp = MoEBlock(config, layer)
+        else:
+            self.mlp = SwiGLU(config.hidden_size, config.intermediate_size)
+
+    def forward(self, hidden: Tensor, angles: tuple[Tensor, Tensor], forward: Forward) -> Tensor:
+        """[.., T, H] -> [.., T, H]."""
+        if isinstance(self.mlp, MoEBlock):
+            forward.experts.prepare(self.layer, hidden.flatten(0, -2))
+        hidden = hidden + self.attention(self.input_layernorm(hidden), angles, forward.key_values)
+        normed = self.post_attention_layernorm(hidden)
+        if isinstance(self.mlp, MoEBlock):
+            return hidden + self.mlp(normed, forward.block_ids, forward.policy, forward.experts)
+        return hidden + self.mlp(normed)
+
+
+class Decoder(nn.Module):
+    """The embedding, the layers and the final norm."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.word_embeddings = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(DecoderLayer(config, i) for i in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+
+class LLaDA2Model(nn.Module):
+    """The whole network without its routed experts, which the executor of each forward supplies."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.model = Decoder(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        if config.tie_word_embeddings:
+            self.lm_head.weight = self.model.word_embeddings.weight
+
+    def forward(self, token_ids: Tensor, forward: Forward) -> Tensor:
+        """Hidden states [.., T, H] after the final norm, for `token_ids` [.., T] int64."""
+        forward.experts.begin(forward.info)
+        hidden = self.model.word_embeddings(token_ids)
+        rotary = self.model.layers[0].attention.rotary
+        angles = rotary.angles(forward.positions, hidden.dtype)
+        for layer in self.model.layers:
+            hidden = layer(hidden, angles, forward)
+        return self.model.norm(hidden)  # type: ignore[no-any-return]
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Logits [.., vocab] float32 of hidden states [.., H]: only for the positions that need them."""
+        return F.linear(hidden, self.lm_head.weight).float()

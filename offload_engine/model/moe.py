@@ -1,0 +1,156 @@
+"""The MoE block, who executes its experts, and the resident executor that every other one is held against."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from offload_engine.core import ForwardInfo, RoutingDecision
+from offload_engine.model.config import ModelConfig
+from offload_engine.model.layers import SwiGLU
+from offload_engine.routing.base import RoutingPolicy
+
+
+class ExpertWeights(NamedTuple):
+    """One expert's matrices in its stored dtype, `I` the expert's width and `H` the model's."""
+
+    gate: Tensor
+    """[I, H]"""
+    up: Tensor
+    """[I, H]"""
+    down: Tensor
+    """[H, I]"""
+
+
+class ExpertExecutor(Protocol):
+    """Runs routed experts. The model calls it in this order in every forward: `begin` once, then per MoE layer
+    `prepare` before attention and `run` after routing. Nothing an executor does ahead of `run` may change its result.
+    """
+
+    def begin(self, info: ForwardInfo) -> None:
+        """A forward starts."""
+
+    def prepare(self, layer: int, hidden: Tensor) -> None:
+        """`layer` is about to run its attention on the residual stream `hidden` [T, H]: the time to prefetch."""
+
+    def run(self, layer: int, hidden: Tensor, decision: RoutingDecision) -> Tensor:
+        """The weighted sum over each token's experts, [T, H] in `hidden`'s dtype.
+
+        The sum is accumulated in float32 over k in the decision's order, whatever order experts are computed in.
+        """
+
+
+class ExpertTokens(NamedTuple):
+    """The tokens of a forward that chose one expert."""
+
+    expert: int
+    places: Tensor
+    """[n] int64 into the flattened [T * k] decision, rising; `places // k` is the token."""
+
+
+def tokens_by_expert(experts: Tensor) -> list[ExpertTokens]:
+    """Group a decision's `experts` [T, k] by expert, by rising expert index; -1 left out."""
+    flat = experts.flatten()
+    order = flat.argsort(stable=True)
+    used, counts = flat[order].unique_consecutive(return_counts=True)
+    places = order.split(counts.tolist())
+    return [ExpertTokens(expert, rows) for expert, rows in zip(used.tolist(), places, strict=True) if expert >= 0]
+
+
+def padded_rows(rows: int, dtype: torch.dtype) -> int:
+    """Rows a product is computed with: oneDNN builds a primitive per new shape, so 16-bit products keep to few sizes."""
+    if dtype == torch.float32:
+        return rows
+    step = 4 if rows <= 32 else 32
+    return -(-rows // step) * step
+
+
+def expert_ffn(hidden: Tensor, weights: ExpertWeights) -> Tensor:
+    """One expert on its tokens: down(silu(gate(x)) * up(x)), [n, H] -> [n, H], in `hidden`'s dtype."""
+    rows = hidden.shape[0]
+    missing = padded_rows(rows, hidden.dtype) - rows
+    if missing:
+        hidden = F.pad(hidden, (0, 0, 0, missing))
+    gate, up, down = (matrix.to(hidden.dtype) for matrix in weights)
+    return F.linear(F.silu(F.linear(hidden, gate)) * F.linear(hidden, up), down)[:rows]
+
+
+class ExpertOutputs:
+    """Outputs of the experts of one layer, kept apart by token and choice until all are there.
+
+    Every executor sums through this, over k in the decision's order, so that the order of computation can't show.
+    """
+
+    def __init__(self, hidden: Tensor, decision: RoutingDecision) -> None:
+        self.hidden = hidden
+        self.decision = decision
+        self.choices = decision.experts.shape[1]
+        self.outputs = hidden.new_zeros(decision.experts.numel(), hidden.shape[1])
+
+    def compute(self, tokens: ExpertTokens, weights: ExpertWeights) -> None:
+        """Run one expert on its tokens."""
+        rows = self.hidden.index_select(0, tokens.places.div(self.choices, rounding_mode="floor"))
+        self.outputs.index_copy_(0, tokens.places, expert_ffn(rows, weights))
+
+    def combine(self) -> Tensor:
+        """The weighted sum [T, H]: accumulated in float32, then cast (REFERENCE §1)."""
+        per_choice = self.outputs.view(*self.decision.experts.shape, -1).float()
+        return (per_choice * self.decision.weights.unsqueeze(-1)).sum(dim=1).to(self.hidden.dtype)
+
+
+class ResidentExperts:
+    """Runs experts whose weights are all in memory: the oracle of every offloaded run."""
+
+    def __init__(self, weights: Callable[[int, int], ExpertWeights]) -> None:
+        """`weights(layer, expert)` gives an expert's matrices."""
+        self.weights = weights
+
+    def begin(self, info: ForwardInfo) -> None:
+        """Nothing to do."""
+
+    def prepare(self, layer: int, hidden: Tensor) -> None:
+        """Nothing to do: everything is here."""
+
+    def run(self, layer: int, hidden: Tensor, decision: RoutingDecision) -> Tensor:
+        """See `ExpertExecutor`."""
+        outputs = ExpertOutputs(hidden, decision)
+        for tokens in tokens_by_expert(decision.experts):
+            outputs.compute(tokens, self.weights(layer, tokens.expert))
+        return outputs.combine()
+
+
+class Router(nn.Module):
+    """The gate: float32 logits over a layer's experts, and the frozen bias used for selection (REFERENCE §1)."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(config.num_experts, config.hidden_size))
+        self.expert_bias: Tensor | None
+        bias = torch.zeros(config.num_experts) if config.moe_router_enable_expert_bias else None
+        self.register_buffer("expert_bias", bias)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """[T, H] -> logits [T, E] float32."""
+        return F.linear(hidden.float(), self.weight.float())
+
+
+class MoEBlock(nn.Module):
+    """Routed experts plus the shared ones. It owns the router; the routed experts' weights live with the executor."""
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self.layer = layer
+        self.gate = Router(config)
+        shared = config.shared_intermediate_size
+        self.shared_experts = SwiGLU(config.hidden_size, shared) if shared else None
+
+    def forward(self, hidden: Tensor, block_ids: Tensor, policy: RoutingPolicy, experts: ExpertExecutor) -> Tensor:
+        """[.., H] -> [.., H]; `block_ids` [T] with T the product of the leading dimensions."""
+        flat = hidden.flatten(0, -2)
+        decision = policy(self.gate(flat), self.gate.expert_bias, block_ids)
+        out = experts.run(self.layer, flat, decision).view_as(hidden)
+        return out + self.shared_experts(hidden) if self.shared_experts is not None else out
