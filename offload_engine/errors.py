@@ -68,3 +68,7 @@ class TraceError(OffloadError):
 
 class EngineClosedError(OffloadError):
     """The engine was used after `close()`."""
+
+
+class InternalError(OffloadError):
+    """A broken invariant of ours: a defect in offload_engine, never the user's fault."""

@@ -1,2 +1,244 @@
-"""placeholder"""
-class EngineStats: pass
+"""What the engine counts and times, and the peak of its memory. Torch-free; a GPU's peak is the driver's to report."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from offload_engine.core import Phase
+
+_GAUGES = frozenset({"planned_peak_bytes", "measured_peak_bytes", "limit_bytes", "slots", "slots_per_layer"})
+"""Fields that say how things stand; all others only grow."""
+
+_DERIVED = ("hit_rate", "unique_experts", "forward_seconds", "stall_share", "tokens_per_second", "tokens_per_step")
+
+
+@dataclass(slots=True)
+class EngineStats:
+    """Counters of one engine, or, as a difference of two snapshots, of one stretch of its work.
+
+    Updated in place, by plain assignment, from the one thread that runs the engine. A derived value is None where
+    nothing it could be derived from was counted.
+    """
+
+    prompts: int = 0
+    prompt_tokens: int = 0
+    new_tokens: int = 0
+    """Answer tokens, the eos included."""
+    blocks: int = 0
+    """Blocks finished."""
+    denoise_steps: int = 0
+    """Denoising steps summed over prompts; a forward that steps several prompts at once counts once for each."""
+    prefill_forwards: int = 0
+    denoise_forwards: int = 0
+    commit_forwards: int = 0
+    score_forwards: int = 0
+
+    expert_requests: int = 0
+    """Distinct experts wanted, summed over runs of MoE layers."""
+    hits: int = 0
+    """Requests whose expert was in fast memory, or on its way there, when its layer's routing became known."""
+    misses: int = 0
+    prefetches_issued: int = 0
+    prefetches_used: int = 0
+    prefetches_wasted: int = 0
+    """Prefetched experts that were evicted before any layer asked for them."""
+    evictions: int = 0
+    bytes_moved: int = 0
+    """Bytes of experts brought into fast memory."""
+    bytes_read: int = 0
+    """Bytes read from disk for experts, alignment included."""
+
+    unique_experts_sum: int = 0
+    """Distinct experts of one block in one MoE layer, summed over layers and denoising forwards (REFERENCE §3)."""
+    unique_experts_count: int = 0
+    unique_experts_by_layer: dict[int, tuple[int, int]] = field(default_factory=dict)
+    """Layer -> (sum, count) of the same."""
+
+    wall_seconds: float = 0.0
+    prefill_seconds: float = 0.0
+    denoise_seconds: float = 0.0
+    commit_seconds: float = 0.0
+    score_seconds: float = 0.0
+    stall_seconds: float = 0.0
+    """Time in which compute waited for transfers; part of the seconds of the phases."""
+    attention_seconds: float = 0.0
+    moe_seconds: float = 0.0
+
+    planned_peak_bytes: int = 0
+    measured_peak_bytes: int = 0
+    limit_bytes: int = 0
+    """The budget for fast memory."""
+    slots: int = 0
+    """Expert slots in fast memory."""
+    slots_per_layer: float = 0.0
+
+    def count_forward(self, phase: Phase) -> None:
+        """One forward was run."""
+        name = f"{phase}_forwards"
+        setattr(self, name, getattr(self, name) + 1)
+
+    def count_unique(self, layer: int, distinct: int) -> None:
+        """In a denoising forward one block chose `distinct` experts in `layer`; not for prefill and commit."""
+        self.unique_experts_sum += distinct
+        self.unique_experts_count += 1
+        total, count = self.unique_experts_by_layer.get(layer, (0, 0))
+        self.unique_experts_by_layer[layer] = (total + distinct, count + 1)
+
+    def snapshot(self) -> EngineStats:
+        """A copy that further counting leaves alone."""
+        values = {item.name: getattr(self, item.name) for item in fields(self)}
+        values["unique_experts_by_layer"] = dict(self.unique_experts_by_layer)
+        return EngineStats(**values)
+
+    def since(self, earlier: EngineStats) -> EngineStats:
+        """What was counted after the snapshot `earlier` was taken; peaks, limit and slots stay as they are now."""
+        values = {
+            item.name: getattr(self, item.name)
+            if item.name in _GAUGES
+            else getattr(self, item.name) - getattr(earlier, item.name)
+            for item in fields(self)
+            if item.name != "unique_experts_by_layer"
+        }
+        by_layer: dict[int, tuple[int, int]] = {}
+        for layer, (total, count) in self.unique_experts_by_layer.items():
+            total_then, count_then = earlier.unique_experts_by_layer.get(layer, (0, 0))
+            if count > count_then:
+                by_layer[layer] = (total - total_then, count - count_then)
+        return EngineStats(**values, unique_experts_by_layer=by_layer)
+
+    @property
+    def hit_rate(self) -> float | None:
+        """Share of requests that hit."""
+        return _ratio(self.hits, self.hits + self.misses)
+
+    @property
+    def unique_experts(self) -> float | None:
+        """Distinct experts per block and MoE layer, mean over layers and denoising forwards (REFERENCE §3)."""
+        return _ratio(self.unique_experts_sum, self.unique_experts_count)
+
+    @property
+    def forward_seconds(self) -> float:
+        """Time spent in forwards of all phases."""
+        return self.prefill_seconds + self.denoise_seconds + self.commit_seconds + self.score_seconds
+
+    @property
+    def stall_share(self) -> float | None:
+        """Share of the forwards' time in which compute waited for transfers."""
+        return _ratio(self.stall_seconds, self.forward_seconds)
+
+    @property
+    def tokens_per_second(self) -> float | None:
+        """New tokens over wall time."""
+        return _ratio(self.new_tokens, self.wall_seconds)
+
+    @property
+    def tokens_per_step(self) -> float | None:
+        """New tokens per denoising step."""
+        return _ratio(self.new_tokens, self.denoise_steps)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Every counter and derived value, ready for `json.dumps`; per layer the mean of unique experts."""
+        values: dict[str, Any] = {item.name: getattr(self, item.name) for item in fields(self)}
+        values["unique_experts_by_layer"] = {
+            str(layer): total / count for layer, (total, count) in sorted(self.unique_experts_by_layer.items())
+        }
+        derived = (
+            "hit_rate",
+            "unique_experts",
+            "forward_seconds",
+            "stall_share",
+            "tokens_per_second",
+            "tokens_per_step",
+        )
+        return values | {name: getattr(self, name) for name in derived}
+
+    def summary_line(self) -> str:
+        """The run in one line; what was not measured reads n/a."""
+        measured = _bytes(self.measured_peak_bytes) if self.measured_peak_bytes else "n/a"
+        peak = f"peak {measured} of {_bytes(self.planned_peak_bytes)} planned"
+        if self.limit_bytes:
+            peak += f" (limit {_bytes(self.limit_bytes)})"
+        return ", ".join(
+            (
+                f"{_number(self.tokens_per_second)} tokens/s",
+                f"{self.denoise_steps} steps ({_number(self.tokens_per_step)} tokens each)",
+                f"{_number(self.unique_experts)} unique experts per layer",
+                f"hit rate {_percent(self.hit_rate)}",
+                f"{_bytes(self.bytes_moved)} moved",
+                f"stalled {_percent(self.stall_share)}",
+                peak,
+            )
+        )
+
+
+@contextmanager
+def phase_timer(stats: EngineStats, phase: Phase | str) -> Iterator[None]:
+    """Add the body's duration to `stats.{phase}_seconds`, also when it raises.
+
+    `phase` is a `Phase`, or one of "wall", "stall", "attention", "moe".
+    """
+    name = f"{phase}_seconds"
+    getattr(stats, name)  # a name nobody counts fails here, not after the work is done
+    start = time.perf_counter()
+    try:
+        yield
+    finally:
+        setattr(stats, name, getattr(stats, name) + time.perf_counter() - start)
+
+
+def measure_peak() -> int:
+    """Bytes of the process's largest resident set since it started or since `reset_peak`; mapped files are in it."""
+    try:
+        status = Path("/proc/self/status").read_text(encoding="ascii", errors="replace")
+        line = next(line for line in status.splitlines() if line.startswith("VmHWM:"))
+        return int(line.split()[1]) * 1024
+    except (OSError, StopIteration):
+        return _peak_elsewhere()
+
+
+def _peak_elsewhere() -> int:
+    """`measure_peak` where /proc doesn't tell."""
+    try:
+        import resource
+    except ImportError:
+        import psutil
+
+        memory = psutil.Process().memory_info()
+        return int(getattr(memory, "peak_wset", memory.rss))  # peak_wset is Windows' name for it
+    import sys
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def reset_peak() -> bool:
+    """Let `measure_peak` start over from the present resident set; False where the system has no such thing."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+    except OSError:
+        return False
+    return True
+
+
+def _ratio(part: float, whole: float) -> float | None:
+    return part / whole if whole else None
+
+
+def _number(value: float | None) -> str:
+    return "n/a" if value is None else f"{value:.1f}"
+
+
+def _percent(value: float | None) -> str:
+    return "n/a" if value is None else f"{value * 100:.1f} %"
+
+
+def _bytes(size: int) -> str:
+    for unit, scale in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
+        if size >= scale:
+            return f"{size / scale:.2f} {unit}"
+    return f"{size} B"

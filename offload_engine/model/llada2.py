@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from offload_engine.core import ForwardInfo
+from offload_engine.core import ForwardInfo, RoutingDecision
+from offload_engine.errors import InternalError
 from offload_engine.model.attention import Attention, KeyValues
 from offload_engine.model.config import ModelConfig
 from offload_engine.model.layers import RMSNorm, SwiGLU
@@ -46,13 +48,17 @@ class DecoderLayer(nn.Module):
 
     def forward(self, hidden: Tensor, angles: tuple[Tensor, Tensor], forward: Forward) -> Tensor:
         """[.., T, H] -> [.., T, H]."""
-        if isinstance(self.mlp, MoEBlock):
-            forward.experts.prepare(self.layer, hidden.flatten(0, -2))
         hidden = hidden + self.attention(self.input_layernorm(hidden), angles, forward.key_values)
         normed = self.post_attention_layernorm(hidden)
         if isinstance(self.mlp, MoEBlock):
             return hidden + self.mlp(normed, forward.block_ids, forward.policy, forward.experts)
         return hidden + self.mlp(normed)
+
+    def preview(self, hidden: Tensor, forward: Forward) -> RoutingDecision:
+        """How this layer would route `hidden` [.., T, H] as it stands (the cross-layer gate of REFERENCE §3)."""
+        if not isinstance(self.mlp, MoEBlock):
+            raise InternalError(f"layer {self.layer} is dense and routes nothing")
+        return self.mlp.route(self.post_attention_layernorm(hidden), forward.block_ids, forward.policy)
 
 
 class Decoder(nn.Module):
@@ -82,9 +88,14 @@ class LLaDA2Model(nn.Module):
         hidden = self.model.word_embeddings(token_ids)
         rotary = self.model.layers[0].attention.rotary
         angles = rotary.angles(forward.positions, hidden.dtype)
-        for layer in self.model.layers:
+        for index, layer in enumerate(self.model.layers):
+            if index in self.config.moe_layers:
+                forward.experts.prepare(index, partial(self._preview, hidden, forward))
             hidden = layer(hidden, angles, forward)
         return self.model.norm(hidden)  # type: ignore[no-any-return]
+
+    def _preview(self, hidden: Tensor, forward: Forward, layer: int) -> RoutingDecision:
+        return self.model.layers[layer].preview(hidden, forward)  # type: ignore[operator, no-any-return]
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits [.., vocab] float32 of hidden states [.., H]: only for the positions that need them."""

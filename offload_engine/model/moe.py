@@ -26,6 +26,10 @@ class ExpertWeights(NamedTuple):
     """[H, I]"""
 
 
+Preview = Callable[[int], RoutingDecision]
+"""How a given MoE layer would route if nothing between here and there changed the residual stream."""
+
+
 class ExpertExecutor(Protocol):
     """Runs routed experts. The model calls it in this order in every forward: `begin` once, then per MoE layer
     `prepare` before attention and `run` after routing. Nothing an executor does ahead of `run` may change its result.
@@ -34,8 +38,10 @@ class ExpertExecutor(Protocol):
     def begin(self, info: ForwardInfo) -> None:
         """A forward starts."""
 
-    def prepare(self, layer: int, hidden: Tensor) -> None:
-        """`layer` is about to run its attention on the residual stream `hidden` [T, H]: the time to prefetch."""
+    def prepare(self, layer: int, preview: Preview) -> None:
+        """`layer` is about to run its attention: the time to prefetch. `preview` may be called for this layer and
+        later ones, at the cost of their router.
+        """
 
     def run(self, layer: int, hidden: Tensor, decision: RoutingDecision) -> Tensor:
         """The weighted sum over each token's experts, [T, H] in `hidden`'s dtype.
@@ -112,7 +118,7 @@ class ResidentExperts:
     def begin(self, info: ForwardInfo) -> None:
         """Nothing to do."""
 
-    def prepare(self, layer: int, hidden: Tensor) -> None:
+    def prepare(self, layer: int, preview: Preview) -> None:
         """Nothing to do: everything is here."""
 
     def run(self, layer: int, hidden: Tensor, decision: RoutingDecision) -> Tensor:
@@ -150,7 +156,10 @@ class MoEBlock(nn.Module):
 
     def forward(self, hidden: Tensor, block_ids: Tensor, policy: RoutingPolicy, experts: ExpertExecutor) -> Tensor:
         """[.., H] -> [.., H]; `block_ids` [T] with T the product of the leading dimensions."""
-        flat = hidden.flatten(0, -2)
-        decision = policy(self.gate(flat), self.gate.expert_bias, block_ids)
-        out = experts.run(self.layer, flat, decision).view_as(hidden)
+        decision = self.route(hidden, block_ids, policy)
+        out = experts.run(self.layer, hidden.flatten(0, -2), decision).view_as(hidden)
         return out + self.shared_experts(hidden) if self.shared_experts is not None else out
+
+    def route(self, hidden: Tensor, block_ids: Tensor, policy: RoutingPolicy) -> RoutingDecision:
+        """Where `hidden` [.., H], normed, goes."""
+        return policy(self.gate(hidden.flatten(0, -2)), self.gate.expert_bias, block_ids)

@@ -65,11 +65,11 @@ def group_limited(selection: Tensor, shape: RouterShape) -> Tensor:
     if shape.n_group <= 1 or shape.topk_group >= shape.n_group:
         return selection
     tokens = selection.shape[0]
-    grouped = selection.view(tokens, shape.n_group, -1)
+    grouped = selection.view(tokens, shape.n_group, shape.num_experts // shape.n_group)
     group_scores = grouped.sort(dim=-1, descending=True).values[..., :2].sum(dim=-1)
     kept = torch.zeros_like(group_scores, dtype=torch.bool)
     kept.scatter_(1, top_indices(group_scores, shape.topk_group), True)
-    return grouped.masked_fill(~kept.unsqueeze(-1), -torch.inf).view(tokens, -1)
+    return grouped.masked_fill(~kept.unsqueeze(-1), -torch.inf).view_as(selection)
 
 
 def choose(scores: Tensor, allowed: Tensor, k: int, shape: RouterShape, pads: Tensor) -> tuple[Tensor, Tensor]:
@@ -89,8 +89,8 @@ def choose(scores: Tensor, allowed: Tensor, k: int, shape: RouterShape, pads: Te
 
 
 def sum_by_block(values: Tensor, block_ids: Tensor) -> Tensor:
-    """Sum of `values` [T, E] over the tokens of each block: [B, E], pads (-1) left out."""
-    blocks = int(block_ids.max().item()) + 1 if block_ids.numel() else 0
-    totals = values.new_zeros(blocks, values.shape[1])
+    """Sum of `values` [T, E] over the tokens of each block: [B, E] with B at least 1, pads (-1) left out."""
+    last = int(block_ids.max().item()) if block_ids.numel() else 0
+    totals = values.new_zeros(max(last, 0) + 1, values.shape[1])
     voting = block_ids >= 0
     return totals.index_add_(0, block_ids[voting], values[voting])

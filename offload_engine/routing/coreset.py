@@ -36,8 +36,11 @@ class Coreset:
         votes, voted = block_votes(selection, block_ids, self.shape.top_k)
         coreset = top_p_coreset(votes, voted, self.top_p, self.min_experts)
         pads = block_ids < 0
-        allowed = selection.masked_fill(~coreset[block_ids.clamp(min=0)], -torch.inf)
-        experts, weights = choose(scores, group_limited(allowed, self.shape), self.shape.top_k, self.shape, pads)
+        inside = selection.masked_fill(~coreset[block_ids.clamp(min=0)], -torch.inf)
+        allowed = group_limited(inside, self.shape)
+        # A very small coreset may have no expert in any group kept; the token then chooses from all of the coreset.
+        stranded = (allowed == -torch.inf).all(dim=-1, keepdim=True)
+        experts, weights = choose(scores, inside.where(stranded, allowed), self.shape.top_k, self.shape, pads)
         return RoutingDecision(experts, weights, coreset, votes.clamp(min=0.0))
 
 

@@ -1,0 +1,66 @@
+"""Which token each masked position takes, how sure the model is of it, and which are unmasked (REFERENCE §2)."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from offload_engine.core import SamplingParams
+
+
+class Proposal(NamedTuple):
+    """What `n` masked positions would become."""
+
+    tokens: Tensor
+    """[n] int64, never the mask."""
+    confidence: Tensor
+    """[n] float32: the token's probability in the plain softmax over the whole vocabulary, also when it was drawn from
+    a distribution changed by temperature, top-k or top-p.
+    """
+
+
+def propose(logits: Tensor, mask_token_id: int, params: SamplingParams, generator: torch.Generator | None) -> Proposal:
+    """A token and its confidence for each row of `logits` [n, vocab] float32, which is overwritten.
+
+    Greedy at temperature 0 (ties to the lower id); otherwise drawn with `generator`.
+    """
+    normaliser = logits.logsumexp(dim=-1)
+    logits[:, mask_token_id] = -torch.inf
+    tokens = logits.argmax(dim=-1) if params.temperature == 0 else _draw(logits, params, generator)
+    confidence = (logits.gather(1, tokens.unsqueeze(-1)).squeeze(-1) - normaliser).exp()
+    return Proposal(tokens, confidence)
+
+
+def _draw(logits: Tensor, params: SamplingParams, generator: torch.Generator | None) -> Tensor:
+    scaled = logits / params.temperature
+    ranked = scaled.sort(dim=-1, descending=True, stable=True)
+    keep = torch.ones_like(ranked.values, dtype=torch.bool)
+    if params.top_k:
+        keep[:, params.top_k :] = False
+    probabilities = ranked.values.masked_fill(~keep, -torch.inf).softmax(dim=-1)
+    if params.top_p < 1:
+        before = probabilities.cumsum(dim=-1) - probabilities
+        keep &= before < params.top_p
+        keep[:, 0] = True
+        probabilities = probabilities.masked_fill(~keep, 0.0)
+    places = probabilities.multinomial(1, generator=generator)
+    return ranked.indices.gather(1, places).squeeze(-1)
+
+
+def accept(confidence: Tensor, minimum: int, threshold: float) -> Tensor:
+    """Which of `n` masked positions to unmask, [n] bool: all above `threshold`, or, if those are fewer than `minimum`,
+    the `minimum` most confident (ties to the lower position).
+    """
+    above = confidence > threshold
+    if int(above.sum()) >= minimum:
+        return above
+    best = confidence.sort(descending=True, stable=True).indices[:minimum]
+    return torch.zeros_like(above).index_fill_(0, best, True)
+
+
+def unmask_schedule(block_length: int, steps: int) -> list[int]:
+    """How many positions each step unmasks at least: `block_length // steps`, the remainder first."""
+    least, more = divmod(block_length, steps)
+    return [least + (step < more) for step in range(steps)]

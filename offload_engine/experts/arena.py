@@ -1,0 +1,77 @@
+"""The memory of the expert cache: slots of one size, allocated once."""
+
+from __future__ import annotations
+
+import mmap
+
+import torch
+from torch import Tensor
+
+from offload_engine.errors import MemoryBudgetError
+from offload_engine.experts.layout import SLOT_ALIGNMENT, SlabLayout
+from offload_engine.model.moe import ExpertWeights
+
+
+class SlotArena:
+    """`slots` x `slab_bytes` of host memory, of exactly that size and present from the start.
+
+    Every slot begins on a multiple of `SLOT_ALIGNMENT`. Raises `MemoryBudgetError` when the system refuses the memory.
+    """
+
+    def __init__(self, slots: int, slab_bytes: int) -> None:
+        """`slab_bytes` is a multiple of `SLOT_ALIGNMENT`."""
+        if slots < 1 or slab_bytes < 1 or slab_bytes % SLOT_ALIGNMENT:
+            raise ValueError(f"{slots} slots of {slab_bytes} bytes, wanted at least one, multiples of {SLOT_ALIGNMENT}")
+        self.slots = slots
+        self.slab_bytes = slab_bytes
+        # An open memoryview keeps the mapping alive: the memory goes back when the last view of it does, never earlier.
+        self._bytes: memoryview | None = memoryview(_map(slots, slab_bytes))
+        self._tensor: Tensor | None = torch.frombuffer(self._bytes, dtype=torch.uint8)
+        self._tensor[::SLOT_ALIGNMENT] = 0  # touch every page now: a budget that is short must not show up mid-answer
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all slots together."""
+        return self.slots * self.slab_bytes
+
+    def buffer(self, slot: int) -> memoryview:
+        """The slot's bytes [slab_bytes], writable."""
+        if self._bytes is None:
+            raise ValueError("the slot arena is closed")
+        start = self._start(slot)
+        return self._bytes[start : start + self.slab_bytes]
+
+    def weights(self, slot: int, layout: SlabLayout) -> ExpertWeights:
+        """The matrices of the expert in `slot`, as views: they change when the slot is filled again."""
+        if self._tensor is None:
+            raise ValueError("the slot arena is closed")
+        start = self._start(slot)
+        return layout.weights(self._tensor[start : start + self.slab_bytes])
+
+    def close(self) -> None:
+        """Let go of the memory; it is returned once no buffer or matrix handed out is left. Idempotent."""
+        self._tensor = None
+        self._bytes = None
+
+    def _start(self, slot: int) -> int:
+        if not 0 <= slot < self.slots:
+            raise IndexError(f"slot {slot}, wanted 0 to {self.slots - 1}")
+        return slot * self.slab_bytes
+
+
+def _map(slots: int, slab_bytes: int) -> mmap.mmap:
+    """Anonymous private memory, in huge pages where there are any: they save address translation on every product."""
+    nbytes = slots * slab_bytes
+    try:
+        memory = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    except (OSError, OverflowError) as error:
+        raise MemoryBudgetError(
+            f"the system refused {nbytes} bytes for {slots} expert slots of {slab_bytes} bytes ({error}); "
+            "ask for a smaller --gpu-mem or --expert-mem"
+        ) from None
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        try:
+            memory.madvise(mmap.MADV_HUGEPAGE)
+        except OSError:  # a kernel without huge pages: slower, not wrong
+            return memory
+    return memory

@@ -1,0 +1,193 @@
+"""Which resident expert goes when a slot is needed.
+
+A policy only orders: it sees events and names victims. Slots, states, pins and probation are the cache's business,
+kept once for all policies. To add a policy, write a class here and enter it in `EVICTION`.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, insort
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import Protocol
+
+from offload_engine.core import ExpertKey
+from offload_engine.errors import ConfigError
+
+
+class EvictionPolicy(Protocol):
+    """Orders the experts it was told of. The cache tells it of those that are resident and not on probation.
+
+    Deterministic: equal histories give equal victims. Wherever a policy's own measure ties, the expert whose last event
+    (`on_insert` or `on_use`) is oldest goes first; each event is later than all before it, so nothing is left to tie.
+    """
+
+    @property
+    def name(self) -> str:
+        """The policy's name in configs and on the command line."""
+
+    def on_insert(self, key: ExpertKey) -> None:
+        """`key`, unknown so far, is now among the candidates: it was loaded, or its probation ended."""
+
+    def on_use(self, key: ExpertKey, score: float) -> None:
+        """A candidate was used; `score` is how much the block wanted it (its block score, not negative)."""
+
+    def on_remove(self, key: ExpertKey) -> None:
+        """A candidate left the cache. Nothing of it is remembered."""
+
+    def victim(self, evictable: Callable[[ExpertKey], bool]) -> ExpertKey | None:
+        """The candidate to evict first among those that are `evictable`; None where none is. Changes nothing."""
+
+
+class LRU:
+    """Evicts the least recently used. Every event is O(1); a victim costs one step per pinned expert passed over."""
+
+    name = "lru"
+
+    def __init__(self) -> None:
+        # Unlike dict, whose first key lies behind all that were deleted before it, OrderedDict finds it in O(1).
+        self._order: OrderedDict[ExpertKey, None] = OrderedDict()
+
+    def on_insert(self, key: ExpertKey) -> None:
+        """See `EvictionPolicy`."""
+        self._order[key] = None
+
+    def on_use(self, key: ExpertKey, score: float) -> None:  # noqa: ARG002
+        """See `EvictionPolicy`. The score does not matter."""
+        self._order.move_to_end(key)
+
+    def on_remove(self, key: ExpertKey) -> None:
+        """See `EvictionPolicy`."""
+        del self._order[key]
+
+    def victim(self, evictable: Callable[[ExpertKey], bool]) -> ExpertKey | None:
+        """See `EvictionPolicy`."""
+        return next((key for key in self._order if evictable(key)), None)
+
+
+Rank = tuple[float, int, ExpertKey]
+"""What a candidate is worth, and the number of its last event; the lowest goes first."""
+
+
+class _Ranking:
+    """Candidates in rising order of (worth, last event), in a sorted list.
+
+    A search is O(log n); an insertion also moves pointers, 40 KB at 5000 experts: about a microsecond, and less than a
+    heap pays for passing over the pinned, who are mostly the newest and therefore the lowest.
+    """
+
+    def __init__(self) -> None:
+        self._events = 0
+        self._ranks: dict[ExpertKey, Rank] = {}
+        self._sorted: list[Rank] = []
+
+    def __len__(self) -> int:
+        return len(self._ranks)
+
+    def worth(self, key: ExpertKey) -> float:
+        return self._ranks[key][0]
+
+    def place(self, key: ExpertKey, worth: float) -> None:
+        """An event of `key`: it is now worth this, and the most recent."""
+        if key in self._ranks:
+            self.remove(key)
+        self._events += 1
+        rank = (worth, self._events, key)
+        self._ranks[key] = rank
+        insort(self._sorted, rank)
+
+    def remove(self, key: ExpertKey) -> None:
+        del self._sorted[bisect_left(self._sorted, self._ranks.pop(key))]
+
+    def rescale(self, change: Callable[[float], float]) -> None:
+        """Change every worth; no event."""
+        self._ranks = {key: (change(worth), event, key) for key, (worth, event, _key) in self._ranks.items()}
+        self._sorted = sorted(self._ranks.values())
+
+    def lowest(self, evictable: Callable[[ExpertKey], bool]) -> ExpertKey | None:
+        return next((key for _worth, _event, key in self._sorted if evictable(key)), None)
+
+
+class LFU:
+    """Evicts the least frequently used; ties go to the least recently used.
+
+    Old counts fade: whenever there were `uses_per_halving` uses per candidate since the last time, every count is
+    halved and rounded down (the ageing of TinyLFU, Einziger et al. 2017, whose sample is likewise a multiple of the
+    cache's size). A count starts at 0 when its expert is inserted.
+    """
+
+    name = "lfu"
+
+    def __init__(self, uses_per_halving: int = 8) -> None:
+        self.uses_per_halving = uses_per_halving
+        self._uses = 0
+        self._ranking = _Ranking()
+
+    def on_insert(self, key: ExpertKey) -> None:
+        """See `EvictionPolicy`."""
+        self._ranking.place(key, 0)
+
+    def on_use(self, key: ExpertKey, score: float) -> None:  # noqa: ARG002
+        """See `EvictionPolicy`. The score does not matter. O(log n); a halving is O(n) in O(n) uses."""
+        self._ranking.place(key, self._ranking.worth(key) + 1)
+        self._uses += 1
+        if self._uses >= self.uses_per_halving * len(self._ranking):
+            self._uses = 0
+            self._ranking.rescale(lambda count: count // 2)
+
+    def on_remove(self, key: ExpertKey) -> None:
+        """See `EvictionPolicy`."""
+        self._ranking.remove(key)
+
+    def victim(self, evictable: Callable[[ExpertKey], bool]) -> ExpertKey | None:
+        """See `EvictionPolicy`."""
+        return self._ranking.lowest(evictable)
+
+
+class ScoreAware:
+    """Evicts the lowest sum of block scores, each faded exponentially since its use; ties to the least recently used.
+
+    An expert is worth the sum over its uses u of s(u) / prod over all later uses, of any expert, of (1 + 1 / (m n)),
+    with s the block score, n the candidates at that later use and m = `memory`: a score has faded to 1/e after about
+    m uses per candidate. Fading is by use because a policy has no clock. An expert starts at 0 when inserted.
+    """
+
+    name = "score-aware"
+
+    _LARGEST_UNIT = 2.0**256
+
+    def __init__(self, memory: float = 4.0) -> None:
+        self.memory = memory
+        self._unit = 1.0
+        """What a score of 1 is worth now. It grows instead of all others fading, which keeps their order as it is."""
+        self._ranking = _Ranking()
+
+    def on_insert(self, key: ExpertKey) -> None:
+        """See `EvictionPolicy`."""
+        self._ranking.place(key, 0.0)
+
+    def on_use(self, key: ExpertKey, score: float) -> None:
+        """See `EvictionPolicy`. O(log n); the rescaling is O(n) and comes once in over 170 m n uses."""
+        self._unit *= 1.0 + 1.0 / (self.memory * len(self._ranking))
+        if self._unit > self._LARGEST_UNIT:
+            unit, self._unit = self._unit, 1.0
+            self._ranking.rescale(lambda worth: worth / unit)
+        self._ranking.place(key, self._ranking.worth(key) + score * self._unit)
+
+    def on_remove(self, key: ExpertKey) -> None:
+        """See `EvictionPolicy`."""
+        self._ranking.remove(key)
+
+    def victim(self, evictable: Callable[[ExpertKey], bool]) -> ExpertKey | None:
+        """See `EvictionPolicy`."""
+        return self._ranking.lowest(evictable)
+
+
+EVICTION: dict[str, Callable[[], EvictionPolicy]] = {"lru": LRU, "lfu": LFU, "score-aware": ScoreAware}
+
+
+def make_eviction(name: str) -> EvictionPolicy:
+    """A fresh policy called `name`; raises `ConfigError` for an unknown name."""
+    if name not in EVICTION:
+        raise ConfigError(f"eviction is {name!r}; choose one of {', '.join(EVICTION)}")
+    return EVICTION[name]()

@@ -1,0 +1,171 @@
+"""What the model calls: runs experts out of a cache that is smaller than the model."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Sequence
+from functools import partial
+from typing import NamedTuple
+
+from torch import Tensor
+
+from offload_engine.core import ExpertKey, ForwardInfo, RoutingDecision
+from offload_engine.errors import InternalError, OffloadError
+from offload_engine.experts.arena import SlotArena
+from offload_engine.experts.predictor import ExpertPredictor
+from offload_engine.experts.scheduler import Command, Compute, ExpertScheduler, Load
+from offload_engine.experts.store import ExpertStore
+from offload_engine.experts.transfer.base import Stream, TransferBackend, TransferTicket
+from offload_engine.metrics import EngineStats
+from offload_engine.model.moe import ExpertOutputs, Preview, tokens_by_expert
+
+
+class Ranked(NamedTuple):
+    """The distinct experts of a decision, in the order in which they should be fetched."""
+
+    experts: list[int]
+    scores: list[float]
+
+
+def ranked_experts(decision: RoutingDecision) -> Ranked:
+    """The experts actually chosen, by falling block score summed over the blocks of the forward (REFERENCE §3)."""
+    used = decision.experts.flatten().unique()
+    used = used[used >= 0]
+    if decision.block_scores is None:
+        return Ranked(used.tolist(), [1.0] * used.numel())
+    scores = decision.block_scores.sum(dim=0)[used]
+    order = scores.argsort(descending=True, stable=True)
+    return Ranked(used[order].tolist(), scores[order].tolist())
+
+
+class OffloadedExperts:
+    """An `ExpertExecutor` that brings experts into the slots of an arena as they are needed.
+
+    Results equal `ResidentExperts` bit for bit: only *when* an expert runs depends on the cache, never what it computes
+    or how its output is summed. Raises the transfer's error when an expert that is needed can't be read; the engine
+    stays usable.
+    """
+
+    def __init__(
+        self,
+        store: ExpertStore,
+        arena: SlotArena,
+        transfers: TransferBackend,
+        scheduler: ExpertScheduler,
+        predictor: ExpertPredictor,
+        stats: EngineStats,
+        prefetch_depth: int = 1,
+    ) -> None:
+        self.store = store
+        self.arena = arena
+        self.transfers = transfers
+        self.scheduler = scheduler
+        self.predictor = predictor
+        self.stats = stats
+        self.prefetch_depth = prefetch_depth
+        self.layers = sorted({key.layer for key in store.keys()})
+        self._last_layer = self.layers[-1] if self.layers else -1
+        self._changed = threading.Condition(threading.RLock())
+        """Guards the scheduler: its events come from the compute thread and from the driver's threads."""
+        self._ready: deque[Compute] = deque()
+        self._failure: OffloadError | None = None
+        transfers.start(self._on_complete)
+
+    def begin(self, info: ForwardInfo) -> None:
+        """See `ExpertExecutor`."""
+        self.predictor.begin(info)
+
+    def prepare(self, layer: int, preview: Preview) -> None:
+        """See `ExpertExecutor`: predict this layer, and up to `prefetch_depth - 1` after it, and start to fetch."""
+        predicted: list[ExpertKey] = []
+        for ahead in range(layer, min(layer + self.prefetch_depth, self._last_layer + 1)):
+            if self.predictor.wants_preview:
+                self.predictor.offer(ahead, *ranked_experts(preview(ahead)))
+            predicted += [ExpertKey(ahead, expert) for expert, _score in self.predictor.predict(ahead)]
+        with self._changed:
+            self._carry_out(self.scheduler.predict(predicted))
+
+    def run(self, layer: int, hidden: Tensor, decision: RoutingDecision) -> Tensor:
+        """See `ExpertExecutor`."""
+        ranked = ranked_experts(decision)
+        self.predictor.observe(layer, ranked.experts, ranked.scores)
+        tokens = {group.expert: group for group in tokens_by_expert(decision.experts)}
+        outputs = ExpertOutputs(hidden, decision)
+        try:
+            with self._changed:
+                self._carry_out(self.scheduler.want(layer, ranked.experts, ranked.scores))
+            for _ in ranked.experts:
+                key, slot = self._next_compute()
+                weights = self.arena.weights(slot, self.store.layout(key))
+                self.transfers.launch(
+                    Stream.COMPUTE, partial(outputs.compute, tokens[key.expert], weights), reads=(slot,)
+                )
+                with self._changed:
+                    self._carry_out(self.scheduler.computed(key))
+        except BaseException:
+            self._abandon()
+            raise
+        self._count(len(ranked.experts))
+        return outputs.combine()
+
+    def idle(self, timeout: float = 60.0) -> None:
+        """Wait until no transfer is under way, then check that the cache conserves its slots."""
+        with self._changed:
+            if not self._changed.wait_for(lambda: self.scheduler.transfers_under_way == 0, timeout):
+                raise InternalError(f"{self.scheduler.transfers_under_way} transfers did not end within {timeout:.0f} s")
+            self.scheduler.cache.check()
+
+    def close(self) -> None:
+        """Join the driver's threads and free the slots. Idempotent."""
+        self.transfers.close()
+        self.arena.close()
+
+    def _next_compute(self) -> Compute:
+        """The next expert whose weights are here; waits for one, which is a stall. Raises if one can't be had."""
+        with self._changed:
+            if not self._ready and self._failure is None:
+                began = time.perf_counter()
+                self._changed.wait_for(lambda: bool(self._ready) or self._failure is not None)
+                self.stats.stall_seconds += time.perf_counter() - began
+            if self._failure is not None:
+                raise self._failure
+            return self._ready.popleft()
+
+    def _abandon(self) -> None:
+        """Leave the layer half done: the cache is consistent again, and the next forward may begin."""
+        with self._changed:
+            self.scheduler.abandon()
+            self._ready.clear()
+            self._failure = None
+
+    def _carry_out(self, commands: Sequence[Command]) -> None:
+        for command in commands:
+            if isinstance(command, Load):
+                self.transfers.copy(Stream.COPY, command.key, command.slot)
+            else:
+                self._ready.append(command)
+
+    def _on_complete(self, ticket: TransferTicket) -> None:
+        with self._changed:
+            try:
+                if ticket.error is None:
+                    self.stats.bytes_moved += self.store.payload_bytes(ticket.key)
+                    self.stats.bytes_read += ticket.bytes_read
+                    self.stats.loads += 1
+                    self._carry_out(self.scheduler.arrived(ticket.key))
+                else:
+                    if self.scheduler.wanted(ticket.key):
+                        self._failure = ticket.error
+                    self._carry_out(self.scheduler.failed(ticket.key))
+            except OffloadError as error:  # a broken invariant must reach the compute thread, not die in a reader
+                self._failure = error
+            self._changed.notify_all()
+
+    def _count(self, requests: int) -> None:
+        counters = self.scheduler.counters
+        stats = self.stats
+        stats.expert_requests += requests
+        stats.hits, stats.misses, stats.late = counters.hits, counters.misses, counters.late
+        stats.prefetches_issued, stats.prefetches_used = counters.prefetches, counters.prefetches_used

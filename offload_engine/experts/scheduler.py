@@ -1,0 +1,200 @@
+"""Decides what is loaded when, and what is computed when: events in, commands out.
+
+A pure state machine without thread, clock or tensor, so that the engine and the simulator drive the same code. Whoever
+drives it carries out the commands in their order and reports what became of them. Calls must be serialised.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from offload_engine.core import ExpertKey
+from offload_engine.errors import InternalError
+from offload_engine.experts.cache import ExpertCache, SlotState
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """Bring `key` into `slot`; report `arrived` or `failed`."""
+
+    key: ExpertKey
+    slot: int
+    prefetch: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Compute:
+    """Run `key` from `slot`; report `computed`. The slot is pinned until then."""
+
+    key: ExpertKey
+    slot: int
+
+
+Command = Load | Compute
+
+
+@dataclass(slots=True)
+class SchedulerCounters:
+    """What became of every expert asked for and every prefetch issued."""
+
+    hits: int = 0
+    """Experts that were resident when their layer's routing became known."""
+    late: int = 0
+    """Experts whose prefetch was still under way then: bytes issued early, but not hidden completely."""
+    misses: int = 0
+    """Experts whose transfer began only after their layer's routing was known."""
+    prefetches: int = 0
+    """Transfers begun on a prediction."""
+    prefetches_used: int = 0
+    """Of those, the ones a layer then asked for before they were evicted."""
+
+
+class ExpertScheduler:
+    """Demand before prefetch, residents before arrivals, and never more than `in_flight` transfers at a time.
+
+    Transfers that may not start yet wait in queues of this object, so that a demand overtakes every queued prefetch.
+    """
+
+    def __init__(self, cache: ExpertCache, in_flight: int = 2) -> None:
+        self.cache = cache
+        self.limit = in_flight
+        self.counters = SchedulerCounters()
+        self._in_flight: set[ExpertKey] = set()
+        self._demand: deque[ExpertKey] = deque()
+        self._prefetch: deque[ExpertKey] = deque()
+        self._wanted: dict[ExpertKey, float] = {}
+        """What the current layer still has to compute, with its block score."""
+        self._computing: set[ExpertKey] = set()
+        """Pinned, because their `Compute` was issued and is not reported yet."""
+        self._speculative: set[ExpertKey] = set()
+        """Prefetched and not asked for yet."""
+
+    @property
+    def done(self) -> bool:
+        """Everything the current layer asked for has been computed."""
+        return not self._wanted
+
+    @property
+    def transfers_under_way(self) -> int:
+        """Loads issued and not yet reported."""
+        return len(self._in_flight)
+
+    def wanted(self, key: ExpertKey) -> bool:
+        """Whether the current layer still has to compute `key`."""
+        return key in self._wanted
+
+    def want(self, layer: int, experts: Sequence[int], scores: Sequence[float]) -> list[Command]:
+        """Event: `layer` routed. `experts` are distinct and in falling order of block score, as `scores` are.
+
+        Everything resident is pinned at once, so that no load of this layer can evict what it still needs.
+        """
+        if self._wanted:
+            raise InternalError(f"layer {layer} was routed while {len(self._wanted)} experts were still to be computed")
+        computes: list[Command] = []
+        for expert, score in zip(experts, scores, strict=True):
+            key = ExpertKey(layer, expert)
+            self._wanted[key] = score
+            state = self.cache.state(key)
+            if state is SlotState.RESIDENT:
+                self.counters.hits += 1
+                computes.append(self._compute(key))
+            elif state is SlotState.LOADING:
+                self.counters.late += 1
+                self.cache.promote(key)
+            else:
+                self.counters.misses += 1
+                self._demand.append(key)
+            if state is not SlotState.FREE and key in self._speculative:
+                self.counters.prefetches_used += 1
+            self._speculative.discard(key)
+        self._prefetch = deque(key for key in self._prefetch if key.layer != layer)  # too late to be early
+        return [*self._start_transfers(), *computes]
+
+    def predict(self, keys: Iterable[ExpertKey]) -> list[Command]:
+        """Event: these experts will probably be wanted, the most probable first. Replaces older predictions of their
+        layers; experts that are here or on their way are not fetched again.
+        """
+        predicted = list(dict.fromkeys(keys))
+        layers = {key.layer for key in predicted}
+        kept = [key for key in self._prefetch if key.layer not in layers]
+        fresh = [key for key in predicted if self.cache.state(key) is SlotState.FREE and key not in self._wanted]
+        self._prefetch = deque(kept + fresh)
+        return self._start_transfers()
+
+    def arrived(self, key: ExpertKey) -> list[Command]:
+        """Event: a load is complete."""
+        self._in_flight.remove(key)
+        self.cache.loaded(key)
+        computes = [self._compute(key)] if key in self._wanted else []
+        return [*self._start_transfers(), *computes]
+
+    def failed(self, key: ExpertKey) -> list[Command]:
+        """Event: a load failed. Its slot is free again. If the layer wanted it, the driver should `abandon` and raise."""
+        self._in_flight.remove(key)
+        self.cache.failed(key)
+        self._speculative.discard(key)
+        return self._start_transfers()
+
+    def computed(self, key: ExpertKey) -> list[Command]:
+        """Event: the last reader of `key` in this layer has finished with its slot."""
+        self.cache.use(key, self._wanted.pop(key))
+        self._computing.remove(key)
+        self.cache.unpin(key)
+        return self._start_transfers()
+
+    def abandon(self) -> None:
+        """Event: the current layer won't be finished; no `Compute` issued for it will be reported.
+
+        Loads under way stay under way and are reported as usual.
+        """
+        for key in self._computing:
+            self.cache.unpin(key)
+        self._computing.clear()
+        self._wanted.clear()
+        self._demand.clear()
+        self._prefetch.clear()
+
+    def _compute(self, key: ExpertKey) -> Compute:
+        self.cache.pin(key)
+        self._computing.add(key)
+        slot = self.cache.slot(key)
+        if slot is None:
+            raise InternalError(f"{key} is to be computed but is in no slot")
+        return Compute(key, slot)
+
+    def _start_transfers(self) -> list[Command]:
+        loads: list[Command] = []
+        while len(self._in_flight) < self.limit:
+            load = self._next_load()
+            if load is None:
+                break
+            self._in_flight.add(load.key)
+            loads.append(load)
+        return loads
+
+    def _next_load(self) -> Load | None:
+        if self._demand:
+            reservation = self.cache.reserve(self._demand[0], prefetch=False)
+            if reservation is None:
+                return None  # every slot is pinned or loading: the next `computed` or `arrived` makes room
+            self._forget(reservation.evicted)
+            return Load(self._demand.popleft(), reservation.slot, prefetch=False)
+        while self._prefetch:
+            key = self._prefetch.popleft()
+            if self.cache.state(key) is not SlotState.FREE:
+                continue
+            reservation = self.cache.reserve(key, prefetch=True)
+            if reservation is None:
+                self._prefetch.clear()  # no room for guesses; those behind it are less probable still
+                return None
+            self._forget(reservation.evicted)
+            self._speculative.add(key)
+            self.counters.prefetches += 1
+            return Load(key, reservation.slot, prefetch=True)
+        return None
+
+    def _forget(self, evicted: ExpertKey | None) -> None:
+        if evicted is not None:
+            self._speculative.discard(evicted)

@@ -1,0 +1,58 @@
+"""The driver protocol: all use of a slot goes through it, on every device.
+
+The order it promises is CUDA's, the weakest of all: work on one stream runs in order, and work on different streams is
+ordered only through slots. A launch runs after every earlier copy into a slot it reads; a copy into a slot runs after
+every earlier launch that reads the slot. A driver that computes at once, as the CPU's does, gives a stronger order, on
+which nobody may rely.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from enum import StrEnum
+from typing import Protocol
+
+from offload_engine.core import ExpertKey
+from offload_engine.errors import OffloadError
+
+
+class Stream(StrEnum):
+    """The two queues of a driver."""
+
+    COMPUTE = "compute"
+    COPY = "copy"
+
+
+class TransferTicket:
+    """One copy under way. Its fields are final once the driver has reported it complete."""
+
+    __slots__ = ("bytes_read", "error", "key", "slot")
+
+    def __init__(self, key: ExpertKey, slot: int) -> None:
+        self.key = key
+        self.slot = slot
+        self.bytes_read = 0
+        """Bytes asked of the disk; 0 where the source was memory."""
+        self.error: OffloadError | None = None
+
+
+OnComplete = Callable[[TransferTicket], None]
+
+
+class TransferBackend(Protocol):
+    """Copies experts into slots and launches work on them."""
+
+    def start(self, on_complete: OnComplete) -> None:
+        """Begin to serve. `on_complete` is called once per copy, from any thread, never from within `copy`."""
+
+    def copy(self, stream: Stream, source: ExpertKey, slot: int) -> TransferTicket:
+        """Enqueue the copy of `source` into `slot`; returns at once. Failure is reported in the ticket."""
+
+    def launch(self, stream: Stream, fn: Callable[[], None], reads: Sequence[int], writes: Sequence[int] = ()) -> None:
+        """Enqueue `fn`, which reads and writes these slots and no others."""
+
+    def synchronize(self) -> None:
+        """Wait until everything launched on the compute stream has run."""
+
+    def close(self) -> None:
+        """Finish what is under way, join all threads, free everything. Idempotent."""

@@ -1,0 +1,77 @@
+"""The driver of machines without a GPU: reader threads fill slots from the store, compute runs on the caller."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Callable, Sequence
+
+from offload_engine.core import ExpertKey
+from offload_engine.errors import EngineClosedError, OffloadError, TransferError
+from offload_engine.experts.arena import SlotArena
+from offload_engine.experts.store import ExpertStore
+from offload_engine.experts.transfer.base import OnComplete, Stream, TransferTicket
+
+
+class CpuTransfers:
+    """Reads experts with `threads` threads; the disk releases the interpreter lock, so compute goes on meanwhile.
+
+    A launch runs at once on the calling thread: the scheduler reports a slot computed only afterwards, and hands it to
+    a copy only then, which is the order the protocol asks for.
+    """
+
+    def __init__(self, store: ExpertStore, arena: SlotArena, threads: int = 2) -> None:
+        self.store = store
+        self.arena = arena
+        self._jobs: queue.SimpleQueue[TransferTicket | None] = queue.SimpleQueue()
+        self._threads = [
+            threading.Thread(target=self._read_forever, name=f"expert-reader-{i}", daemon=True) for i in range(threads)
+        ]
+        self._on_complete: OnComplete | None = None
+        self._closed = False
+
+    def start(self, on_complete: OnComplete) -> None:
+        """See `TransferBackend`."""
+        self._on_complete = on_complete
+        for thread in self._threads:
+            thread.start()
+
+    def copy(self, stream: Stream, source: ExpertKey, slot: int) -> TransferTicket:  # noqa: ARG002
+        """See `TransferBackend`."""
+        if self._closed:
+            raise EngineClosedError(f"{source} was to be read after the transfers were closed")
+        ticket = TransferTicket(source, slot)
+        self._jobs.put(ticket)
+        return ticket
+
+    def launch(self, stream: Stream, fn: Callable[[], None], reads: Sequence[int], writes: Sequence[int] = ()) -> None:  # noqa: ARG002
+        """See `TransferBackend`."""
+        fn()
+
+    def synchronize(self) -> None:
+        """See `TransferBackend`: a launch has run by the time it returns."""
+
+    def close(self) -> None:
+        """See `TransferBackend`."""
+        if self._closed:
+            return
+        self._closed = True
+        for _ in self._threads:
+            self._jobs.put(None)
+        for thread in self._threads:
+            if thread.is_alive():
+                thread.join()
+
+    def _read_forever(self) -> None:
+        while (ticket := self._jobs.get()) is not None:
+            try:
+                ticket.bytes_read = self.store.read(ticket.key, self.arena.buffer(ticket.slot))
+            except OffloadError as error:
+                ticket.error = error
+            except Exception as error:  # whatever it is, the engine must hear of it rather than wait for ever
+                ticket.error = TransferError(
+                    f"expert {ticket.key.expert} of layer {ticket.key.layer} could not be read: "
+                    f"{type(error).__name__}: {error}"
+                )
+            if self._on_complete is not None:
+                self._on_complete(ticket)

@@ -1,0 +1,150 @@
+"""How many bytes each part of a running model takes: integer arithmetic over its config, no torch.
+
+Weights and KV cache are exact. The workspace is an upper bound, derived from the forward as it is written in
+`offload_engine.model`: each of its stages is summed over the tensors alive at its worst moment, and the largest stage
+counts, since stages follow one another and free what they used.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    from offload_engine.model.config import ModelConfig
+
+DeviceKind = Literal["cpu", "cuda"]
+
+FLOAT32 = 4
+INT64 = 8
+SLAB_ALIGNMENT = 4096
+"""Direct reads start and end on multiples of this."""
+GEMM_SCRATCH_BYTES = 32 * 2**20
+"""The matrix libraries' own buffers: up to 11 MB were measured with MKL and oneDNN on 2 threads; cuBLAS takes 8 to 32
+MiB."""
+ROUTING_BYTES_PER_SCORE = 64
+"""Per token and expert: logits, scores, selection, votes, two stable sorts with their int64 indices, and masks."""
+SAMPLER_BYTES_PER_LOGIT = 5 * FLOAT32 + INT64
+"""Per position and vocabulary entry: logits, plain softmax, scaled softmax, and a sort's values, indices and running
+sum."""
+
+
+@dataclass(frozen=True, slots=True)
+class Forward:
+    """The size of the largest forward a plan allows for."""
+
+    tokens: int
+    """Tokens that go through the layers together."""
+    positions: int
+    """Positions those tokens attend to, themselves included."""
+    block: int
+    """Tokens whose logits are taken together."""
+    choices: int
+    """Routed experts per token."""
+    itemsize: int
+    """Bytes of one number of the compute dtype."""
+    dequantise: bool = False
+    """Expert weights are stored in another dtype than they are computed in."""
+
+
+def round_up(count: int, step: int) -> int:
+    """The smallest multiple of `step` that is not less than `count`."""
+    return -(-count // step) * step
+
+
+def estimated_slab_bytes(config: ModelConfig, stored_itemsize: int) -> int:
+    """Bytes of the slot of one routed expert, for a plan made before its store is open.
+
+    The three matrices, rounded up to whole pages, and a page of slack at either end: where an expert starts in a
+    safetensors file is arbitrary, and a direct read begins and ends on a page.
+    """
+    payload = 3 * config.hidden_size * config.moe_intermediate_size * stored_itemsize
+    return round_up(payload, SLAB_ALIGNMENT) + 2 * SLAB_ALIGNMENT
+
+
+def all_experts(config: ModelConfig) -> int:
+    """Routed experts of the whole model."""
+    return len(config.moe_layers) * config.num_experts
+
+
+def embedding_bytes(config: ModelConfig, itemsize: int) -> int:
+    """Bytes of the embedding table, or of the lm head, which has the same shape."""
+    return config.vocab_size * config.hidden_size * itemsize
+
+
+def resident_bytes(config: ModelConfig, itemsize: int) -> int:
+    """Bytes of all weights but the embedding table, the lm head and the routed experts.
+
+    Everything is held in the compute dtype, routers and their biases excepted, which are float32.
+    """
+    hidden, head_dim = config.hidden_size, config.head_dim
+    heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
+    fused = (heads + 2 * kv_heads) * head_dim
+    attention = hidden * fused + heads * head_dim * hidden
+    attention += (fused if config.use_qkv_bias else 0) + (hidden if config.use_bias else 0)
+    attention += 2 * head_dim if config.use_qk_norm else 0
+    moe_layers = len(config.moe_layers)
+    dense_layers = config.num_hidden_layers - moe_layers
+    numbers = hidden + config.num_hidden_layers * (attention + 2 * hidden)
+    numbers += 3 * hidden * (dense_layers * config.intermediate_size + moe_layers * config.shared_intermediate_size)
+    router = config.num_experts * (hidden + (1 if config.moe_router_enable_expert_bias else 0))
+    return numbers * itemsize + moe_layers * router * FLOAT32
+
+
+def kv_bytes_per_position(config: ModelConfig, itemsize: int) -> int:
+    """Bytes one position takes in the KV caches of all layers."""
+    return config.num_hidden_layers * 2 * config.num_key_value_heads * config.head_dim * itemsize
+
+
+def workspace_bytes(config: ModelConfig, forward: Forward, device: DeviceKind) -> int:
+    """Upper bound of the memory a forward needs beside weights, slots and KV cache; see the module's docstring."""
+    tokens, item = forward.tokens, forward.itemsize
+    stream = tokens * config.hidden_size * item  # one copy of the residual stream
+    angles = tokens * config.rotary * 2 * max(item, FLOAT32)
+    predictor = tokens * config.hidden_size * FLOAT32 + tokens * config.num_experts * FLOAT32
+    fixed = 3 * stream + angles + predictor  # residual before and after attention, and the normed input of a half-layer
+    stages = (
+        tokens * config.hidden_size * 2 * (FLOAT32 + item),  # RMSNorm of the stream: input and product in float32
+        _attention_bytes(config, forward, device),
+        _feed_forward_bytes(config, forward),
+        forward.block * config.vocab_size * (item + SAMPLER_BYTES_PER_LOGIT),
+    )
+    return fixed + max(stages) + GEMM_SCRATCH_BYTES
+
+
+def _attention_bytes(config: ModelConfig, forward: Forward, device: DeviceKind) -> int:
+    tokens, positions, item = forward.tokens, forward.positions, forward.itemsize
+    heads, kv_heads, head_dim = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+    query = tokens * heads * head_dim
+    one_layer = 2 * positions * kv_heads * head_dim  # keys and values
+    projected = tokens * (heads + 2 * kv_heads) * head_dim * item * 2  # fused, and queries and keys once normed
+    turning = query * max(5 * item, 2 * (FLOAT32 + item))  # rotary's products, or the norm's float32 copies
+    mask = tokens * positions * (1 + FLOAT32)  # bool, and the additive mask torch makes of it
+    attended = one_layer * item + mask + 2 * query * item  # prefix and block joined, output, output made contiguous
+    if device == "cuda":
+        # No fused kernel takes both a mask and shared key-value heads, so torch may fall back to its math path:
+        # scores and their softmax, and keys and values repeated for every head, once plain and once scaled.
+        scores = 2 * heads * tokens * positions
+        repeated = 3 * positions * heads * head_dim + one_layer
+        attended += (scores + repeated + 3 * query) * FLOAT32
+    else:
+        attended += one_layer * item  # the tiled kernel packs keys and values for the matrix units
+    return projected + max(turning, attended)
+
+
+def _feed_forward_bytes(config: ModelConfig, forward: Forward) -> int:
+    """The larger of a dense layer's and a MoE layer's need."""
+    tokens, item, hidden = forward.tokens, forward.itemsize, config.hidden_size
+    dense = tokens * (4 * config.intermediate_size + hidden) * item
+    if not config.moe_layers:
+        return dense
+    shared = tokens * (4 * config.shared_intermediate_size + 2 * hidden) * item
+    routing = tokens * (hidden * FLOAT32 + config.num_experts * ROUTING_BYTES_PER_SCORE)
+    decision = tokens * forward.choices * (4 * INT64 + 2 * FLOAT32)
+    outputs = tokens * forward.choices * hidden * item
+    rows = round_up(tokens, 32)  # all tokens may choose one expert, padded as `model.moe.padded_rows` does
+    one_expert = rows * (3 * hidden + 4 * config.moe_intermediate_size) * item
+    if forward.dequantise:
+        one_expert += 3 * hidden * config.moe_intermediate_size * item
+    combine = tokens * hidden * ((2 * forward.choices + 1) * FLOAT32 + item)
+    return max(dense, shared, routing, decision + outputs + max(one_expert, combine))

@@ -1,0 +1,159 @@
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from offload_engine.core import ForwardInfo, Phase
+from offload_engine.errors import ConfigError, TraceError
+from offload_engine.experts.predictor import (
+    PREDICTORS,
+    CrossLayerGate,
+    ExpertPredictor,
+    NoPredictor,
+    Oracle,
+    Prediction,
+    PredictionCounts,
+    PreviousStep,
+    make_predictor,
+)
+
+LAYER = 1
+
+
+def forward(
+    predictor: ExpertPredictor, phase: Phase, block: int, step: int, chosen: Prediction, offer: Prediction | None = None
+) -> Prediction:
+    """One forward with one MoE layer, as the executor drives it. Returns what was predicted."""
+    predictor.begin(ForwardInfo(phase, block, step))
+    if offer is not None:
+        predictor.offer(LAYER, *zip(*offer, strict=True))
+    predicted = predictor.predict(LAYER)
+    predictor.observe(LAYER, [expert for expert, _ in chosen], [score for _, score in chosen])
+    return predicted
+
+
+ONE, TWO, THREE = [(5, 2.0), (3, 1.0)], [(3, 4.0), (8, 0.5)], [(1, 1.0)]
+
+
+def test_none_predicts_nothing() -> None:
+    predictor = NoPredictor()
+    assert forward(predictor, Phase.DENOISE, 0, 0, ONE, offer=ONE) == []
+    assert forward(predictor, Phase.DENOISE, 0, 1, ONE, offer=ONE) == []
+    assert predictor.counts == PredictionCounts(predicted=0, correct=0, actual=4)
+
+
+def test_previous_step_repeats_the_last_step_of_its_layer() -> None:
+    predictor = PreviousStep()
+    assert forward(predictor, Phase.DENOISE, 2, 0, ONE) == []
+    assert forward(predictor, Phase.DENOISE, 2, 1, TWO) == ONE
+    assert forward(predictor, Phase.DENOISE, 2, 2, TWO) == TWO
+    assert predictor.predict(LAYER + 1) == []
+
+
+def test_previous_step_carries_the_commit_into_the_next_block() -> None:
+    predictor = PreviousStep()
+    forward(predictor, Phase.DENOISE, 2, 0, ONE)
+    assert forward(predictor, Phase.COMMIT, 2, 1, TWO) == ONE
+    assert forward(predictor, Phase.DENOISE, 3, 0, THREE) == TWO
+
+
+def test_previous_step_neither_serves_nor_learns_from_a_prefill_and_forgets_the_sequence_before() -> None:
+    predictor = PreviousStep()
+    forward(predictor, Phase.DENOISE, 2, 0, ONE)
+    assert forward(predictor, Phase.PREFILL, 0, 0, TWO) == []
+    assert forward(predictor, Phase.PREFILL, 4, 0, TWO) == []
+    assert forward(predictor, Phase.DENOISE, 5, 0, THREE) == []
+    assert forward(predictor, Phase.DENOISE, 5, 1, THREE) == THREE
+
+
+@pytest.mark.parametrize(("block", "step"), [(0, 0), (2, 1), (1, 7)])
+def test_previous_step_sees_a_new_sequence_in_a_step_that_does_not_come_next(block: int, step: int) -> None:
+    predictor = PreviousStep()
+    forward(predictor, Phase.DENOISE, 2, 1, ONE)
+    assert forward(predictor, Phase.DENOISE, block, step, TWO) == []
+    assert forward(predictor, Phase.DENOISE, block, step + 1, TWO) == TWO
+
+
+def test_previous_step_is_left_alone_by_scoring() -> None:
+    predictor = PreviousStep()
+    forward(predictor, Phase.DENOISE, 2, 0, ONE)
+    assert forward(predictor, Phase.SCORE, 0, 0, TWO) == []
+    assert forward(predictor, Phase.DENOISE, 2, 1, TWO) == ONE
+
+
+@pytest.mark.parametrize("phase", Phase)
+def test_cross_layer_gate_passes_on_this_forwards_offer(phase: Phase) -> None:
+    predictor = CrossLayerGate()
+    assert predictor.wants_preview
+    assert forward(predictor, phase, 0, 0, ONE, offer=TWO) == TWO
+    assert predictor.predict(LAYER + 1) == []
+    predictor.offer(LAYER, [9], [0.1])
+    assert predictor.predict(LAYER) == [(9, 0.1)]
+    assert forward(predictor, phase, 0, 1, ONE) == []
+
+
+def test_only_the_gate_wants_previews() -> None:
+    assert [name for name in PREDICTORS if make_predictor(name).wants_preview] == ["cross-layer-gate"]
+
+
+def test_the_oracle_reads_its_recording() -> None:
+    predictor = Oracle([{LAYER: ONE}, {}, {LAYER: TWO}])
+    assert predictor.predict(LAYER) == []
+    assert forward(predictor, Phase.PREFILL, 0, 0, ONE) == ONE
+    assert forward(predictor, Phase.DENOISE, 1, 0, THREE) == []
+    assert forward(predictor, Phase.DENOISE, 1, 1, TWO) == TWO
+    with pytest.raises(TraceError, match="forward 4 begins, but its recording holds 3"):
+        predictor.begin(ForwardInfo(Phase.DENOISE, 1, 2))
+
+
+def test_predictions_are_the_callers_to_change() -> None:
+    predictor = PreviousStep()
+    forward(predictor, Phase.DENOISE, 0, 0, ONE)
+    predictor.predict(LAYER).clear()
+    assert predictor.predict(LAYER) == ONE
+
+
+def test_counts_compare_the_last_prediction_with_what_was_chosen() -> None:
+    predictor = CrossLayerGate()
+    assert (predictor.counts.precision, predictor.counts.recall) == (0.0, 0.0)
+    predictor.begin(ForwardInfo(Phase.DENOISE, 0, 0))
+    predictor.offer(LAYER, [7, 8, 9], [3.0, 2.0, 1.0])
+    predictor.predict(LAYER)
+    predictor.offer(LAYER, [5, 6, 4, 2], [3.0, 2.0, 1.0, 1.0])
+    predictor.predict(LAYER)
+    predictor.observe(LAYER, [5, 6, 1], [3.0, 2.0, 1.0])
+    predictor.observe(LAYER + 1, [5, 6, 1], [3.0, 2.0, 1.0])  # offered or not: nobody asked for a prediction
+    assert predictor.counts == PredictionCounts(predicted=4, correct=2, actual=6)
+    assert predictor.counts.precision == 0.5
+    assert predictor.counts.recall == pytest.approx(1 / 3)
+
+
+@pytest.mark.parametrize(("phase", "counted"), [("prefill", 0), ("denoise", 1), ("commit", 1), ("score", 0)])
+def test_counts_are_of_forwards_over_one_block(phase: str, counted: int) -> None:
+    predictor = CrossLayerGate()
+    forward(predictor, Phase(phase), 0, 0, THREE, offer=THREE)
+    assert predictor.counts == PredictionCounts(counted, counted, counted)
+
+
+SETS = st.lists(st.integers(0, 15), unique=True, max_size=8).map(lambda chosen: [(expert, 1.0) for expert in chosen])
+
+
+@given(steps=st.lists(SETS, min_size=1, max_size=12))
+def test_the_oracle_is_always_right_and_the_others_count_their_overlap(steps: list[Prediction]) -> None:
+    oracle, previous = Oracle([{LAYER: chosen} for chosen in steps]), PreviousStep()
+    for step, chosen in enumerate(steps):
+        forward(oracle, Phase.DENOISE, 0, step, chosen)
+        forward(previous, Phase.DENOISE, 0, step, chosen)
+    total = sum(map(len, steps))
+    assert oracle.counts == PredictionCounts(total, total, total)
+    overlap = sum(len({*before} & {*after}) for before, after in zip(steps, steps[1:], strict=False))
+    assert previous.counts == PredictionCounts(sum(map(len, steps[:-1])), overlap, total)
+
+
+def test_names() -> None:
+    assert {name: make_predictor(name).name for name in PREDICTORS} == {name: name for name in PREDICTORS}
+    with pytest.raises(
+        ConfigError, match="predictor is 'psychic'; choose one of none, previous-step, cross-layer-gate"
+    ):
+        make_predictor("psychic")

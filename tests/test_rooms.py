@@ -1,0 +1,94 @@
+"""Lower rooms never import higher ones (DESIGN §2)."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parent.parent / "offload_engine"
+
+FLOORS: list[tuple[str, ...]] = [
+    ("errors", "core"),
+    ("config", "metrics", "trace", "text"),
+    ("routing",),
+    ("model",),
+    ("memory",),
+    ("experts",),
+    ("decode",),
+    ("engine",),
+    ("server",),
+    ("cli",),
+]
+FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
+TORCH_FREE = ["core", "errors", "metrics", "trace", "config", "memory"] + [
+    f"experts.{name}" for name in ("cache", "eviction", "predictor", "scheduler")
+]
+SIMULATED = {"core", "metrics", "trace", "errors"}
+
+
+def modules() -> list[Path]:
+    return sorted(PACKAGE.rglob("*.py"))
+
+
+def dotted(path: Path) -> str:
+    parts = path.relative_to(PACKAGE).with_suffix("").parts
+    return ".".join(part for part in parts if part != "__init__")
+
+
+def imports(path: Path, *, at_run_time: bool = False) -> set[str]:
+    """Absolute names of the modules that `path` imports; type-checking imports left out if `at_run_time`."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    skipped = {
+        id(inner)
+        for node in ast.walk(tree)
+        if at_run_time and isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
+        for inner in ast.walk(node)
+    }
+    names = set()
+    for node in ast.walk(tree):
+        if id(node) in skipped:
+            continue
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            assert node.module is not None
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
+
+
+def rooms_of(names: set[str]) -> set[str]:
+    return {name.split(".")[1] for name in names if name.startswith("offload_engine.")}
+
+
+@pytest.mark.parametrize("path", modules(), ids=dotted)
+def test_no_module_imports_a_higher_room(path: Path) -> None:
+    name = dotted(path)
+    if not name:  # the package itself re-exports the public names
+        return
+    here = name.split(".")[0]
+    assert here in FLOOR, f"{name}: room {here!r} has no floor"
+    for room in rooms_of(imports(path, at_run_time=True)) - {here}:
+        assert FLOOR[room] <= FLOOR[here], f"{name} imports {room}, which is above it"
+
+
+@pytest.mark.parametrize("name", TORCH_FREE)
+def test_the_pure_half_needs_no_torch(name: str) -> None:
+    path = PACKAGE / (name.replace(".", "/") + ".py")
+    assert not {found for found in imports(path, at_run_time=True) if found.split(".")[0] == "torch"}
+
+
+@pytest.mark.parametrize("name", ["cache", "eviction", "predictor", "scheduler"])
+def test_the_simulated_half_of_experts_sees_only_the_ground_floor(name: str) -> None:
+    found = imports(PACKAGE / f"experts/{name}.py", at_run_time=True)
+    inside = {item for item in found if item.startswith("offload_engine.experts.")}
+    assert rooms_of(found - inside) <= SIMULATED
+    assert {item.split(".")[2] for item in inside} <= {"cache", "eviction", "predictor", "scheduler"}
+
+
+def test_nothing_in_the_package_imports_tools_or_transformers() -> None:
+    for path in modules():
+        tops = {name.split(".")[0] for name in imports(path)}
+        assert not tops & {"tools", "tests", "transformers"}, dotted(path)

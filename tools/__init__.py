@@ -1,0 +1,1 @@
+"""Commands that build, train and measure; not part of the installed package."""

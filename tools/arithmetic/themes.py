@@ -1,0 +1,34 @@
+"""The kinds of story; each carries its weight and the numbers of steps it can have."""
+
+from tools.arithmetic import (
+    ages,
+    bare,
+    belongings,
+    clock,
+    comparison,
+    goals,
+    groups,
+    measures,
+    places,
+    purse,
+    shopping,
+    unknowns,
+    work,
+)
+from tools.arithmetic.stages import Theme
+
+BARE: Theme = bare.THEME
+THEMES: tuple[Theme, ...] = (
+    belongings.THEME,
+    places.THEME,
+    comparison.THEME,
+    shopping.THEME,
+    purse.THEME,
+    work.THEME,
+    goals.THEME,
+    measures.THEME,
+    groups.THEME,
+    ages.THEME,
+    unknowns.THEME,
+    clock.THEME,
+)
