@@ -6,7 +6,15 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
-from pydantic import BaseModel, ConfigDict, Field, ModelWrapValidatorHandler, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ModelWrapValidatorHandler,
+    ValidationError,
+    ValidationInfo,
+    model_validator,
+)
 
 from offload_engine.errors import UsageError
 
@@ -113,7 +121,9 @@ class SamplingParams(BaseModel):
 
     @model_validator(mode="wrap")
     @classmethod
-    def _named_errors(cls, values: Any, handler: ModelWrapValidatorHandler[SamplingParams]) -> SamplingParams:
+    def _named_errors(
+        cls, values: Any, handler: ModelWrapValidatorHandler[SamplingParams], _info: ValidationInfo
+    ) -> SamplingParams:
         try:
             params = handler(values)
         except ValidationError as error:

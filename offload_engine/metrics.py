@@ -5,10 +5,11 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
+from offload_engine.config import format_bytes
 from offload_engine.core import Phase
 
 _GAUGES = frozenset({"planned_peak_bytes", "measured_peak_bytes", "limit_bytes", "slots", "slots_per_layer"})
@@ -33,16 +34,19 @@ class EngineStats:
     """Blocks finished."""
     denoise_steps: int = 0
     """Denoising steps summed over prompts; a forward that steps several prompts at once counts once for each."""
-    prefill_forwards: int = 0
-    denoise_forwards: int = 0
-    commit_forwards: int = 0
-    score_forwards: int = 0
+    forwards: dict[Phase, int] = field(default_factory=dict)
+    """Forwards run, by phase."""
 
     expert_requests: int = 0
     """Distinct experts wanted, summed over runs of MoE layers."""
     hits: int = 0
-    """Requests whose expert was in fast memory, or on its way there, when its layer's routing became known."""
+    """Requests whose expert was in fast memory when its layer's routing became known."""
+    late: int = 0
+    """Requests whose expert was on its way then, ordered by a prediction."""
     misses: int = 0
+    """Requests whose transfer began only then."""
+    loads: int = 0
+    """Transfers of experts into fast memory that were completed, predicted ones included."""
     prefetches_issued: int = 0
     prefetches_used: int = 0
     prefetches_wasted: int = 0
@@ -77,11 +81,6 @@ class EngineStats:
     """Expert slots in fast memory."""
     slots_per_layer: float = 0.0
 
-    def count_forward(self, phase: Phase) -> None:
-        """One forward was run."""
-        name = f"{phase}_forwards"
-        setattr(self, name, getattr(self, name) + 1)
-
     def count_unique(self, layer: int, distinct: int) -> None:
         """In a denoising forward one block chose `distinct` experts in `layer`; not for prefill and commit."""
         self.unique_experts_sum += distinct
@@ -89,32 +88,39 @@ class EngineStats:
         total, count = self.unique_experts_by_layer.get(layer, (0, 0))
         self.unique_experts_by_layer[layer] = (total + distinct, count + 1)
 
+    @contextmanager
+    def phase(self, name: Phase | str) -> Iterator[None]:
+        """Add the body's duration to `{name}_seconds`, also when it raises.
+
+        `name` is a `Phase`, or one of "wall", "stall", "attention", "moe".
+        """
+        counter = f"{name}_seconds"
+        getattr(self, counter)  # a name nobody counts fails here, not after the work is done
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            setattr(self, counter, getattr(self, counter) + time.perf_counter() - start)
+
     def snapshot(self) -> EngineStats:
         """A copy that further counting leaves alone."""
-        values = {item.name: getattr(self, item.name) for item in fields(self)}
-        values["unique_experts_by_layer"] = dict(self.unique_experts_by_layer)
-        return EngineStats(**values)
+        return replace(self, forwards=dict(self.forwards), unique_experts_by_layer=dict(self.unique_experts_by_layer))
 
     def since(self, earlier: EngineStats) -> EngineStats:
         """What was counted after the snapshot `earlier` was taken; peaks, limit and slots stay as they are now."""
-        values = {
-            item.name: getattr(self, item.name)
-            if item.name in _GAUGES
-            else getattr(self, item.name) - getattr(earlier, item.name)
-            for item in fields(self)
-            if item.name != "unique_experts_by_layer"
-        }
-        by_layer: dict[int, tuple[int, int]] = {}
-        for layer, (total, count) in self.unique_experts_by_layer.items():
-            total_then, count_then = earlier.unique_experts_by_layer.get(layer, (0, 0))
-            if count > count_then:
-                by_layer[layer] = (total - total_then, count - count_then)
-        return EngineStats(**values, unique_experts_by_layer=by_layer)
+        values: dict[str, Any] = {}
+        for item in fields(self):
+            now, then = getattr(self, item.name), getattr(earlier, item.name)
+            if isinstance(now, dict):
+                values[item.name] = _difference(now, then)
+            else:
+                values[item.name] = now if item.name in _GAUGES else now - then
+        return EngineStats(**values)
 
     @property
     def hit_rate(self) -> float | None:
         """Share of requests that hit."""
-        return _ratio(self.hits, self.hits + self.misses)
+        return _ratio(self.hits, self.hits + self.late + self.misses)
 
     @property
     def unique_experts(self) -> float | None:
@@ -144,6 +150,7 @@ class EngineStats:
     def as_dict(self) -> dict[str, Any]:
         """Every counter and derived value, ready for `json.dumps`; per layer the mean of unique experts."""
         values: dict[str, Any] = {item.name: getattr(self, item.name) for item in fields(self)}
+        values["forwards"] = {str(phase): self.forwards.get(phase, 0) for phase in Phase}
         values["unique_experts_by_layer"] = {
             str(layer): total / count for layer, (total, count) in sorted(self.unique_experts_by_layer.items())
         }
@@ -159,36 +166,21 @@ class EngineStats:
 
     def summary_line(self) -> str:
         """The run in one line; what was not measured reads n/a."""
-        measured = _bytes(self.measured_peak_bytes) if self.measured_peak_bytes else "n/a"
-        peak = f"peak {measured} of {_bytes(self.planned_peak_bytes)} planned"
+        measured = format_bytes(self.measured_peak_bytes) if self.measured_peak_bytes else "n/a"
+        peak = f"peak {measured} of {format_bytes(self.planned_peak_bytes)} planned"
         if self.limit_bytes:
-            peak += f" (limit {_bytes(self.limit_bytes)})"
+            peak += f" (limit {format_bytes(self.limit_bytes)})"
         return ", ".join(
             (
                 f"{_number(self.tokens_per_second)} tokens/s",
                 f"{self.denoise_steps} steps ({_number(self.tokens_per_step)} tokens each)",
                 f"{_number(self.unique_experts)} unique experts per layer",
                 f"hit rate {_percent(self.hit_rate)}",
-                f"{_bytes(self.bytes_moved)} moved",
+                f"{format_bytes(self.bytes_moved)} moved",
                 f"stalled {_percent(self.stall_share)}",
                 peak,
             )
         )
-
-
-@contextmanager
-def phase_timer(stats: EngineStats, phase: Phase | str) -> Iterator[None]:
-    """Add the body's duration to `stats.{phase}_seconds`, also when it raises.
-
-    `phase` is a `Phase`, or one of "wall", "stall", "attention", "moe".
-    """
-    name = f"{phase}_seconds"
-    getattr(stats, name)  # a name nobody counts fails here, not after the work is done
-    start = time.perf_counter()
-    try:
-        yield
-    finally:
-        setattr(stats, name, getattr(stats, name) + time.perf_counter() - start)
 
 
 def measure_peak() -> int:
@@ -225,6 +217,17 @@ def reset_peak() -> bool:
     return True
 
 
+def _difference(now: dict[Any, Any], then: dict[Any, Any]) -> dict[Any, Any]:
+    """What was added per key; a value is a number or a tuple of numbers."""
+    changed = {key: value for key, value in now.items() if value != then.get(key)}
+    return {
+        key: tuple(a - b for a, b in zip(value, then.get(key, (0,) * len(value)), strict=True))
+        if isinstance(value, tuple)
+        else value - then.get(key, 0)
+        for key, value in changed.items()
+    }
+
+
 def _ratio(part: float, whole: float) -> float | None:
     return part / whole if whole else None
 
@@ -235,10 +238,3 @@ def _number(value: float | None) -> str:
 
 def _percent(value: float | None) -> str:
     return "n/a" if value is None else f"{value * 100:.1f} %"
-
-
-def _bytes(size: int) -> str:
-    for unit, scale in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
-        if size >= scale:
-            return f"{size / scale:.2f} {unit}"
-    return f"{size} B"

@@ -8,6 +8,7 @@ import math
 from pathlib import Path
 from typing import Any, Literal
 
+import pytest
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
@@ -16,6 +17,8 @@ from offload_engine.model.config import ModelConfig
 from offload_engine.model.llada2 import LLaDA2Model
 
 Layout = Literal["split", "merged"]
+GOLDEN = Path(__file__).parents[2] / "shared" / "golden" / "llada2_tiny"
+needs_golden = pytest.mark.skipif(not GOLDEN.is_dir(), reason="the golden vectors of ../shared are not here")
 MATRICES = ("gate_proj", "up_proj", "down_proj")
 
 

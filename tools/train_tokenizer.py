@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import click
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 if __package__ in (None, ""):  # run as a script: the repository's root is not on the path
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -19,6 +19,9 @@ SPECIAL_TOKENS = (END, MASK, "<role>", "</role>", "<|role_end|>")
 """Their ids are the last of the vocabulary, in this order."""
 
 ROLES = {"system": "SYSTEM", "user": "HUMAN", "assistant": "ASSISTANT"}
+WORDS = r" ?\\boxed\{| ?\p{L}+|'s\b| ?[^\s\p{L}\p{N}]|\s+(?!\S)|\s+"
+"""What may become one token: a word or a sign with the space before it; the start of the box counts as a word."""
+
 VOCABULARY_MULTIPLE = 64
 BYTES = 256
 
@@ -55,7 +58,11 @@ def train(vocab_size: int, seed: int, count: int) -> Tokenizer:
         raise ValueError(f"the vocabulary must be a multiple of {VOCABULARY_MULTIPLE} above {BYTES}, not {vocab_size}")
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+        [
+            pre_tokenizers.Digits(individual_digits=True),
+            pre_tokenizers.Split(Regex(WORDS), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
     )
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
@@ -66,9 +73,7 @@ def train(vocab_size: int, seed: int, count: int) -> Tokenizer:
     tokenizer.train_from_iterator(corpus(seed, count), trainer)
     tokenizer.add_special_tokens(list(SPECIAL_TOKENS))
     if tokenizer.get_vocab_size() != vocab_size:
-        raise ValueError(
-            f"{count} problems fill {tokenizer.get_vocab_size()} of {vocab_size} tokens: use more problems"
-        )
+        raise ValueError(f"{count} problems are too few to fill {vocab_size} tokens")
     return tokenizer
 
 

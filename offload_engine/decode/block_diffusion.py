@@ -11,12 +11,15 @@ from torch import Tensor
 
 from offload_engine.core import FinishReason, ForwardInfo, Phase, SamplingParams
 from offload_engine.decode.kv_cache import PrefixCache
-from offload_engine.decode.sampler import accept, propose, unmask_schedule
+from offload_engine.decode.sampler import Proposal, accept, propose, unmask_schedule
 from offload_engine.errors import ModelError
 from offload_engine.metrics import EngineStats
 from offload_engine.model.llada2 import Forward, LLaDA2Model
 from offload_engine.model.moe import ExpertExecutor
 from offload_engine.routing.base import RoutingPolicy
+
+LOGIT_ROWS = 32
+"""Positions whose logits are taken together."""
 
 
 @dataclass(slots=True)
@@ -124,7 +127,7 @@ class BlockDiffusionDecoder:
     def _prefill(self, ids: list[int], length: int, cancelled: Callable[[], bool]) -> bool:
         """Bring the prompt's whole blocks into the cache. False if cancelled on the way."""
         chunk = max(1, self.prefill_chunk // length) * length
-        with self.stats.phase("prefill"):
+        with self.stats.phase(Phase.PREFILL):
             for start in range(0, len(ids), chunk):
                 if cancelled():
                     return False
@@ -153,12 +156,11 @@ class BlockDiffusionDecoder:
         """One step: forward the block, and unmask at least `least` of its positions."""
         length = params.block_length
         start = state.block * length
-        with self.stats.phase("denoise"):
+        with self.stats.phase(Phase.DENOISE):
             hidden = self._forward(state.ids[start:], length, ForwardInfo(Phase.DENOISE, state.block, state.step))
             first = max(state.prompt_length, start)
             masked = [i for i in range(first, start + length) if state.ids[i] == self.mask_token_id]
-            logits = self.model.logits(hidden[torch.tensor(masked, device=hidden.device) - start])
-            tokens, confidence = propose(logits, self.mask_token_id, params, generator)
+            tokens, confidence = self._propose(hidden, [i - start for i in masked], params, generator)
             if not bool(confidence.isfinite().all()):
                 raise ModelError(
                     f"the model's logits are not finite in block {state.block}, step {state.step}: its weights are "
@@ -177,6 +179,18 @@ class BlockDiffusionDecoder:
         state.step += 1
         self.stats.denoise_steps += 1
 
+    def _propose(
+        self, hidden: Tensor, rows: Sequence[int], params: SamplingParams, generator: torch.Generator | None
+    ) -> Proposal:
+        """Proposals for these rows of `hidden`, a few at a time: logits over a large vocabulary are the largest
+        activations there are.
+        """
+        chosen = hidden[torch.tensor(rows, device=hidden.device)]
+        parts = [
+            propose(self.model.logits(part), self.mask_token_id, params, generator) for part in chosen.split(LOGIT_ROWS)
+        ]
+        return Proposal(torch.cat([part.tokens for part in parts]), torch.cat([part.confidence for part in parts]))
+
     def _decided(self, state: DecodingState) -> int:
         """Length of the answer before its first mask, at its longest."""
         answer = state.ids[state.prompt_length : state.end]
@@ -194,7 +208,7 @@ class BlockDiffusionDecoder:
     @torch.inference_mode()
     def _commit(self, state: DecodingState, length: int) -> None:
         """One more forward over the finished block leaves its exact keys and values in the cache."""
-        with self.stats.phase("commit"):
+        with self.stats.phase(Phase.COMMIT):
             self._forward(state.ids[-length:], length, ForwardInfo(Phase.COMMIT, state.block, state.step))
             self.cache.commit(length)
 

@@ -7,7 +7,7 @@ import mmap
 import torch
 from torch import Tensor
 
-from offload_engine.errors import MemoryBudgetError
+from offload_engine.errors import EngineClosedError, MemoryBudgetError
 from offload_engine.experts.layout import SLOT_ALIGNMENT, SlabLayout
 from offload_engine.model.moe import ExpertWeights
 
@@ -37,14 +37,14 @@ class SlotArena:
     def buffer(self, slot: int) -> memoryview:
         """The slot's bytes [slab_bytes], writable."""
         if self._bytes is None:
-            raise ValueError("the slot arena is closed")
+            raise EngineClosedError("the slots of the expert cache were used after they were closed")
         start = self._start(slot)
         return self._bytes[start : start + self.slab_bytes]
 
     def weights(self, slot: int, layout: SlabLayout) -> ExpertWeights:
         """The matrices of the expert in `slot`, as views: they change when the slot is filled again."""
         if self._tensor is None:
-            raise ValueError("the slot arena is closed")
+            raise EngineClosedError("the slots of the expert cache were used after they were closed")
         start = self._start(slot)
         return layout.weights(self._tensor[start : start + self.slab_bytes])
 

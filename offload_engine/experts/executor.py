@@ -97,7 +97,8 @@ class OffloadedExperts:
             with self._changed:
                 self._carry_out(self.scheduler.want(layer, ranked.experts, ranked.scores))
             for _ in ranked.experts:
-                key, slot = self._next_compute()
+                compute = self._next_compute()
+                key, slot = compute.key, compute.slot
                 weights = self.arena.weights(slot, self.store.layout(key))
                 self.transfers.launch(
                     Stream.COMPUTE, partial(outputs.compute, tokens[key.expert], weights), reads=(slot,)
@@ -114,7 +115,9 @@ class OffloadedExperts:
         """Wait until no transfer is under way, then check that the cache conserves its slots."""
         with self._changed:
             if not self._changed.wait_for(lambda: self.scheduler.transfers_under_way == 0, timeout):
-                raise InternalError(f"{self.scheduler.transfers_under_way} transfers did not end within {timeout:.0f} s")
+                raise InternalError(
+                    f"{self.scheduler.transfers_under_way} transfers did not end within {timeout:.0f} s"
+                )
             self.scheduler.cache.check()
 
     def close(self) -> None:

@@ -189,7 +189,8 @@ class _File:
         target = slab[window.slab_offset : window.slab_offset + window.nbytes]
         got = 0
         while got < window.needed:
-            start = align_down(got)  # where a read stopped short of a whole unit, direct I/O has to begin it again
+            # Where a direct read stopped short of a whole unit, the next one has to begin that unit again.
+            start = got
             count = os.preadv(self.descriptor, [target[start:]], window.file_offset + start)
             if start + count <= got:
                 raise TransferError(

@@ -24,9 +24,9 @@ GEMM_SCRATCH_BYTES = 32 * 2**20
 MiB."""
 ROUTING_BYTES_PER_SCORE = 64
 """Per token and expert: logits, scores, selection, votes, two stable sorts with their int64 indices, and masks."""
-SAMPLER_BYTES_PER_LOGIT = 5 * FLOAT32 + INT64
-"""Per position and vocabulary entry: logits, plain softmax, scaled softmax, and a sort's values, indices and running
-sum."""
+SAMPLER_BYTES_PER_LOGIT = 7 * FLOAT32 + INT64
+"""Per position and vocabulary entry when a token is drawn: logits, the same scaled, a sort's values and int64 indices,
+probabilities, two running sums of them, and the draw's noise with room for the mask of kept entries."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,7 +109,10 @@ def workspace_bytes(config: ModelConfig, forward: Forward, device: DeviceKind) -
         _feed_forward_bytes(config, forward),
         forward.block * config.vocab_size * (item + SAMPLER_BYTES_PER_LOGIT),
     )
-    return fixed + max(stages) + GEMM_SCRATCH_BYTES
+    largest = fixed + max(stages)
+    if device == "cuda":
+        largest += largest // 4  # torch's caching allocator keeps freed blocks whose size fits no later stage
+    return largest + GEMM_SCRATCH_BYTES
 
 
 def _attention_bytes(config: ModelConfig, forward: Forward, device: DeviceKind) -> int:
@@ -120,15 +123,13 @@ def _attention_bytes(config: ModelConfig, forward: Forward, device: DeviceKind) 
     projected = tokens * (heads + 2 * kv_heads) * head_dim * item * 2  # fused, and queries and keys once normed
     turning = query * max(5 * item, 2 * (FLOAT32 + item))  # rotary's products, or the norm's float32 copies
     mask = tokens * positions * (1 + FLOAT32)  # bool, and the additive mask torch makes of it
-    attended = one_layer * item + mask + 2 * query * item  # prefix and block joined, output, output made contiguous
+    attended = one_layer * item + mask + 2 * query * item  # keys and values packed, output, output made contiguous
     if device == "cuda":
         # No fused kernel takes both a mask and shared key-value heads, so torch may fall back to its math path:
         # scores and their softmax, and keys and values repeated for every head, once plain and once scaled.
         scores = 2 * heads * tokens * positions
         repeated = 3 * positions * heads * head_dim + one_layer
         attended += (scores + repeated + 3 * query) * FLOAT32
-    else:
-        attended += one_layer * item  # the tiled kernel packs keys and values for the matrix units
     return projected + max(turning, attended)
 
 

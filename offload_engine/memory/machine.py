@@ -35,7 +35,9 @@ def _cgroup_headrooms(root: Path) -> list[int]:
     mounts = root / "sys/fs/cgroup"
     headrooms: list[int | None] = []
     for line in lines:
-        _, controllers, path = (line.split(":", 2) + ["", ""])[:3]
+        if line.count(":") < 2:
+            continue
+        controllers, path = line.split(":", 2)[1:]
         own = PurePosixPath(path.lstrip("/"))
         for group in (own, *own.parents):  # a container may see its own group only at the mount's root
             if not controllers:

@@ -33,28 +33,25 @@ class SwiGLU(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[.., hidden] -> [.., hidden]."""
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))  # type: ignore[no-any-return]
+        out: Tensor = self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return out
 
 
-class Rotary(nn.Module):
-    """Rotary position embedding over the leading `dims` of each head (rotate-half form), the rest left as it is."""
+def rotary_angles(positions: Tensor, dims: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Cosines and sines [.., T, dims] of rotary embedding for int positions [.., T]; computed in float32, then cast."""
+    exponents = torch.arange(0, dims, 2, dtype=torch.float32, device=positions.device) / dims
+    half = positions.unsqueeze(-1).float() * (1.0 / theta**exponents)
+    both = torch.cat((half, half), dim=-1)
+    return both.cos().to(dtype), both.sin().to(dtype)
 
-    def __init__(self, dims: int, theta: float) -> None:
-        super().__init__()
-        self.dims = dims
-        self.theta = theta
 
-    def angles(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Cosines and sines [.., T, dims] for int positions [.., T]; computed in float32, then cast to `dtype`."""
-        exponents = torch.arange(0, self.dims, 2, dtype=torch.float32, device=positions.device) / self.dims
-        half = positions.unsqueeze(-1).float() * (1.0 / self.theta**exponents)
-        both = torch.cat((half, half), dim=-1)
-        return both.cos().to(dtype), both.sin().to(dtype)
-
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """Turn `x` [.., T, heads, head_dim] by angles [.., T, dims]."""
-        turned, rest = x[..., : self.dims], x[..., self.dims :]
-        first, second = turned.chunk(2, dim=-1)
-        rotated = torch.cat((-second, first), dim=-1)
-        turned = turned * cos.unsqueeze(-2) + rotated * sin.unsqueeze(-2)
-        return torch.cat((turned, rest), dim=-1) if rest.shape[-1] else turned
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn the leading dims of each head of `x` [.., T, heads, head_dim] by angles [.., T, dims], rotate-half form;
+    the rest stays as it is.
+    """
+    dims = cos.shape[-1]
+    turned, rest = x[..., :dims], x[..., dims:]
+    first, second = turned.chunk(2, dim=-1)
+    rotated = torch.cat((-second, first), dim=-1)
+    turned = turned * cos.unsqueeze(-2) + rotated * sin.unsqueeze(-2)
+    return torch.cat((turned, rest), dim=-1) if rest.shape[-1] else turned

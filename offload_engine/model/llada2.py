@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
+from typing import cast
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -12,7 +13,7 @@ from offload_engine.core import ForwardInfo, RoutingDecision
 from offload_engine.errors import InternalError
 from offload_engine.model.attention import Attention, KeyValues
 from offload_engine.model.config import ModelConfig
-from offload_engine.model.layers import RMSNorm, SwiGLU
+from offload_engine.model.layers import RMSNorm, SwiGLU, rotary_angles
 from offload_engine.model.moe import ExpertExecutor, MoEBlock
 from offload_engine.routing.base import RoutingPolicy
 
@@ -51,8 +52,10 @@ class DecoderLayer(nn.Module):
         hidden = hidden + self.attention(self.input_layernorm(hidden), angles, forward.key_values)
         normed = self.post_attention_layernorm(hidden)
         if isinstance(self.mlp, MoEBlock):
-            return hidden + self.mlp(normed, forward.block_ids, forward.policy, forward.experts)
-        return hidden + self.mlp(normed)
+            out: Tensor = self.mlp(normed, forward.block_ids, forward.policy, forward.experts)
+        else:
+            out = self.mlp(normed)
+        return hidden + out
 
     def preview(self, hidden: Tensor, forward: Forward) -> RoutingDecision:
         """How this layer would route `hidden` [.., T, H] as it stands (the cross-layer gate of REFERENCE §3)."""
@@ -82,20 +85,25 @@ class LLaDA2Model(nn.Module):
         if config.tie_word_embeddings:
             self.lm_head.weight = self.model.word_embeddings.weight
 
+    @property
+    def layers(self) -> list[DecoderLayer]:
+        """The decoder layers, in the order they run."""
+        return cast("list[DecoderLayer]", list(self.model.layers))
+
     def forward(self, token_ids: Tensor, forward: Forward) -> Tensor:
         """Hidden states [.., T, H] after the final norm, for `token_ids` [.., T] int64."""
         forward.experts.begin(forward.info)
         hidden = self.model.word_embeddings(token_ids)
-        rotary = self.model.layers[0].attention.rotary
-        angles = rotary.angles(forward.positions, hidden.dtype)
-        for index, layer in enumerate(self.model.layers):
+        angles = rotary_angles(forward.positions, self.config.rotary, self.config.rope_theta, hidden.dtype)
+        for index, layer in enumerate(self.layers):
             if index in self.config.moe_layers:
                 forward.experts.prepare(index, partial(self._preview, hidden, forward))
             hidden = layer(hidden, angles, forward)
-        return self.model.norm(hidden)  # type: ignore[no-any-return]
+        normed: Tensor = self.model.norm(hidden)
+        return normed
 
     def _preview(self, hidden: Tensor, forward: Forward, layer: int) -> RoutingDecision:
-        return self.model.layers[layer].preview(hidden, forward)  # type: ignore[operator, no-any-return]
+        return self.layers[layer].preview(hidden, forward)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits [.., vocab] float32 of hidden states [.., H]: only for the positions that need them."""

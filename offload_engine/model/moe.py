@@ -68,7 +68,7 @@ def tokens_by_expert(experts: Tensor) -> list[ExpertTokens]:
 
 
 def padded_rows(rows: int, dtype: torch.dtype) -> int:
-    """Rows a product is computed with: oneDNN builds a primitive per new shape, so 16-bit products keep to few sizes."""
+    """Rows a product is computed with: oneDNN builds a primitive per new shape, so 16-bit ones keep to few sizes."""
     if dtype == torch.float32:
         return rows
     step = 4 if rows <= 32 else 32

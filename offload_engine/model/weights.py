@@ -136,7 +136,7 @@ def _require(checkpoint: Checkpoint, names: Collection[str]) -> None:
     if missing:
         others = f" and {len(missing) - 1} more are" if len(missing) > 1 else " is"
         raise CheckpointError(
-            f"{checkpoint.directory}: tensor {missing[0]!r}{others} missing, but config.json asks for it; "
+            f"{checkpoint.directory}: tensor {missing[0]!r}{others} missing, wanted by config.json; "
             "download the checkpoint again, or mend its config.json"
         )
 

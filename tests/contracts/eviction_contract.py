@@ -21,7 +21,7 @@ events = st.lists(
 
 
 def possible(wanted: list[Event]) -> list[Event]:
-    """The events that make sense one after the other: only what is in may be used or removed, only what is out put in."""
+    """The events that make sense in turn: only what is in may be used or removed, only what is out put in."""
     inside: set[ExpertKey] = set()
     kept = []
     for event in wanted:

@@ -84,8 +84,8 @@ def test_score_aware_goes_by_what_the_blocks_wanted() -> None:
 
 
 def test_score_aware_lets_old_scores_fade() -> None:
-    """A's 10 falls by 1 / 1.125 with each use of two candidates: below B's 3 after 8 of them, not after 5."""
-    for uses, victim in ((5, B), (40, A)):
+    """With two candidates A's 10 is divided by 1.125 at each later use: below B's 3 from the eleventh on."""
+    for uses, victim in ((9, B), (10, A)):
         policy = ScoreAware(memory=4)
         tell(policy, [("insert", A, 0.0), ("insert", B, 0.0), ("use", A, 10.0), *[("use", B, 0.0)] * uses])
         tell(policy, [("use", B, 3.0)])
@@ -93,12 +93,13 @@ def test_score_aware_lets_old_scores_fade() -> None:
 
 
 def test_score_aware_keeps_its_order_over_any_length() -> None:
-    """Long enough to rescale many times: the unit alone would leave the range of a float after 6000 such uses."""
+    """Long enough to rescale often: the unit alone would leave the range of a float after 6000 such uses."""
     policy = ScoreAware()
     tell(policy, [("insert", key, 0.0) for key in (A, B)])
-    for _ in range(5000):
-        tell(policy, [("use", A, 2.0), ("use", B, 1.0)])
-        assert policy.victim(lambda _key: True) == B
+    for _ in range(100):
+        for wanted, other in ((A, B), (B, A)):
+            tell(policy, [("use", wanted, 1.0)] * 50)
+            assert policy.victim(lambda _key: True) == other
 
 
 def test_unknown_policies_are_refused_by_name() -> None:

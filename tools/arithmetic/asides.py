@@ -12,8 +12,13 @@ def add_aside(tale: Tale, kind: str) -> None:
     if not tale.clauses or draw >= DISTRACTOR_SHARE + REMARK_SHARE:
         return
     aside = _distractor(tale, kind) if draw < DISTRACTOR_SHARE else _remark(tale)
-    tale.clauses.insert(0 if tale.chance(0.6) else len(tale.clauses), aside)
+    first = draw >= DISTRACTOR_SHARE or tale.chance(0.6)
+    tale.clauses.insert(0 if first else len(tale.clauses), aside)
     tale.ask = type(tale.ask)(tale.ask.core, tale.ask.tail, movable=False)
+
+
+def _alone(subject: Who | None, text: str) -> Clause:
+    return Clause(subject, text, alone=True)
 
 
 def _distractor(tale: Tale, kind: str) -> Clause:
@@ -24,7 +29,7 @@ def _distractor(tale: Tale, kind: str) -> Clause:
         f"the trip to school {tale.verb('take')} {number} minutes",
     )
     if not tale.cast or kind in ("ages", "time") or tale.chance(0.3):
-        return Clause(None, tale.any(impersonal[: 2 if kind == "time" else 3]))
+        return _alone(None, tale.any(impersonal[: 2 if kind == "time" else 3]))
     hero = Who(0, tale.cast[0].gender == "1")
     personal = (
         f"{tale.verb('live', hero)} {number} miles from the school",
@@ -33,13 +38,13 @@ def _distractor(tale: Tale, kind: str) -> Clause:
         f"{tale.verb('go', hero)} to bed at {number} o'clock",
     )
     miles_mislead = kind in ("work", "goals", "measures")
-    return Clause(hero, tale.any(personal[1:] if miles_mislead else personal))
+    return _alone(hero, tale.any(personal[1:] if miles_mislead else personal))
 
 
 def _remark(tale: Tale) -> Clause:
     if not tale.cast or tale.chance(0.3):
         be = tale.verb("be")
-        return Clause(
+        return _alone(
             None, tale.any((f"it {be} a sunny day", f"it {be} raining", f"today {be} a holiday", f"it {be} Saturday"))
         )
     hero = Who(0, tale.cast[0].gender == "1")
@@ -51,4 +56,4 @@ def _remark(tale: Tale) -> Clause:
         f"{tale.verb('like', hero)} numbers",
         f"{tale.verb('go', hero)} to school by bus",
     )
-    return Clause(hero, tale.any(remarks))
+    return _alone(hero, tale.any(remarks))

@@ -69,7 +69,7 @@ def _left_of_show(tale: Tale, steps: int) -> None:
         passed = f"{words} {have} {tale.any(('passed', 'gone by'))}"
         if left is not whole:
             passed = f"another {passed}" if gone > 1 else f"{amount} more minute {have} passed"
-        tale.event(None, passed)
+        tale.fact(None, passed)
         left = tale.step(left, "-", amount, MINUTE)
     if left is whole:
         raise DeadEndError
@@ -103,14 +103,14 @@ def _conversion(tale: Tale, steps: int) -> None:
     number = tale.rng.randint(2, most)
     count, phrase = tale.count(number, long)
     constant = tale.give(per, short.many)
-    total = tale.step(count, "*", constant, short)
+    total = tale.step(count, "*", constant, short, fixed=True)
     if steps == 1:
         tale.question(
             f"how many {constant} are {tale.any((f'in {phrase}', f'{phrase}', f'there in {phrase}'))}", movable=False
         )
         return
     lasts = tale.verb("last")
-    what = tale.any(("trip", "course", "holiday", "project", "journey"))
+    what = tale.any(("trip", "course", "holiday", "project", "journey") if long is WEEK else ("course", "project"))
     value = tale.rng.randint(1, 6 if long is WEEK else 11)
     if tale.chance(0.5) or steps == 3:
         rest, words = tale.count(value, short)
@@ -122,7 +122,7 @@ def _conversion(tale: Tale, steps: int) -> None:
         gone = tale.rng.randint(1, max(1, min(99, total.value) - 1))
         amount, words = tale.count(gone, short)
         have = "had" if tale.past else "has" if gone == 1 else "have"
-        tale.event(None, f"{words} {have} passed")
+        tale.fact(None, f"{words} {have} passed")
         tale.step(total, "-", amount, short)
         tale.question(f"how many {constant} {tale.verb('be', many=True)} left", movable=False)
     else:
@@ -130,9 +130,7 @@ def _conversion(tale: Tale, steps: int) -> None:
 
 
 def _build(tale: Tale, steps: int) -> None:
-    tellers = (_total_minutes, _left_of_show, _left_of_show, _conversion)
-    tellers = (*tellers, _hours_of_day) if steps <= 3 else (_total_minutes,)
-    tale.any(tellers)(tale, steps)
+    tale.any((_total_minutes, _left_of_show, _left_of_show, _conversion, _hours_of_day))(tale, steps)
 
 
 THEME = Theme("time", 1.0, _build, (1, 2, 3))

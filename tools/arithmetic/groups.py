@@ -1,8 +1,8 @@
 """Equal groups told in general: a box holds 12 pencils; how many are in 7 boxes, how many boxes for 84."""
 
 from tools.arithmetic import lexicon
-from tools.arithmetic.belongings import container
 from tools.arithmetic.lexicon import Noun, article, noun, nouns
+from tools.arithmetic.possessions import container
 from tools.arithmetic.stages import Theme, anything
 from tools.arithmetic.tale import Amount, Clause, DeadEndError, Tale
 

@@ -47,20 +47,24 @@ def nouns(table: str, family: str = "") -> tuple[Noun, ...]:
     return tuple(noun(entry, family) for entry in table.split())
 
 
+def _words(table: str) -> tuple[str, ...]:
+    return tuple(table.split())
+
+
 def article(word: str) -> str:
     """The indefinite article before a word of this lexicon."""
     return "an" if word[0] in "aeiou" and not word.startswith("uni") else "a"
 
 
-FEMALE = tuple(
-    "Maria Ana Emma Olivia Sophia Mia Lily Grace Chloe Ella Zoe Nora Ruby Alice Clara Eva Hannah Julia Laura Lucy Nina "
-    "Rosa Sara Tina Wendy Amy Betty Carla Diana Elena Fiona Gina Helen Irene Jane Kate Linda Mary Paula Rachel Sandra "
-    "Vera Anna Leah Ivy Priya Aisha Mei Yuki Fatima".split()
+FEMALE = _words(
+    "Maria Ana Emma Olivia Sophia Mia Lily Grace Chloe Ella Zoe Nora Ruby Alice Clara Eva Hannah Julia Laura Lucy "
+    "Nina Rosa Sara Tina Wendy Amy Betty Carla Diana Elena Fiona Gina Helen Irene Jane Kate Linda Mary Paula "
+    "Rachel Sandra Vera Anna Leah Ivy Priya Aisha Mei Yuki Fatima"
 )
-MALE = tuple(
-    "Tom Ben Jack Liam Noah Lucas Ethan Leo Max Sam Adam Peter Paul Mark David Daniel James John Henry Oscar Oliver "
-    "Hugo Felix Victor Simon Martin Kevin Brian Carl Eric Frank George Ivan Jason Luke Nick Omar Pedro Ryan Steve Tim "
-    "Tony Walter Alan Bob Raj Ali Chen Kenji Carlos".split()
+MALE = _words(
+    "Tom Ben Jack Liam Noah Lucas Ethan Leo Max Sam Adam Peter Paul Mark David Daniel James John Henry Oscar "
+    "Oliver Hugo Felix Victor Simon Martin Kevin Brian Carl Eric Frank George Ivan Jason Luke Nick Omar Pedro "
+    "Ryan Steve Tim Tony Walter Alan Bob Raj Ali Chen Kenji Carlos"
 )
 
 THINGS: tuple[Noun, ...] = (
@@ -91,7 +95,7 @@ SPECIAL_CONTAINERS: dict[str, tuple[Noun, ...]] = {
     "clothes": nouns("drawer box bag pack suitcase"),
 }
 
-COLOURS = tuple("red blue green yellow white black brown purple pink orange gray".split())
+COLOURS = _words("red blue green yellow white black brown purple pink orange gray")
 COLOURED = frozenset({"supplies", "toy", "flower", "clothes"})
 """Families whose things come in colours; the others are told apart by a contrast."""
 CONTRASTS = (("big", "small"), ("large", "small"), ("new", "old"), ("small", "big"), ("old", "new"), ("long", "short"))
@@ -122,33 +126,24 @@ DAY = noun("day")
 WEEK = noun("week")
 MONTH = noun("month")
 
-DAYS = tuple("Monday Tuesday Wednesday Thursday Friday Saturday Sunday".split())
+DAYS = _words("Monday Tuesday Wednesday Thursday Friday Saturday Sunday")
 
 _VERBS = """
-have has had had|be is was been|do does did done|buy buys bought bought|give gives gave given|get gets got got
-find finds found found|lose loses lost lost|sell sells sold sold|eat eats ate eaten|use uses used used
-pick picks picked picked|bake bakes baked baked|make makes made made|collect collects collected collected
-receive receives received received|lend lends lent lent|break breaks broke broken|throw throws threw thrown
-put puts put put|take takes took taken|leave leaves left left|arrive arrives arrived arrived|come comes came come
-go goes went gone|fly flies flew flown|swim swims swam swum|land lands landed landed|drive drives drove driven
-share shares shared shared|pack packs packed packed|need needs needed needed|want wants wanted wanted
-cost costs cost cost|pay pays paid paid|earn earns earned earned|save saves saved saved|spend spends spent spent
-work works worked worked|read reads read read|run runs ran run|walk walks walked walked|ride rides rode ridden
-solve solves solved solved|plant plants planted planted|write writes wrote written|paint paints painted painted
-practice practices practiced practiced|cut cuts cut cut|hold holds held held|contain contains contained contained
-add adds added added|pour pours poured poured|own owns owned owned|donate donates donated donated
-carry carries carried carried|join joins joined joined|sit sits sat sat|sew sews sewed sewn|keep keeps kept kept
-wash washes washed washed|fill fills filled filled|divide divides divided divided|split splits split split
-double doubles doubled doubled|triple triples tripled tripled|deliver delivers delivered delivered
-draw draws drew drawn|grow grows grew grown|drink drinks drank drunk|last lasts lasted lasted
-learn learns learned learned|sleep sleeps slept slept|play plays played played|study studies studied studied
-climb climbs climbed climbed|order orders ordered ordered|remove removes removed removed
-weigh weighs weighed weighed|produce produces produced produced|jump jumps jumped jumped|live lives lived lived|open opens opened opened|borrow borrows borrowed borrowed
-return returns returned returned|build builds built built|fold folds folded folded|start starts started started
-win wins won won|like likes liked liked|move moves moved moved|park parks parked parked|print prints printed printed
-bring brings brought brought|travel travels traveled traveled|visit visits visited visited
-watch watches watched watched|send sends sent sent|say says said said|place places placed placed|tie ties tied tied
-hide hides hid hidden|drop drops dropped dropped|wait waits waited waited|scatter scatters scattered scattered
+arrive arrives arrived|bake bakes baked|be is was|borrow borrows borrowed|break breaks broke|bring brings brought
+build builds built|buy buys bought|collect collects collected|come comes came|contain contains contained
+cost costs cost|cut cuts cut|deliver delivers delivered|divide divides divided|do does did|donate donates donated
+drink drinks drank|drive drives drove|drop drops dropped|earn earns earned|eat eats ate|find finds found
+fly flies flew|fold folds folded|get gets got|give gives gave|go goes went|grow grows grew|have has had
+hold holds held|join joins joined|jump jumps jumped|land lands landed|last lasts lasted|lay lays laid
+learn learns learned|leave leaves left|lend lends lent|like likes liked|live lives lived|lose loses lost
+make makes made|need needs needed|open opens opened|order orders ordered|pack packs packed|paint paints painted
+pay pays paid|pick picks picked|place places placed|plant plants planted|play plays played
+practice practices practiced|print prints printed|put puts put|read reads read|receive receives received
+return returns returned|ride rides rode|run runs ran|save saves saved|sell sells sold|send sends sent|sew sews sewed
+share shares shared|sleep sleeps slept|solve solves solved|spend spends spent|split splits split
+study studies studied|swim swims swam|take takes took|throw throws threw|travel travels traveled|use uses used
+wait waits waited|walk walks walked|want wants wanted|wash washes washed|win wins won|work works worked
+write writes wrote
 """
 
 
@@ -159,7 +154,6 @@ class Verb:
     base: str
     third: str
     past: str
-    participle: str
 
 
 VERBS: dict[str, Verb] = {

@@ -67,6 +67,7 @@ def _left(tale: Tale) -> None:
     be, many = tale.verb("be", many=True), tale.thing.many
     if "long" in tale.stuff.size:
         long = f"how many {many} long {tale.verb('be')} the {tale.stuff.name}"
+        long = long if tale.chance(0.6) else f"how long {tale.verb('be')} the {tale.stuff.name}"
         tale.question(tale.any((f"how many {many} {be} left", long)) if tale.lost else long, tale.any((" now", "")))
     else:
         where = tale.any((f"in the {tale.stuff.name}", f"left in the {tale.stuff.name}" if tale.lost else "there"))

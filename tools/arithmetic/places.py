@@ -5,13 +5,12 @@ from tools.arithmetic.settings import PLACES
 from tools.arithmetic.stages import Stage, Theme, divisible, divisors, losable, staged, term
 from tools.arithmetic.tale import DeadEndError, Tale
 
-
 _CONTRASTS = {
     "people": (("young", "old"), ("tall", "short"), ("happy", "sad"), ("hungry", "thirsty")),
     "animals": (("young", "old"), ("big", "small"), ("white", "black"), ("brown", "white")),
     "things": (("old", "new"), ("big", "small"), ("red", "blue"), ("large", "small"), ("green", "white")),
 }
-_GROUPS = {"people": nouns("group team row line"), "animals": nouns("group"), "things": nouns("group row line set")}
+_GROUPS = {"people": nouns("group team row line"), "animals": nouns("group"), "things": nouns("group row set pile")}
 
 
 def _prepare(tale: Tale) -> None:
@@ -92,7 +91,8 @@ def _go(tale: Tale) -> None:
     value = tale.pick(lambda number: tale.accept(start - number), 1, start)
     if tale.chance(0.35) and start > 1:
         amount = tale.give(value)
-        phrase = f"{amount} of {tale.any(('them', f'the {tale.thing.many}')) if not tale.moved else f'the {tale.thing.many}'}"
+        plain = f"the {tale.thing.many}"
+        phrase = f"{amount} of {plain if tale.moved else tale.any(('them', plain))}"
     else:
         amount, phrase = tale.count(value, tale.thing)
     tale.event(None, f"{phrase} {_action(tale, tale.place.go, value != 1)}")
@@ -159,7 +159,6 @@ def _split(tale: Tale) -> None:
 
 _STATES = ("old", "young", "small", "big", "white", "brown", "new")
 _STATES_OF_PEOPLE = ("wearing a hat", "from this town", "hungry", "tired", "wearing a red shirt", "wearing glasses")
-_PEOPLE = frozenset("child student person visitor passenger guest girl boy swimmer friend".split())
 
 
 def _part(tale: Tale) -> None:
@@ -172,7 +171,10 @@ def _part(tale: Tale) -> None:
         tale.fact(None, tale.any((f"{part} {of} {be} {one}", f"{part} {of} {be} {one} and the rest {be} {other}")))
         tale.question(tale.any((f"how many {other} {be} there", f"how many of the {many} {be} {other}")))
     else:
-        state = tale.any(_STATES_OF_PEOPLE if tale.thing.one in _PEOPLE else _STATES)
+        if any(f" {word} " in clause.text for clause in tale.clauses for word in _STATES):
+            raise DeadEndError  # told apart already: a second time would contradict the first
+        people = tale.place.beings == "people" and tale.thing.one not in ("dog", "pigeon")
+        state = tale.any(_STATES_OF_PEOPLE if people else _STATES)
         tale.fact(None, f"{part} {of} {be} {state}")
         tale.question(f"how many {tale.any((f'{many}', f'of the {many}'))} {be} not {state}")
     tale.run("-", part)

@@ -1,5 +1,7 @@
 """The numbers a problem may hold, in one place: problems, drills and tests read them here."""
 
+import random
+
 LARGEST_TERM = 99
 """Operands and results of + and - lie in 0..99."""
 
@@ -23,3 +25,16 @@ def result_of(left: int, operator: str, right: int) -> int | None:
     else:
         raise ValueError(f"unknown operator {operator!r}")
     return result if fits else None
+
+
+def draw_operands(rng: random.Random, operator: str) -> tuple[int, int]:
+    """Operands of one bare equation: every pair of the ranges is equally likely, so every carry and borrow is met."""
+    if operator in "+-":
+        while True:
+            left, right = rng.randint(0, LARGEST_TERM), rng.randint(0, LARGEST_TERM)
+            if left + right <= LARGEST_TERM:
+                return (left, right) if operator == "+" else (left + right, left)
+    left, right = rng.randint(0, LARGEST_FACTOR), rng.randint(1, LARGEST_FACTOR)
+    if operator == "/":
+        return left * right, right
+    return (left, right) if rng.random() < 0.5 else (right, left)

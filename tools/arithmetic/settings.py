@@ -19,7 +19,7 @@ class Place:
     """people, animals or things: which words tell them apart and group them."""
 
 
-_PUT = ("be put", "be added", "be placed")
+_PUT = ("be put there", "be added", "be placed there")
 _TAKEN = ("be taken away", "be removed", "be taken out", "be taken")
 _SOLD = ("be sold", "be sold", "be returned")
 PLACES = (
@@ -74,7 +74,6 @@ class Task:
 
 TASKS = (
     Task("read", noun("page"), "", "the book has"),
-    Task("read", noun("page"), " of a book", "the book has"),
     Task("run", noun("lap"), "", "the race has", ("day",)),
     Task("swim", noun("lap"), "", "the plan is for", ("day",)),
     Task("run", noun("mile"), "", "the goal is", ("day", "week")),
@@ -118,17 +117,23 @@ class Stuff:
 _LENGTH = ("meter", "foot|feet", "inch")
 _VOLUME = ("liter", "cup")
 _WEIGHT = ("kilogram", "pound")
-_CUT, _TIED = ("cut off", "used", "taken"), ("added", "tied to it")
-_POURED, _FILLED = ("poured out", "used", "drunk"), ("added", "poured in")
-_TAKEN, _PUT = ("used", "sold", "taken out"), ("added", "put in")
+_LENGTH_GONE, _LENGTH_COME = ("cut off", "used", "taken"), ("added", "tied to it")
+_VOLUME_GONE, _VOLUME_COME = ("poured out", "used", "drunk"), ("added", "poured in")
+_WEIGHT_GONE, _WEIGHT_COME = ("used", "sold", "taken out"), ("added", "put in")
 STUFF = (
     *(
-        Stuff(name, _LENGTH, "is {} long", "piece", _CUT, _TIED)
+        Stuff(name, _LENGTH, "is {} long", "piece", _LENGTH_GONE, _LENGTH_COME)
         for name in ("rope", "ribbon", "string", "cable", "wire")
     ),
-    *(Stuff(name, _LENGTH, "is {} long", "piece", _CUT, ("added",)) for name in ("fence", "pipe", "board", "cloth")),
-    *(Stuff(name, _VOLUME, "holds {} of water", "bottle", _POURED, _FILLED) for name in ("tank", "bucket", "barrel")),
-    *(Stuff(name, _VOLUME, "holds {} of juice", "bottle", _POURED, _FILLED) for name in ("jug", "pot")),
-    *(Stuff(name, _WEIGHT, "holds {} of rice", "bag", _TAKEN, _PUT) for name in ("sack", "bin")),
-    *(Stuff(name, _WEIGHT, "holds {} of flour", "bag", _TAKEN, _PUT) for name in ("sack", "box")),
+    *(
+        Stuff(name, _LENGTH, "is {} long", "piece", _LENGTH_GONE, ("added",))
+        for name in ("fence", "pipe", "board", "cloth")
+    ),
+    *(
+        Stuff(name, _VOLUME, "holds {} of water", "bottle", _VOLUME_GONE, _VOLUME_COME)
+        for name in ("tank", "bucket", "barrel")
+    ),
+    *(Stuff(name, _VOLUME, "holds {} of juice", "bottle", _VOLUME_GONE, _VOLUME_COME) for name in ("jug", "pot")),
+    *(Stuff(name, _WEIGHT, "holds {} of rice", "bag", _WEIGHT_GONE, _WEIGHT_COME) for name in ("sack", "bin")),
+    *(Stuff(name, _WEIGHT, "holds {} of flour", "bag", _WEIGHT_GONE, _WEIGHT_COME) for name in ("sack", "box")),
 )

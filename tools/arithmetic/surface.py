@@ -73,12 +73,13 @@ def _sentences(tale: Tale, clauses: list[Clause]) -> str:
     previous: Clause | None = None
     merged = False
     for clause in clauses:
+        merged = merged or clause.alone or previous is None or previous.alone
         same = previous is not None and clause.subject is not None and clause.subject == previous.subject
         if same and not merged and tale.chance(0.45):
             link = tale.any((" and ", " and then ", ", then ")) if clause.event else " and "
             sentences[-1] += link + clause.text
             merged = True
-        elif previous is not None and not same and not merged and not clause.event and tale.chance(0.15):
+        elif not same and not merged and not clause.event and tale.chance(0.15):
             sentences[-1] += f" and {clause.full()}"
             merged = True
         else:

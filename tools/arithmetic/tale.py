@@ -92,6 +92,8 @@ class Clause:
     text: str
     event: bool = False
     """An event may be introduced by "then" or "later"."""
+    alone: bool = False
+    """Whether it must be a sentence of its own."""
 
     def full(self) -> str:
         return f"{self.subject} {self.text}" if self.subject else self.text

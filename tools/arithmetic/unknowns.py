@@ -26,7 +26,7 @@ def _start(tale: Tale, steps: int) -> None:
     tale.thing = tale.any(lexicon.THINGS)
     hero = tale.person(tale.thing.family)
     tale.fact(hero, f"had {_some(tale)} {tale.thing.many}")
-    value = tale.rng.randint(0, 99)
+    value = tale.rng.randint(1, 99)
     events: list[tuple[str, Amount]] = []
     for _ in range(steps):
         operator = tale.any("+-")
@@ -41,10 +41,8 @@ def _start(tale: Tale, steps: int) -> None:
         tale.clauses.append(clause)
         events.append((operator, amount))
     current = tale.give(value)
-    tale.fact(
-        hero,
-        f"{'have' if hero.first else 'has'} {current} {tale.thing.form(value)} {tale.any(('now', 'left' if events[-1][0] == '-' else 'now'))}",
-    )
+    now = tale.any(("now", "left")) if events[-1][0] == "-" else "now"
+    tale.fact(hero, f"{'have' if hero.first else 'has'} {current} {tale.thing.form(value)} {now}")
     when = tale.any((" at first", " at the start", " in the beginning", " to begin with"))
     tale.question(f"how many {tale.thing.many} did {hero} have{when}", movable=False)
     for operator, amount in reversed(events):

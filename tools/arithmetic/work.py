@@ -6,7 +6,6 @@ from tools.arithmetic.settings import TASKS
 from tools.arithmetic.stages import Stage, Theme, staged, term
 from tools.arithmetic.tale import Amount, Clause, DeadEndError, Tale
 
-
 _LENGTHS = {"hour": (), "day": (("a week", 7),), "week": (), "month": (("a year", 12),)}
 
 
@@ -139,7 +138,8 @@ def _to_go(tale: Tale) -> None:
     asked = f"how many {tale.any((tale.thing.many, f'more {tale.thing.many}'))}"
     left = f"{tale.aux(tale.hero)} {tale.hero} still have to {tale.task.verb}"
     be = tale.verb("be", many=True)
-    tale.question(tale.any((f"{asked} {left}", f"how many {tale.thing.many} {be} left")), movable=False)
+    remaining = f"how many {tale.thing.many} {be} left" if tale.thing is not DOLLAR else f"{asked} {left}"
+    tale.question(tale.any((f"{asked} {left}", remaining)), movable=False)
     tale.value = tale.step(goal, "-", tale.value, tale.thing)
 
 

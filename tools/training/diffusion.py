@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from offload_engine.core import ForwardInfo, Phase
+from offload_engine.model.layers import rotary_angles
 from offload_engine.model.llada2 import Forward, LLaDA2Model
 from offload_engine.model.moe import ExpertExecutor
 from offload_engine.routing import RoutingPolicy
@@ -194,8 +195,8 @@ def masked_logits(
         experts=experts,
     )
     experts.begin(forward.info)
-    *layers, last = model.model.layers
-    angles = last.attention.rotary.angles(forward.positions, hidden.dtype)
+    *layers, last = model.layers
+    angles = rotary_angles(forward.positions, model.config.rotary, model.config.rope_theta, hidden.dtype)
     for layer in layers:
         hidden = layer(hidden, angles, forward)
     hidden = hidden + last.attention(last.input_layernorm(hidden), angles, forward.key_values)

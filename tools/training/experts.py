@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from offload_engine.core import ForwardInfo, RoutingDecision
 from offload_engine.model.config import ModelConfig
-from offload_engine.model.moe import ExpertWeights
+from offload_engine.model.moe import ExpertWeights, Preview
 
 BUCKETS = 8
 """Batched products per matrix; more means less padding and more calls."""
@@ -191,7 +191,7 @@ class TrainableExperts(nn.Module):
     def begin(self, info: ForwardInfo) -> None:
         """Nothing to do."""
 
-    def prepare(self, layer: int, hidden: Tensor) -> None:
+    def prepare(self, layer: int, preview: Preview) -> None:
         """Nothing to do: everything is here."""
 
     def run(self, layer: int, hidden: Tensor, decision: RoutingDecision) -> Tensor:

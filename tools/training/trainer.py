@@ -56,7 +56,7 @@ class Network(nn.Module):
 
     def routers(self) -> Iterator[tuple[int, Any]]:
         """(layer, router) of every MoE layer."""
-        for index, layer in enumerate(self.model.model.layers):
+        for index, layer in enumerate(self.model.layers):
             if isinstance(layer.mlp, MoEBlock):
                 yield index, layer.mlp.gate
 

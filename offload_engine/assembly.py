@@ -1,0 +1,206 @@
+"""Puts an engine's parts together: from a config to a loaded model, a plan, and an executor with its slots."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import torch
+
+from offload_engine.config import EngineConfig
+from offload_engine.errors import CheckpointError, DeviceError, TokenizerError
+from offload_engine.experts.arena import SlotArena
+from offload_engine.experts.cache import ExpertCache
+from offload_engine.experts.eviction import make_eviction
+from offload_engine.experts.executor import OffloadedExperts
+from offload_engine.experts.predictor import make_predictor
+from offload_engine.experts.scheduler import ExpertScheduler
+from offload_engine.experts.store import SafetensorsStore
+from offload_engine.experts.transfer.cpu import CpuTransfers
+from offload_engine.memory import MemoryPlan, Setup, auto_budget, available_memory, plan_memory
+from offload_engine.metrics import EngineStats
+from offload_engine.model.checkpoint import Checkpoint
+from offload_engine.model.config import ModelConfig
+from offload_engine.model.hub import resolve_model
+from offload_engine.model.llada2 import LLaDA2Model
+from offload_engine.model.weights import load_resident
+from offload_engine.routing import RoutingOptions, RoutingPolicy, make_policy
+from offload_engine.text import Tokenizer, load_tokenizer
+
+BUILT_IN = Path(__file__).parent / "assets" / "tiny"
+"""The checkpoint of the built-in model."""
+
+LLADA2_MASK, LLADA2_EOS = 156895, 156892
+"""The special ids of published LLaDA2 checkpoints, for those that come without a tokenizer (REFERENCE §1)."""
+
+RUNTIME_MARGIN = 64 * 2**20
+"""Beside what the process takes before loading: stacks, GEMM scratch, library code not touched yet."""
+
+Progress = Callable[[str, int, int], None]
+"""Told what is being done, how much of it is done and how much there is, in bytes."""
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """A checkpoint found and understood, nothing of its weights read yet."""
+
+    name: str
+    directory: Path
+    config: ModelConfig
+    tokenizer: Tokenizer | None
+    mask_token_id: int
+    eos_token_id: int
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """Everything an engine is made of."""
+
+    source: Source
+    setup: Setup
+    plan: MemoryPlan
+    policy: RoutingPolicy
+    model: LLaDA2Model
+    experts: OffloadedExperts
+    store: SafetensorsStore
+    dtype: torch.dtype
+    notices: tuple[str, ...]
+    """What the user should know and can't see: routing chosen, warnings of the plan."""
+
+
+def find_source(config: EngineConfig) -> Source:
+    """Locate the model and read what describes it. Raises `ModelError`s."""
+    directory = BUILT_IN if config.model is None else resolve_model(config.model)
+    model_config = ModelConfig.from_file(directory / "config.json")
+    tokenizer = load_tokenizer(directory, model_config.vocab_size)
+    return Source(
+        name="built-in" if config.model is None else config.model,
+        directory=directory,
+        config=model_config,
+        tokenizer=tokenizer,
+        mask_token_id=_special_id("mask", config.mask_token_id, tokenizer, model_config),
+        eos_token_id=_special_id("eos", config.eos_token_id, tokenizer, model_config),
+    )
+
+
+def _special_id(kind: str, override: int | None, tokenizer: Tokenizer | None, config: ModelConfig) -> int:
+    """The first that is known of: the override, the tokenizer's, config.json's, LLaDA2's. Refused if outside the
+    vocabulary.
+    """
+    own = getattr(config, f"{kind}_token_id")
+    if isinstance(own, list):
+        own = own[0] if own else None
+    of_tokenizer = getattr(tokenizer, f"{kind}_token_id") if tokenizer else None
+    default = LLADA2_MASK if kind == "mask" else LLADA2_EOS
+    found: int = next(value for value in (override, of_tokenizer, own, default) if value is not None)
+    if not 0 <= found < config.vocab_size:
+        raise TokenizerError(
+            f"the {kind} token id is {found}, but the vocabulary has {config.vocab_size} entries; "
+            f"pass {kind}_token_id with the checkpoint's own"
+        )
+    return found
+
+
+def choose_policy(config: EngineConfig, model: ModelConfig) -> tuple[RoutingPolicy, list[str]]:
+    """The routing asked for, or the checkpoint's own; and what to tell the user about it."""
+    distilled = model.distilled_top_p
+    name = config.routing or ("dmoe" if distilled is not None else "original")
+    top_p = config.top_p or distilled or RoutingOptions().top_p
+    policy = make_policy(name, model.router, RoutingOptions(top_p, config.min_experts, config.top_k_experts))
+    notices = []
+    if name == "dmoe" and distilled is None:
+        notices.append(
+            f"routing dmoe (top-p {top_p:g}) on weights that were not distilled for it: expect some loss of accuracy"
+        )
+    if config.routing is None and distilled is not None:
+        notices.append(f"the checkpoint was distilled for dMoE: routing dmoe, top-p {top_p:g}")
+    return policy, notices
+
+
+def compute_dtype(config: EngineConfig, stored: torch.dtype) -> torch.dtype:
+    """What to compute in. Auto is the stored dtype, but float32 for fp16 on a CPU, where fp16 products are slow."""
+    if config.dtype != "auto":
+        return {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}[config.dtype]
+    return torch.float32 if stored == torch.float16 else stored
+
+
+def check_device(config: EngineConfig) -> None:
+    """Raises `DeviceError` for a device this version can't run on."""
+    if config.device.startswith("cuda"):
+        raise DeviceError(f"device is {config.device!r}, but this version runs on the CPU only; use device cpu or auto")
+
+
+def setup_for(
+    config: EngineConfig, model: ModelConfig, *, dtype: torch.dtype, stored: torch.dtype, slab_bytes: int | None = None
+) -> Setup:
+    """What decides the memory a run takes, for this process as it stands."""
+    return Setup(
+        device="cpu",
+        itemsize=dtype.itemsize,
+        stored_itemsize=stored.itemsize,
+        slab_bytes=slab_bytes,
+        prefill_chunk=config.prefill_chunk,
+        choices=max(config.top_k_experts, model.num_experts_per_tok) if config.routing == "top-k" else None,
+        runtime_bytes=psutil.Process().memory_info().rss + RUNTIME_MARGIN,
+        transfers_in_flight=config.transfers_in_flight,
+    )
+
+
+def plan_for(config: EngineConfig, model: ModelConfig, setup: Setup) -> MemoryPlan:
+    """Divide the budget, or what the machine has. Raises `MemoryBudgetError`."""
+    reachable = psutil.Process().memory_info().rss + available_memory()
+    budget = auto_budget(reachable, "cpu") if config.gpu_mem == "auto" else config.gpu_mem
+    return plan_memory(
+        model,
+        setup,
+        budget,
+        max_context=config.max_context,
+        expert_mem=config.expert_mem,
+        machine_limit=reachable,
+    )
+
+
+def assemble(config: EngineConfig, stats: EngineStats, progress: Progress | None = None) -> Parts:
+    """Find, plan, load. Nothing is allocated before the plan stands; nothing stays open if a step fails."""
+    check_device(config)
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    source = find_source(config)
+    model_config = source.config
+    policy, notices = choose_policy(config, model_config)
+    checkpoint = Checkpoint.open(source.directory)
+    if not model_config.moe_layers:
+        raise CheckpointError(f"{source.directory}: the model has no MoE layer, so there is nothing to offload")
+    store = SafetensorsStore(model_config, checkpoint)
+    try:
+        dtype = compute_dtype(config, store.dtype)
+        setup = setup_for(config, model_config, dtype=dtype, stored=store.dtype, slab_bytes=store.slab_bytes)
+        plan = plan_for(config, model_config, setup)
+        model = load_resident(
+            model_config,
+            checkpoint,
+            dtype,
+            torch.device("cpu"),
+            None if progress is None else lambda done, total: progress("weights", done, total),
+        )
+        experts = _executor(config, store, plan, stats)
+    except BaseException:
+        store.close()
+        raise
+    return Parts(source, setup, plan, policy, model, experts, store, dtype, (*notices, *plan.warnings))
+
+
+def _executor(config: EngineConfig, store: SafetensorsStore, plan: MemoryPlan, stats: EngineStats) -> OffloadedExperts:
+    arena = SlotArena(plan.slots, store.slab_bytes)
+    cache = ExpertCache(plan.slots, make_eviction(config.eviction))
+    return OffloadedExperts(
+        store=store,
+        arena=arena,
+        transfers=CpuTransfers(store, arena, config.reader_threads),
+        scheduler=ExpertScheduler(cache, config.transfers_in_flight),
+        predictor=make_predictor(config.predictor),
+        stats=stats,
+        prefetch_depth=config.prefetch_depth,
+    )

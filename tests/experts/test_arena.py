@@ -1,0 +1,103 @@
+"""Slots: their addresses, their views, their cost, their end."""
+
+from __future__ import annotations
+
+import gc
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+
+from offload_engine.errors import EngineClosedError, MemoryBudgetError
+from offload_engine.experts.arena import SlotArena
+from offload_engine.experts.layout import SLOT_ALIGNMENT, plan_reads
+from offload_engine.model.weights import ExpertSpans, FileSpan
+
+LAYOUT = plan_reads(
+    ExpertSpans(
+        *(FileSpan(Path("a"), 100 + i * 48, 48) for i in range(3)), dtype=torch.float32, intermediate=3, hidden=4
+    )
+).layout
+MIB = 2**20
+
+
+def resident_memory() -> int:
+    gc.collect()
+    return int(psutil.Process().memory_info().rss)
+
+
+def test_slots_are_aligned_and_apart() -> None:
+    arena = SlotArena(3, 2 * SLOT_ALIGNMENT)
+    for slot in range(3):
+        arena.buffer(slot)[:] = bytes([slot + 1]) * arena.slab_bytes
+    for slot in range(3):
+        assert arena.buffer(slot).tobytes() == bytes([slot + 1]) * arena.slab_bytes
+        address = torch.frombuffer(arena.buffer(slot), dtype=torch.uint8).data_ptr()
+        assert address % SLOT_ALIGNMENT == 0
+    assert arena.nbytes == 6 * SLOT_ALIGNMENT
+
+
+def test_weights_are_views_of_their_slot() -> None:
+    arena = SlotArena(2, SLOT_ALIGNMENT)
+    weights = arena.weights(1, LAYOUT)
+    assert weights.gate.shape == weights.up.shape == (3, 4)
+    assert weights.down.shape == (4, 3)
+    values = torch.arange(12, dtype=torch.float32)
+    arena.buffer(1)[100 + 96 : 100 + 144] = values.numpy().tobytes()
+    assert torch.equal(weights.down, values.view(4, 3))
+    assert not arena.weights(0, LAYOUT).down.any()
+    assert weights.down.data_ptr() == arena.weights(1, LAYOUT).down.data_ptr()
+
+
+def test_memory_is_there_from_the_start_exact_and_returned() -> None:
+    SlotArena(1, SLOT_ALIGNMENT).close()  # what the first arena costs besides is not the point
+    before = resident_memory()
+    arena = SlotArena(7, 8 * MIB + SLOT_ALIGNMENT)
+    grown = resident_memory() - before
+    assert 0.95 * arena.nbytes <= grown <= arena.nbytes + 4 * MIB
+    arena.close()
+    assert resident_memory() - before < 8 * MIB
+
+
+def test_a_view_outlives_the_arena() -> None:
+    arena = SlotArena(1, SLOT_ALIGNMENT)
+    weights, buffer = arena.weights(0, LAYOUT), arena.buffer(0)
+    arena.close()
+    arena.close()
+    del arena
+    gc.collect()
+    buffer[100:104] = torch.ones(1).numpy().tobytes()
+    assert weights.gate[0, 0] == 1.0
+
+
+def test_a_closed_arena_says_so() -> None:
+    arena = SlotArena(1, SLOT_ALIGNMENT)
+    arena.close()
+    with pytest.raises(EngineClosedError, match="closed"):
+        arena.buffer(0)
+    with pytest.raises(EngineClosedError, match="closed"):
+        arena.weights(0, LAYOUT)
+
+
+@pytest.mark.parametrize("slots", [2**20, 2**60])
+def test_refused_memory_is_a_budget_error(slots: int) -> None:
+    with pytest.raises(MemoryBudgetError, match=rf"refused {slots * 2**30} bytes for {slots} expert slots") as caught:
+        SlotArena(slots, 2**30)
+    assert caught.value.exit_code == 4
+    assert "--gpu-mem" in str(caught.value)
+
+
+@pytest.mark.parametrize(("slots", "slab_bytes"), [(0, 4096), (1, 0), (1, 4097), (-1, 4096)])
+def test_senseless_sizes_are_refused(slots: int, slab_bytes: int) -> None:
+    with pytest.raises(ValueError, match="multiples of 4096"):
+        SlotArena(slots, slab_bytes)
+
+
+@pytest.mark.parametrize("slot", [-1, 2])
+def test_a_slot_that_is_not_there(slot: int) -> None:
+    arena = SlotArena(2, SLOT_ALIGNMENT)
+    with pytest.raises(IndexError, match=f"slot {slot}, wanted 0 to 1"):
+        arena.buffer(slot)
+    with pytest.raises(IndexError, match=f"slot {slot}"):
+        arena.weights(slot, LAYOUT)

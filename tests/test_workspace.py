@@ -1,0 +1,96 @@
+"""The planned workspace is held against what torch allocates in a real forward."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from offload_engine.core import ForwardInfo, Phase, SamplingParams
+from offload_engine.decode.kv_cache import PrefixCache
+from offload_engine.decode.sampler import propose
+from offload_engine.memory import Setup, plan_memory
+from offload_engine.memory.footprint import GEMM_SCRATCH_BYTES
+from offload_engine.model.config import ModelConfig
+from offload_engine.model.llada2 import Forward, LLaDA2Model
+from offload_engine.model.moe import ExpertWeights, ResidentExperts
+from offload_engine.routing import make_policy
+from tests.mini_config import mini
+
+DTYPES = {2: torch.bfloat16, 4: torch.float32}
+WIDE = {"hidden_size": 512, "num_attention_heads": 8, "intermediate_size": 1024, "moe_intermediate_size": 128}
+NARROW = WIDE | {"hidden_size": 128, "num_experts_per_tok": 1, "num_shared_experts": 0, "intermediate_size": 64}
+DENSE = WIDE | {"intermediate_size": 4096, "num_experts_per_tok": 1, "moe_intermediate_size": 16}
+
+
+def model_of(config: ModelConfig, dtype: torch.dtype) -> LLaDA2Model:
+    torch.manual_seed(0)
+    model = LLaDA2Model(config).requires_grad_(False).to(dtype).eval()
+    for block in (layer.mlp for layer in model.model.layers):
+        if hasattr(block, "gate"):
+            block.gate.float()
+    return model
+
+
+def peak_of(run: Callable[[], object], folder: Path) -> int:
+    """Bytes torch allocates at most during `run`, beside what is there before."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        run()
+    recorded.export_chrome_trace(str(folder / "trace.json"))
+    events = [
+        event for event in json.loads((folder / "trace.json").read_text())["traceEvents"] if event["name"] == "[memory]"
+    ]
+    held = peak = 0
+    for event in sorted(events, key=lambda event: event["ts"]):
+        held += event["args"]["Bytes"]
+        peak = max(peak, held)
+    return peak
+
+
+@pytest.mark.parametrize("itemsize", [2, 4])
+@pytest.mark.parametrize("shape", [WIDE, NARROW, DENSE], ids=["experts", "attention", "dense"])
+@pytest.mark.parametrize("routing", ["original", "dmoe"])
+def test_prefill_stays_within_the_workspace(tmp_path: Path, itemsize: int, shape: dict[str, Any], routing: str) -> None:
+    config = mini(num_hidden_layers=2, vocab_size=64, num_experts=32, **shape)
+    plan = plan_memory(config, Setup(device="cpu", itemsize=itemsize, prefill_chunk=256), 10**9, max_context=1024)
+    dtype, tokens = DTYPES[itemsize], plan.forward_tokens
+    model = model_of(config, dtype)
+    wide = torch.zeros(config.moe_intermediate_size, config.hidden_size, dtype=dtype)
+    experts = ResidentExperts(lambda _layer, _expert: ExpertWeights(wide, wide, wide.T.contiguous()))
+    cache = PrefixCache(config, plan.kv_positions, dtype, torch.device("cpu"))
+    cache.commit(plan.kv_positions - tokens)
+
+    def prefill() -> None:
+        with torch.inference_mode():
+            positions = cache.begin(tokens, 32)
+            info, policy = ForwardInfo(Phase.PREFILL), make_policy(routing, config.router)
+            model(
+                torch.ones(tokens, dtype=torch.long), Forward(info, positions, positions // 32, cache, policy, experts)
+            )
+
+    peak = peak_of(prefill, tmp_path)
+    promised = plan.workspace - GEMM_SCRATCH_BYTES
+    assert peak <= promised
+    assert peak > promised // 3, "a bound that loose would waste slots"
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+def test_drawing_tokens_stays_within_the_workspace(tmp_path: Path, temperature: float) -> None:
+    config = mini(hidden_size=64, num_hidden_layers=1, vocab_size=50_000, **{"moe_intermediate_size": 16})
+    plan = plan_memory(config, Setup(device="cpu", prefill_chunk=32), 10**9, max_context=64)
+    model = model_of(config, torch.bfloat16)
+    hidden = torch.randn(32, 64, dtype=torch.bfloat16)
+    params = SamplingParams(temperature=temperature, top_k=100, top_p=0.9)
+
+    def draw() -> None:
+        with torch.inference_mode():
+            propose(model.logits(hidden), 3, params, torch.Generator().manual_seed(0))
+
+    peak = peak_of(draw, tmp_path)
+    assert peak <= plan.workspace - GEMM_SCRATCH_BYTES
+    assert peak > 32 * 50_000 * 4

@@ -1,0 +1,109 @@
+"""Writes sharded safetensors files piece by piece, so that memory never holds more than a piece of one tensor."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import time
+from collections.abc import Callable, Iterable
+from math import prod
+from pathlib import Path
+from typing import IO, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from offload_engine.config import format_bytes
+
+FORMAT_NAMES = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}
+
+
+class Blank(NamedTuple):
+    """A tensor that is still to be written."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def nbytes(self) -> int:
+        return prod(self.shape) * self.dtype.itemsize
+
+
+Draw = Callable[[Blank], Iterable[Tensor]]
+
+
+def shards(tensors: list[Blank], limit: int) -> list[list[Blank]]:
+    """Split in order, each shard as full as `limit` bytes allow; a tensor beyond the limit gets a shard of its own.
+
+    Inside a shard the order is the one safetensors' own writer gives: wide dtypes first, then by name.
+    """
+    split: list[list[Blank]] = []
+    room = 0
+    for blank in tensors:
+        if not split or blank.nbytes > room:
+            split.append([])
+            room = limit
+        split[-1].append(blank)
+        room -= blank.nbytes
+    return [sorted(shard, key=lambda blank: (-blank.dtype.itemsize, blank.name)) for shard in split]
+
+
+def header(shard: list[Blank]) -> bytes:
+    """A safetensors header: its length as u64, then JSON, padded with blanks so that the data begins aligned to 8."""
+    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for blank in shard:
+        entries[blank.name] = {
+            "dtype": FORMAT_NAMES[blank.dtype],
+            "shape": blank.shape,
+            "data_offsets": [offset, offset + blank.nbytes],
+        }
+        offset += blank.nbytes
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+class Progress:
+    """Bytes written, rate and time left, on one line that a terminal overwrites."""
+
+    def __init__(self, total: int, stream: IO[str]) -> None:
+        self.total, self.done, self.stream = total, 0, stream
+        self.terminal = stream.isatty()
+        self.began = self.shown = time.monotonic()
+
+    def advance(self, count: int) -> None:
+        self.done += count
+        now = time.monotonic()
+        if now - self.shown >= (0.2 if self.terminal else 5.0):
+            self.shown = now
+            self.show(now - self.began)
+
+    def show(self, seconds: float) -> None:
+        rate = max(1, int(self.done / max(seconds, 1e-9)))
+        line = (
+            f"{format_bytes(self.done)} of {format_bytes(self.total)}, {format_bytes(rate)}/s, "
+            f"{(self.total - self.done) / rate:.0f} s left"
+        )
+        self.stream.write(f"\r{line:<60}" if self.terminal else f"{line}\n")
+        self.stream.flush()
+
+    def finish(self) -> None:
+        self.show(time.monotonic() - self.began)
+        if self.terminal:
+            self.stream.write("\n")
+
+
+def write_shards(folder: Path, split: list[list[Blank]], draw: Draw, progress: Progress) -> None:
+    """The shards and their index; `draw` gives each tensor's elements in order, in pieces of its dtype."""
+    weight_map: dict[str, str] = {}
+    for number, shard in enumerate(split, start=1):
+        path = folder / f"model-{number:05d}-of-{len(split):05d}.safetensors"
+        weight_map |= {blank.name: path.name for blank in shard}
+        with path.open("wb") as file:
+            file.write(header(shard))
+            for piece in itertools.chain.from_iterable(draw(blank) for blank in shard):
+                progress.advance(file.write(piece.view(torch.uint8).numpy().data))
+    index = {"metadata": {"total_size": progress.total}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1), encoding="utf-8")
