@@ -5,6 +5,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -21,6 +22,7 @@ from offload_engine.memory import (
     smallest_budget,
 )
 from offload_engine.model.config import ModelConfig
+from offload_engine.model.weights import resident_nbytes
 from tests.mini_config import mini
 
 GB = 10**9
@@ -86,6 +88,13 @@ def test_total_is_the_sum_of_its_parts_and_within_the_budget(
     assert plan.slots == every or plan.spare < plan.slab_bytes
     assert plan.context <= config.max_position_embeddings
     assert plan.kv_positions >= plan.context
+
+
+@given(configs(), setups)
+def test_weights_are_what_loading_allocates(config: ModelConfig, setup: Setup) -> None:
+    plan = plan_memory(config, setup, 100 * GB)
+    dtype = {2: torch.bfloat16, 4: torch.float32}[setup.itemsize]
+    assert plan.weights + plan.host_embedding == resident_nbytes(config, dtype)
 
 
 @given(configs(), setups, contexts)

@@ -51,12 +51,13 @@ class SlabLayout:
     """Bytes of the slab, a multiple of `SLOT_ALIGNMENT`."""
 
     def weights(self, slab: Tensor) -> ExpertWeights:
-        """Views of the matrices in `slab`, uint8 [at least nbytes] and aligned to the dtype; nothing is copied."""
-        return ExpertWeights(*(self._view(slab, place) for place in (self.gate, self.up, self.down)))
+        """Views of the matrices in `slab`, uint8 [at least nbytes, whole alignment units]; nothing is copied."""
+        typed = slab.view(self.dtype)
+        return ExpertWeights(*(self._view(typed, place) for place in (self.gate, self.up, self.down)))
 
-    def _view(self, slab: Tensor, place: MatrixPlace) -> Tensor:
-        size = place.rows * place.columns * self.dtype.itemsize
-        return slab[place.offset : place.offset + size].view(self.dtype).view(place.rows, place.columns)
+    def _view(self, typed: Tensor, place: MatrixPlace) -> Tensor:
+        start = place.offset // self.dtype.itemsize
+        return typed[start : start + place.rows * place.columns].view(place.rows, place.columns)
 
 
 class ReadWindow(NamedTuple):

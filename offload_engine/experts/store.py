@@ -190,7 +190,7 @@ class _File:
         got = 0
         while got < window.needed:
             # Where a direct read stopped short of a whole unit, the next one has to begin that unit again.
-            start = got
+            start = align_down(got) if self.direct else got
             count = os.preadv(self.descriptor, [target[start:]], window.file_offset + start)
             if start + count <= got:
                 raise TransferError(

@@ -37,10 +37,11 @@ def plan_memory(
 ) -> MemoryPlan:
     """Divide `budget` bytes of fast memory.
 
-    `max_context` None: 4096 positions, more where their KV cache takes at most 2 % of the budget. Neither way more than
-    the model has; a context cut down to that is a warning of the plan. `expert_mem` caps the slots alone; `host_mem` is the budget of the host tier, embedding table and bounce
-    buffers included, None for no tier. `machine_limit`: bytes this process may reach in all (what it has and what is
-    available), None where unknown. For a given `max_context`, a larger budget never has fewer slots.
+    `max_context` None: 4096 positions, more where their KV cache takes at most 2 % of the budget. Either way not more
+    than the model has; a context cut down to that is a warning of the plan. `expert_mem` caps the slots alone;
+    `host_mem` is the budget of the host tier, embedding table and bounce buffers included, None for no tier.
+    `machine_limit`: bytes this process may reach in all (what it has and what is available), None where unknown. For a
+    given `max_context`, a larger budget never has fewer slots.
 
     Raises `MemoryBudgetError`, whose message ends with the table, when a budget or the machine can't hold the plan with
     `MIN_SLOTS` slots; `ConfigError` for a context below 1, or a host tier on "cpu".

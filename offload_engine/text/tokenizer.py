@@ -133,7 +133,7 @@ class StreamDecoder:
     def push(self, ids: Iterable[int]) -> str:
         """The text that `ids`, following those before, have made certain; may be empty."""
         self._ids += ids
-        text = self._text()
+        text = self._text().rstrip("\ufffd")
         if not text.startswith(self._emitted):
             return ""
         return self._emit(text)

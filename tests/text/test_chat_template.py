@@ -11,7 +11,7 @@ from offload_engine.text import chat_template
 from offload_engine.text.chat_template import ChatTemplate, load_chat_template
 
 ASK = [{"role": "user", "content": "Q"}]
-GOLDEN = Path("../shared/golden/llada2_tiny")
+GOLDEN = Path(__file__).parents[2] / "../shared/golden/llada2_tiny"
 
 
 def render(text: str, messages=ASK, **tokens: str) -> str:

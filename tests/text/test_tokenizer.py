@@ -7,13 +7,13 @@ import pytest
 import tokenizers
 from hypothesis import example, given
 from hypothesis import strategies as st
-from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
+from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors
 
 from offload_engine.errors import PromptError, TokenizerError
 from offload_engine.text import ChatTemplate, StreamDecoder, Tokenizer, load_tokenizer
 from offload_engine.text.chat_template import LLADA2_TEMPLATE
 
-GOLDEN = Path("../shared/golden/llada2_tiny")
+GOLDEN = Path(__file__).parents[2] / "../shared/golden/llada2_tiny"
 SPECIAL = ("<|endoftext|>", "<|role_end|>", "<|mask|>", "<role>", "</role>", "mask|><|")
 PLAIN = ("<think>", "</think>", "ab", "ba")
 
@@ -80,6 +80,7 @@ def test_text_stays_text(kind, text):
 @example(text="role_end|>", other="<|role_end")
 @example(text="<x>", other=" <x> ")
 @example(text="sososo so", other="so")
+@example(text="soab", other="baso")  # replacing one token uncovers the other
 def test_in_a_conversation_only_the_templates_own_tokens_are_tokens(kind, text, other):
     chat = [{"role": "user", "content": text}, {"role": "assistant", "content": other}]
     ids = KINDS[kind].encode_chat(chat)
@@ -92,6 +93,10 @@ def test_in_a_conversation_only_the_templates_own_tokens_are_tokens(kind, text, 
 
 
 @given(text=adversarial)
+@example(text="mask")
+@example(text=" role_end\n")
+@example(text="mask|>x<|role_end")
+@example(text="m")
 def test_a_template_cannot_be_completed_from_its_gaps(text):
     """A template whose text around the content begins and ends an added token."""
     kind = wrap(byte_level(), "{% for m in messages %}<|{{ m.content | trim }}|>{% endfor %}")
@@ -118,6 +123,24 @@ def test_tokens_that_match_only_after_normalisation_stay_text_too():
     assert added.isdisjoint(kind.encode_text(text))
     chat = kind.encode_chat([{"role": "user", "content": text}])
     assert sum(id_ in added for id_ in chat) == 8
+
+
+def test_a_normaliser_that_drops_stand_ins_makes_no_tokens_either():
+    drops = normalizers.BertNormalizer(handle_chinese_chars=False, strip_accents=False, lowercase=False)
+    assert drops.normalize_str("a\U000f0000b") == "ab"
+    kind = wrap(byte_level(normalizer=drops), "<{{ messages[0].content }}>")
+    for text in ("think", "thi<|mask|>nk"):
+        ids = kind.encode_chat([{"role": "user", "content": text}])
+        assert kind.decode(ids, skip_special=False) == f"<{text}>"
+        assert set(kind._tokenizer.get_added_tokens_decoder()).isdisjoint(ids)
+
+
+def test_tokens_that_hold_spaces_do_not_double_them():
+    backend = byte_level(extra=[AddedToken(" <sp>", normalized=False)])
+    backend.post_processor = processors.ByteLevel(trim_offsets=True)
+    kind = wrap(backend, "{{ messages[0].content }} <sp>")
+    ids = kind.encode_chat([{"role": "user", "content": "<|mask|>"}])
+    assert kind.decode(ids, skip_special=False) == "<|mask|> <sp>"
 
 
 @given(text=st.text())

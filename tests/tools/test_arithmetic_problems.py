@@ -179,7 +179,8 @@ def test_pronouns_refer_to_the_one_person_of_that_gender(many: list[Problem]) ->
             "Tom has three times as many books as Ana. Ana has 8 books. How many books do they have together?",
         ),
         (
-            r"(An?|Each|One) \w+ costs (\w+ dollars|\$\d+)\. \w+ buys \w+ \w+(\. \w+| and) pays with (\w+ dollars|\$\d+)\. "
+            r"(An?|Each|One) \w+ costs (\w+ dollars|\$\d+)\. "
+            r"\w+ buys \w+ \w+(\. \w+| and) pays with (\w+ dollars|\$\d+)\. "
             r"How much change does \w+ (get|receive)( back)?\?",
             "A pen costs 7 dollars. Ben buys 4 pens and pays with 50 dollars. How much change does he get?",
         ),

@@ -1,0 +1,253 @@
+"""Offloaded execution against `ResidentExperts`: bit for bit, in whatever order transfers finish."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from offload_engine.core import ExpertKey, ForwardInfo, Phase
+from offload_engine.errors import TransferError
+from offload_engine.experts.arena import SlotArena
+from offload_engine.experts.cache import ExpertCache
+from offload_engine.experts.eviction import EVICTION, make_eviction
+from offload_engine.experts.executor import OffloadedExperts
+from offload_engine.experts.predictor import make_predictor
+from offload_engine.experts.scheduler import ExpertScheduler
+from offload_engine.experts.store import SafetensorsStore, load_all
+from offload_engine.experts.transfer.base import OnComplete, Stream, TransferTicket
+from offload_engine.experts.transfer.cpu import CpuTransfers
+from offload_engine.metrics import EngineStats
+from offload_engine.model.attention import MaskedSequence, block_causal_mask
+from offload_engine.model.checkpoint import Checkpoint
+from offload_engine.model.config import ModelConfig
+from offload_engine.model.llada2 import Forward, LLaDA2Model
+from offload_engine.model.moe import ExpertExecutor, ResidentExperts
+from offload_engine.model.weights import load_resident
+from offload_engine.routing import POLICIES, RoutingOptions, make_policy
+from tests.checkpoints import tiny_config, write_checkpoint
+
+
+class ScrambledTransfers:
+    """A driver that completes copies in an order drawn in advance, and only once the slab has been scribbled over."""
+
+    def __init__(self, store: SafetensorsStore, arena: SlotArena, order: Sequence[int]) -> None:
+        self.store = store
+        self.arena = arena
+        self.order = list(order) or [0]
+        self.taken = 0
+        self.pending: list[TransferTicket] = []
+        self.changed = threading.Condition()
+        self.closed = False
+        self.thread = threading.Thread(target=self._serve)
+
+    def start(self, on_complete: OnComplete) -> None:
+        self.on_complete = on_complete
+        self.thread.start()
+
+    def copy(self, stream: Stream, source: ExpertKey, slot: int) -> TransferTicket:
+        ticket = TransferTicket(source, slot)
+        self.arena.buffer(slot)[:] = b"\xff" * self.arena.slab_bytes  # NaNs, should anyone read too early
+        with self.changed:
+            self.pending.append(ticket)
+            self.changed.notify_all()
+        return ticket
+
+    def launch(self, stream: Stream, fn: Callable[[], None], reads: Sequence[int], writes: Sequence[int] = ()) -> None:
+        fn()
+
+    def synchronize(self) -> None:
+        pass
+
+    def close(self) -> None:
+        with self.changed:
+            self.closed = True
+            self.changed.notify_all()
+        self.thread.join()
+
+    def _serve(self) -> None:
+        while True:
+            with self.changed:
+                self.changed.wait_for(lambda: self.pending or self.closed)
+                if not self.pending:
+                    return
+                choice = self.order[self.taken % len(self.order)] % len(self.pending)
+                self.taken += 1
+                ticket = self.pending.pop(choice)
+            ticket.bytes_read = self.store.read(ticket.key, self.arena.buffer(ticket.slot))
+            self.on_complete(ticket)
+
+
+class Model:
+    """A small checkpoint opened once: its network, store and oracle."""
+
+    def __init__(self, directory: Path, dtype: torch.dtype) -> None:
+        config = tiny_config(num_experts=32, n_group=4, topk_group=2, moe_intermediate_size=24)
+        write_checkpoint(directory, config, dtype=dtype)
+        checkpoint = Checkpoint.open(directory)
+        self.config = ModelConfig.from_dict(config)
+        self.store = SafetensorsStore(self.config, checkpoint)
+        self.network: LLaDA2Model = load_resident(self.config, checkpoint, dtype, torch.device("cpu"), None)
+        self.resident = ResidentExperts(load_all(self.store, self.store.keys()))
+
+    def hidden(self, experts: ExpertExecutor, routing: str, ids: Tensor, step: int = 0) -> Tensor:
+        policy = make_policy(routing, self.config.router, RoutingOptions(top_p=0.6, min_experts=6, top_k_experts=2))
+        positions = torch.arange(ids.shape[0])
+        forward = Forward(
+            ForwardInfo(Phase.DENOISE, 0, step),
+            positions,
+            positions // 8,
+            MaskedSequence(block_causal_mask(positions, 8)),
+            policy,
+            experts,
+        )
+        with torch.inference_mode():
+            return self.network(ids, forward)
+
+    def offloaded(
+        self,
+        slots: int,
+        eviction: str = "lru",
+        predictor: str = "none",
+        order: Sequence[int] | None = None,
+        in_flight: int = 2,
+    ) -> OffloadedExperts:
+        arena = SlotArena(slots, self.store.slab_bytes)
+        return OffloadedExperts(
+            store=self.store,
+            arena=arena,
+            transfers=CpuTransfers(self.store, arena)
+            if order is None
+            else ScrambledTransfers(self.store, arena, order),
+            scheduler=ExpertScheduler(ExpertCache(slots, make_eviction(eviction)), in_flight),
+            predictor=make_predictor(predictor),
+            stats=EngineStats(),
+            prefetch_depth=2,
+        )
+
+
+@pytest.fixture(scope="module", params=[torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Model:
+    return Model(tmp_path_factory.mktemp("model"), request.param)
+
+
+@settings(max_examples=40)
+@given(
+    slots=st.integers(1, 70),
+    eviction=st.sampled_from(sorted(EVICTION)),
+    predictor=st.sampled_from(["none", "previous-step", "cross-layer-gate"]),
+    routing=st.sampled_from(sorted(POLICIES)),
+    order=st.lists(st.integers(0, 7), min_size=1, max_size=20),
+    in_flight=st.integers(1, 6),
+    seed=st.integers(0, 100),
+)
+def test_offloaded_equals_resident_bit_for_bit(
+    model: Model, slots: int, eviction: str, predictor: str, routing: str, order: list[int], in_flight: int, seed: int
+) -> None:
+    experts = model.offloaded(slots, eviction, predictor, order, in_flight)
+    generator = torch.Generator().manual_seed(seed)
+    try:
+        for step in range(3):
+            ids = torch.randint(0, 94, (12,), generator=generator)
+            expected = model.hidden(model.resident, routing, ids, step)
+            assert torch.equal(model.hidden(experts, routing, ids, step), expected)
+        experts.idle()
+    finally:
+        experts.close()
+
+
+def test_every_byte_read_is_accounted_for(model: Model) -> None:
+    experts = model.offloaded(slots=4, predictor="previous-step")
+    ids = torch.arange(12)
+    for step in range(3):
+        model.hidden(experts, "original", ids, step)
+    experts.idle()
+    stats, store = experts.stats, model.store
+    some = next(iter(store.keys()))
+    assert stats.misses > 0
+    assert stats.loads == stats.misses + stats.prefetches_issued
+    assert stats.hits + stats.late + stats.misses == stats.expert_requests
+    assert stats.bytes_moved == stats.loads * store.payload_bytes(some)
+    assert stats.bytes_read >= stats.bytes_moved
+    experts.close()
+
+
+def test_what_is_resident_is_not_read_again(model: Model) -> None:
+    experts = model.offloaded(slots=64)
+    ids = torch.arange(12)
+    model.hidden(experts, "dmoe", ids)
+    first = experts.stats.loads
+    model.hidden(experts, "dmoe", ids)
+    assert experts.stats.loads == first > 0
+    experts.close()
+
+
+def test_the_previous_steps_experts_are_prefetched(model: Model) -> None:
+    experts = model.offloaded(slots=12, predictor="previous-step")
+    ids = torch.arange(12)
+    for step in range(4):
+        model.hidden(experts, "dmoe", ids, step)
+    assert experts.stats.prefetches_issued > 0
+    experts.close()
+
+
+class Faulty:
+    """A store that refuses some reads."""
+
+    def __init__(self, store: SafetensorsStore) -> None:
+        self.store = store
+        self.broken = False
+
+    def read(self, key: ExpertKey, slab: memoryview) -> int:
+        if self.broken:
+            raise TransferError(f"expert {key.expert} of layer {key.layer}: the disk is gone")
+        return self.store.read(key, slab)
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self.store, name)
+
+
+def test_a_reader_that_fails_mid_run_raises_and_leaves_the_engine_usable(model: Model) -> None:
+    experts = model.offloaded(slots=5, predictor="previous-step")
+    faulty = Faulty(model.store)
+    experts.transfers.store = faulty  # type: ignore[attr-defined]
+    ids = torch.arange(12)
+    model.hidden(experts, "original", ids)
+    faulty.broken = True
+    with pytest.raises(TransferError, match=r"expert \d+ of layer 1: the disk is gone"):
+        model.hidden(experts, "original", ids.flip(0))
+    experts.idle()
+    faulty.broken = False
+    expected = model.hidden(model.resident, "original", ids)
+    assert torch.equal(model.hidden(experts, "original", ids), expected)
+    experts.idle()
+    experts.close()
+
+
+def test_an_unforeseen_error_in_a_reader_reaches_the_caller(model: Model) -> None:
+    experts = model.offloaded(slots=5)
+
+    class Broken(Faulty):
+        def read(self, key: ExpertKey, slab: memoryview) -> int:
+            raise ValueError("a bug")
+
+    experts.transfers.store = Broken(model.store)  # type: ignore[attr-defined]
+    with pytest.raises(TransferError, match="ValueError: a bug"):
+        model.hidden(experts, "original", torch.arange(12))
+    experts.close()
+
+
+def test_close_joins_every_thread(model: Model) -> None:
+    before = threading.active_count()
+    experts = model.offloaded(slots=5)
+    model.hidden(experts, "dmoe", torch.arange(12))
+    assert threading.active_count() > before
+    experts.close()
+    experts.close()
+    assert threading.active_count() == before

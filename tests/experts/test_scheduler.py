@@ -1,0 +1,157 @@
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from offload_engine.core import ExpertKey
+from offload_engine.errors import InternalError
+from offload_engine.experts.cache import ExpertCache, SlotState
+from offload_engine.experts.eviction import EVICTION, make_eviction
+from offload_engine.experts.scheduler import Command, Compute, ExpertScheduler, Load
+
+
+def scheduler_of(slots: int, in_flight: int = 2, eviction: str = "lru") -> ExpertScheduler:
+    return ExpertScheduler(ExpertCache(slots, make_eviction(eviction)), in_flight)
+
+
+def keys(layer: int, *experts: int) -> list[ExpertKey]:
+    return [ExpertKey(layer, expert) for expert in experts]
+
+
+def loads(commands: list[Command]) -> list[ExpertKey]:
+    return [command.key for command in commands if isinstance(command, Load)]
+
+
+def computes(commands: list[Command]) -> list[ExpertKey]:
+    return [command.key for command in commands if isinstance(command, Compute)]
+
+
+def test_residents_are_computed_while_the_others_load() -> None:
+    scheduler = scheduler_of(4)
+    scheduler.predict(keys(1, 7))
+    scheduler.arrived(ExpertKey(1, 7))
+    commands = scheduler.want(1, [3, 7], [2.0, 1.0])
+    assert isinstance(commands[0], Load), "the transfer starts before anything is computed"
+    assert loads(commands) == keys(1, 3)
+    assert computes(commands) == keys(1, 7)
+    assert (scheduler.counters.hits, scheduler.counters.misses, scheduler.counters.prefetches_used) == (1, 1, 1)
+    assert computes(scheduler.arrived(ExpertKey(1, 3))) == keys(1, 3)
+
+
+def test_a_demand_overtakes_queued_prefetches() -> None:
+    scheduler = scheduler_of(8, in_flight=1)
+    assert loads(scheduler.predict(keys(2, 0, 1, 2))) == keys(2, 0)
+    assert loads(scheduler.want(1, [5], [1.0])) == []
+    assert loads(scheduler.arrived(ExpertKey(2, 0))) == keys(1, 5)
+    assert loads(scheduler.arrived(ExpertKey(1, 5))) == keys(2, 1)
+
+
+def test_an_expert_on_its_way_is_not_fetched_again() -> None:
+    scheduler = scheduler_of(4)
+    scheduler.predict(keys(1, 4))
+    assert scheduler.want(1, [4], [1.0]) == []
+    assert scheduler.counters.late == 1
+    assert computes(scheduler.arrived(ExpertKey(1, 4))) == keys(1, 4)
+
+
+def test_no_load_of_a_layer_evicts_what_the_layer_still_needs() -> None:
+    scheduler = scheduler_of(2)
+    for key in keys(1, 0, 1):
+        scheduler.predict([key])
+        scheduler.arrived(key)
+        scheduler.want(1, [key.expert], [1.0])
+        scheduler.computed(key)
+    commands = scheduler.want(1, [0, 1, 2], [3.0, 2.0, 1.0])
+    assert loads(commands) == []
+    assert computes(commands) == keys(1, 0, 1)
+    assert loads(scheduler.computed(ExpertKey(1, 1))) == keys(1, 2)
+
+
+def test_a_new_prediction_of_a_layer_replaces_the_old_one() -> None:
+    scheduler = scheduler_of(8, in_flight=1)
+    scheduler.predict(keys(1, 0, 1, 2))
+    scheduler.predict(keys(1, 5))
+    assert loads(scheduler.arrived(ExpertKey(1, 0))) == keys(1, 5)
+
+
+def test_predictions_of_a_layer_that_has_routed_are_dropped() -> None:
+    scheduler = scheduler_of(8, in_flight=1)
+    scheduler.predict(keys(1, 0, 1, 2))
+    scheduler.want(1, [9], [1.0])
+    assert loads(scheduler.arrived(ExpertKey(1, 0))) == keys(1, 9)
+    assert loads(scheduler.arrived(ExpertKey(1, 9))) == []
+
+
+def test_a_failed_load_frees_its_slot_and_the_layer_can_be_abandoned() -> None:
+    scheduler = scheduler_of(2)
+    scheduler.want(1, [0, 1, 2], [3.0, 2.0, 1.0])
+    scheduler.arrived(ExpertKey(1, 0))
+    scheduler.failed(ExpertKey(1, 1))
+    scheduler.abandon()
+    assert scheduler.done
+    assert scheduler.cache.pins(ExpertKey(1, 0)) == 0
+    for key in [k for k in keys(1, 2) if scheduler.cache.state(k) is SlotState.LOADING]:
+        assert computes(scheduler.arrived(key)) == []
+    scheduler.cache.check()
+    assert scheduler.want(2, [0], [1.0]), "the next layer is served"
+
+
+def test_a_layer_cannot_be_wanted_twice() -> None:
+    scheduler = scheduler_of(4)
+    scheduler.want(1, [0], [1.0])
+    with pytest.raises(InternalError, match="layer 2 was routed while 1 experts"):
+        scheduler.want(2, [0], [1.0])
+
+
+@given(
+    slots=st.integers(1, 6),
+    in_flight=st.integers(1, 3),
+    eviction=st.sampled_from(sorted(EVICTION)),
+    data=st.data(),
+)
+def test_every_layer_is_computed_whole_whatever_happens_in_between(
+    slots: int, in_flight: int, eviction: str, data: st.DataObject
+) -> None:
+    """Random layers, predictions and orders of completion: each wanted expert is computed exactly once, from the slot
+    it was loaded into, never more transfers are under way than allowed, and the cache conserves its slots.
+    """
+    scheduler = scheduler_of(slots, in_flight, eviction)
+    flying: list[ExpertKey] = []
+    ready: list[Compute] = []
+    contents: dict[int, ExpertKey | None] = {}
+
+    def carry_out(commands: list[Command]) -> None:
+        for command in commands:
+            if isinstance(command, Load):
+                assert command.slot not in {compute.slot for compute in ready}, "a slot is overwritten before its use"
+                contents[command.slot] = None
+                landing[command.key] = command.slot
+                flying.append(command.key)
+            else:
+                assert contents[command.slot] == command.key
+                ready.append(command)
+        assert len(flying) <= in_flight
+
+    landing: dict[ExpertKey, int] = {}
+    expert_sets = st.lists(st.integers(0, 7), min_size=1, max_size=8, unique=True)
+    for layer in data.draw(st.lists(st.integers(0, 2), max_size=6), label="layers"):
+        carry_out(scheduler.predict(keys(data.draw(st.integers(0, 2)), *data.draw(expert_sets))))
+        wanted = data.draw(expert_sets, label="wanted")
+        carry_out(scheduler.want(layer, wanted, [float(len(wanted) - i) for i in range(len(wanted))]))
+        computed: list[ExpertKey] = []
+        while not scheduler.done:
+            assert flying or ready, "nothing under way, yet the layer is not done"
+            if flying and (not ready or data.draw(st.booleans(), label="arrival first")):
+                key = flying.pop(data.draw(st.integers(0, len(flying) - 1)))
+                contents[landing[key]] = key
+                carry_out(scheduler.arrived(key))
+            else:
+                compute = ready.pop(0)
+                assert contents[compute.slot] == compute.key
+                computed.append(compute.key)
+                carry_out(scheduler.computed(compute.key))
+            scheduler.cache.check()
+        assert sorted(computed) == sorted(keys(layer, *wanted))
+    counters = scheduler.counters
+    assert counters.prefetches_used <= counters.prefetches
