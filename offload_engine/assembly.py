@@ -170,6 +170,8 @@ def assemble(config: EngineConfig, stats: EngineStats, progress: Progress | None
     source = find_source(config)
     model_config = source.config
     policy, notices = choose_policy(config, model_config)
+    if isinstance(config.host_mem, int):
+        notices.append("host_mem is ignored: on the CPU there is no host tier, gpu_mem is RAM already")
     checkpoint = Checkpoint.open(source.directory)
     if not model_config.moe_layers:
         raise CheckpointError(f"{source.directory}: the model has no MoE layer, so there is nothing to offload")

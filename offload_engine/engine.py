@@ -7,9 +7,10 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NamedTuple, Self, overload
+from typing import Any, NamedTuple, Self, cast, overload
 
 import torch
 from torch import Tensor
@@ -19,9 +20,17 @@ from offload_engine.config import EngineConfig, format_bytes
 from offload_engine.core import Completion, ForwardInfo, Phase, RoutingDecision, SamplingParams, StepEvent
 from offload_engine.decode.block_diffusion import BlockDiffusionDecoder, DecodingState
 from offload_engine.decode.kv_cache import PrefixCache
-from offload_engine.errors import EngineClosedError, MemoryBudgetError, PromptError, UsageError
+from offload_engine.errors import (
+    EngineClosedError,
+    MemoryBudgetError,
+    PromptError,
+    TraceError,
+    TraceWriteError,
+    UsageError,
+)
+from offload_engine.experts.cache import Occupancy
 from offload_engine.experts.executor import ranked_experts
-from offload_engine.experts.observe import ObservedExperts, Watcher
+from offload_engine.experts.observe import ObservedExperts
 from offload_engine.memory import MemoryPlan, score_bytes
 from offload_engine.metrics import EngineStats, measure_peak
 from offload_engine.model.attention import MaskedSequence, block_causal_mask
@@ -59,6 +68,7 @@ class Engine:
         """What the user should know: the routing chosen, warnings of the plan."""
         self._parts = parts
         self._trace: TraceWriter | None = None
+        self._trace_error: TraceError | None = None
         self._busy = threading.Lock()
         self._closed = False
         self._observed = ObservedExperts(parts.experts, [self._count_unique])
@@ -130,6 +140,10 @@ class Engine:
         """The routing policy in force."""
         return self._parts.policy.name
 
+    def occupancy(self) -> Occupancy:
+        """How many expert slots are free, loading and resident just now. May be called from any thread."""
+        return self._parts.experts.occupancy()
+
     @overload
     def generate(
         self, prompt: str | list[int], params: SamplingParams | None = ..., *, raw: bool = ...
@@ -151,12 +165,15 @@ class Engine:
         A string goes through the chat template unless `raw`. Raises `PromptError`, and `UsageError` when the engine is
         busy.
         """
-        if isinstance(prompt, str) or all(isinstance(item, int) for item in prompt):
-            return self._answer(prompt, params, raw)  # type: ignore[arg-type]
-        prompts: list[Prompt] = list(prompt)  # type: ignore[arg-type]
-        for item in prompts:  # refused as a whole or not at all
-            self._encode(item, raw)
-        return [self._answer(item, params, raw) for item in prompts]
+        several = (
+            not isinstance(prompt, str) and len(prompt) > 0 and all(isinstance(one, (str, list)) for one in prompt)
+        )
+        if not several:
+            return self._answer(cast("Prompt", prompt), params, raw)
+        prompts = cast("list[Prompt]", prompt)
+        for one in prompts:  # refused as a whole or not at all
+            self._check_fits(self._encode(one, raw), params or SamplingParams())
+        return [self._answer(one, params, raw) for one in prompts]
 
     def stream(
         self,
@@ -196,7 +213,11 @@ class Engine:
         return decisions
 
     def record_trace(self, path: Path | str, block_length: int = 32) -> None:
-        """From now on append every routing decision of generated blocks to `path`. Raises `TraceError`."""
+        """From now on append every routing decision of generated blocks to `path`.
+
+        Raises `TraceError` when `path` can't be a trace of this run. When the disk is or becomes full, answers go on
+        without their trace, and `close_trace` says so.
+        """
         source, policy = self._parts.source, self._parts.policy
         header = TraceHeader(
             layers=tuple(source.config.moe_layers),
@@ -207,15 +228,23 @@ class Engine:
             block_length=block_length,
             model=source.name,
         )
-        self._trace = TraceWriter(Path(path), header)
+        self.close_trace()
+        try:
+            self._trace = TraceWriter(Path(path), header)
+        except TraceWriteError as error:
+            self._trace_error = error
+            return
         self._observed.watchers.append(self._record)
 
     def close_trace(self) -> None:
-        """Write what is pending and stop recording. Raises `TraceError` if that fails."""
+        """Write what is pending and stop recording. Raises the `TraceError` that the recording met, if any."""
         if self._trace is not None:
             trace, self._trace = self._trace, None
             self._observed.watchers.remove(self._record)
-            trace.close()
+            self._keep_trace_error(trace.close)
+        error, self._trace_error = self._trace_error, None
+        if error is not None:
+            raise error
 
     def close(self) -> None:
         """Join all threads, free the slots, close every file. Idempotent."""
@@ -308,7 +337,7 @@ class Engine:
         self.stats.wall_seconds += seconds
         self.stats.measured_peak_bytes = measure_peak()
         if self._trace is not None:
-            self._trace.flush()
+            self._keep_trace_error(self._trace.flush)
             self._trace.sequence += 1
 
     def _count_unique(self, info: ForwardInfo, layer: int, decision: RoutingDecision) -> None:
@@ -318,7 +347,14 @@ class Engine:
 
     def _record(self, info: ForwardInfo, layer: int, decision: RoutingDecision) -> None:
         if self._trace is not None and info.phase is not Phase.SCORE:
-            self._trace.record(info, layer, *ranked_experts(decision))
+            self._keep_trace_error(partial(self._trace.record, info, layer, *ranked_experts(decision)))
+
+    def _keep_trace_error(self, write: Callable[[], None]) -> None:
+        """A trace that can't be written must not cost the answer: `close_trace` raises what went wrong."""
+        try:
+            write()
+        except TraceError as error:
+            self._trace_error = error
 
     def _score(self, token_ids: Sequence[int], block_length: int, experts: ExpertExecutor) -> Tensor:
         """Hidden states [T, H] of one block-causal forward over `token_ids`."""

@@ -66,6 +66,10 @@ class TraceError(OffloadError):
     """A routing trace that can't be written or read."""
 
 
+class TraceWriteError(TraceError):
+    """A routing trace that the system takes no further writes for, such as one on a full disk."""
+
+
 class EngineClosedError(OffloadError):
     """The engine was used after `close()`."""
 

@@ -70,8 +70,6 @@ class EngineStats:
     score_seconds: float = 0.0
     stall_seconds: float = 0.0
     """Time in which compute waited for transfers; part of the seconds of the phases."""
-    attention_seconds: float = 0.0
-    moe_seconds: float = 0.0
 
     planned_peak_bytes: int = 0
     measured_peak_bytes: int = 0
@@ -92,7 +90,7 @@ class EngineStats:
     def phase(self, name: Phase | str) -> Iterator[None]:
         """Add the body's duration to `{name}_seconds`, also when it raises.
 
-        `name` is a `Phase`, or one of "wall", "stall", "attention", "moe".
+        `name` is a `Phase`, or one of "wall", "stall".
         """
         counter = f"{name}_seconds"
         getattr(self, counter)  # a name nobody counts fails here, not after the work is done

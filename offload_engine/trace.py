@@ -21,7 +21,7 @@ from typing import IO, Annotated, Final, Literal, Self, cast
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from offload_engine.core import ForwardInfo, Phase
-from offload_engine.errors import TraceError
+from offload_engine.errors import TraceError, TraceWriteError
 
 FORMAT: Final = "offload_engine.routing_trace"
 VERSION: Final = 1
@@ -81,7 +81,7 @@ class TraceWriter:
 
     A new path, or an empty file, gets the header; an existing trace is continued if its header is the same.
     Records are buffered and written at the end of each forward. When the system refuses a write (disk full), that
-    write raises `TraceError` and the trace ends with its last whole line; from then on the writer drops what it is
+    write raises `TraceWriteError` and the trace ends with its last whole line; from then on the writer drops what it is
     given, so that a run can go on without its trace.
     """
 
@@ -189,7 +189,7 @@ class TraceWriter:
             self.records_written += data.count(b"\n", 0, whole) if records else 0
             self._cut(done - whole)
             self._drop_file()
-            raise TraceError(
+            raise TraceWriteError(
                 f"{self.path}: the trace can't be written ({error.strerror}); {self.records_written} records of this "
                 "run are in it; free some space, record to another file, or run without a trace"
             ) from None

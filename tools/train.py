@@ -9,6 +9,7 @@ import json
 import os
 import sys
 import time
+from contextlib import closing
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -94,14 +95,14 @@ class Run:
     trainer: Trainer
     recipe: Recipe
     schedule: Schedule
-    raw_config: dict[str, Any]
+    recorded: dict[str, Any]
+    """The settings, as `new_run` has them."""
     clock: Clock | None
     save_minutes: float
 
     def save(self) -> None:
         """Write the checkpoint that `--resume` continues from."""
-        state = {"trainer": self.trainer.state_dict(), "schedule": self.schedule.as_dict()}
-        state |= {"config": self.raw_config, "recipe": asdict(self.recipe), "options": asdict(self.trainer.options)}
+        state = {"trainer": self.trainer.state_dict(), "schedule": self.schedule.as_dict(), **self.recorded}
         checkpoint.save(self.out / LAST, state)
 
     def train(self) -> None:
@@ -109,19 +110,18 @@ class Run:
         trainer, first = self.trainer, self.trainer.steps
         progress = Progress(self.out / LOG, self.schedule, self.clock, first)
         saved = time.monotonic()
-        for batch in batches(self.recipe, first):
-            step = trainer.steps
-            if self.schedule.finished(step):
-                break
-            self._watch_clock(step - first)
-            try:
-                report = trainer.step(batch, self.schedule.factor(step), self.recipe.block_length)
-            except FloatingPointError as error:
-                raise click.ClickException(f"{error}; the last good checkpoint is {self.out / LAST}") from error
-            progress.add(step, report, len(batch.tokens))
-            if time.monotonic() - saved > 60 * self.save_minutes:
-                self.save()
-                saved = time.monotonic()
+        with closing(batches(self.recipe, first)) as stream:
+            while not self.schedule.finished(trainer.steps):
+                batch, step = next(stream), trainer.steps
+                self._watch_clock(step - first)
+                try:
+                    report = trainer.step(batch, self.schedule.factor(step), self.recipe.block_length)
+                except FloatingPointError as error:
+                    raise click.ClickException(f"{error}; the last good checkpoint is {self.out / LAST}") from error
+                progress.add(step, report, len(batch.tokens))
+                if time.monotonic() - saved > 60 * self.save_minutes:
+                    self.save()
+                    saved = time.monotonic()
         self.save()
 
     def _watch_clock(self, steps_done: int) -> None:
@@ -174,35 +174,48 @@ def main(**options: Any) -> None:
 
 def build_run(options: dict[str, Any]) -> Run:
     """A new run, or the one in `--out`."""
-    out: Path = options["out"]
-    last = out / LAST
+    last: Path = options["out"] / LAST
     if options["resume"] and not last.exists():
         raise click.ClickException(f"{last}: nothing to resume")
     if not options["resume"] and last.exists():
         raise click.ClickException(f"{last} exists; continue it with --resume or choose another --out")
-    out.mkdir(parents=True, exist_ok=True)
-    state = checkpoint.load(last) if options["resume"] else None
-    raw = state["config"] if state else config_json(vocabulary(options["tokenizer"]), options)
-    config = ModelConfig.from_dict(raw)
-    routing = RoutingOptions(top_p=options["top_p"], min_experts=options["min_experts"])
-    chosen = {key: options[key] for key in ("lr", "adam_lr", "ema", "bias_rate")}
-    optimisation = Optimisation(**(state["options"] if state else chosen))
-    trainer = Trainer(config, routing_policy(options["routing"], config, routing), optimisation)
+    options["out"].mkdir(parents=True, exist_ok=True)
+    state = checkpoint.load(last) if options["resume"] else new_run(options)
+    config = ModelConfig.from_dict(state["config"])
+    policy = routing_policy(state["routing"], config, RoutingOptions(**state["routing_options"]))
+    trainer = Trainer(config, policy, Optimisation(**state["options"]))
+    if options["resume"]:
+        trainer.load_state_dict(state.pop("trainer"))
+    else:
+        trainer.initialise(options["seed"])
+    schedule = Schedule(**state.pop("schedule"))
     clock = Clock(options["minutes"], options["decay_share"], time.monotonic()) if options["minutes"] else None
-    if state:
-        trainer.load_state_dict(state["trainer"])
-        return Run(
-            out, trainer, Recipe(**state["recipe"]), Schedule(**state["schedule"]), raw, clock, options["save_minutes"]
-        )
-    trainer.initialise(options["seed"])
-    keys = ("tokenizer", "seed", "blocks", "copies", "drill_share", "final_drill_share", "drill_steps")
+    if schedule.end is None and clock is None:
+        raise click.UsageError("say how long to train: --steps or --minutes")
+    recipe = Recipe(**state["recipe"])
+    return Run(options["out"], trainer, recipe, schedule, state, clock, options["save_minutes"])
+
+
+def new_run(options: dict[str, Any]) -> dict[str, Any]:
+    """What a checkpoint records of a run besides the trainer's state, from the command line."""
+
+    def chosen(*names: str) -> dict[str, Any]:
+        return {name: options[name] for name in names}
+
     schedule = Schedule(options["warmup"])
     if options["steps"]:
         schedule = Schedule.of_steps(options["steps"], options["warmup"], options["decay_share"])
-    elif clock is None:
-        raise click.UsageError("say how long to train: --steps or --minutes")
-    recipe = Recipe(**{key: options[key] for key in keys})
-    return Run(out, trainer, recipe, schedule, raw, clock, options["save_minutes"])
+    recipe = Recipe(
+        **chosen("tokenizer", "seed", "blocks", "copies", "drill_share", "final_drill_share", "drill_steps")
+    )
+    return {
+        "config": config_json(vocabulary(options["tokenizer"]), options),
+        "routing": options["routing"],
+        "routing_options": chosen("top_p", "min_experts"),
+        "options": asdict(Optimisation(**chosen("lr", "adam_lr", "ema", "bias_rate"))),
+        "recipe": asdict(recipe),
+        "schedule": schedule.as_dict(),
+    }
 
 
 if __name__ == "__main__":

@@ -93,6 +93,7 @@ class BlockDiffusionDecoder:
         if not self._prefill(state.ids, length, cancelled):
             state.ids = list(prompt)
             state.finish("cancelled", 0)
+            state.block_finished = True
             yield state
         while state.finish_reason is None:
             self._open_block(state, prompt, length)

@@ -14,6 +14,7 @@ from torch import Tensor
 from offload_engine.core import ExpertKey, ForwardInfo, RoutingDecision
 from offload_engine.errors import InternalError, OffloadError
 from offload_engine.experts.arena import SlotArena
+from offload_engine.experts.cache import Occupancy
 from offload_engine.experts.predictor import ExpertPredictor
 from offload_engine.experts.scheduler import Command, Compute, ExpertScheduler, Load
 from offload_engine.experts.store import ExpertStore
@@ -120,6 +121,11 @@ class OffloadedExperts:
                 )
             self.scheduler.cache.check()
 
+    def occupancy(self) -> Occupancy:
+        """The cache's slots by state."""
+        with self._changed:
+            return self.scheduler.cache.occupancy()
+
     def close(self) -> None:
         """Join the driver's threads and free the slots. Idempotent."""
         self.transfers.close()
@@ -172,3 +178,4 @@ class OffloadedExperts:
         stats.expert_requests += requests
         stats.hits, stats.misses, stats.late = counters.hits, counters.misses, counters.late
         stats.prefetches_issued, stats.prefetches_used = counters.prefetches, counters.prefetches_used
+        stats.prefetches_wasted, stats.evictions = counters.prefetches_wasted, counters.evictions

@@ -49,6 +49,9 @@ class SchedulerCounters:
     """Transfers begun on a prediction."""
     prefetches_used: int = 0
     """Of those, the ones a layer then asked for before they were evicted."""
+    prefetches_wasted: int = 0
+    """Of those, the ones that were evicted, or failed, before any layer asked for them."""
+    evictions: int = 0
 
 
 class ExpertScheduler:
@@ -134,7 +137,7 @@ class ExpertScheduler:
         """Event: a load failed. Its slot is free again. If the layer wanted it, the driver should `abandon` and raise."""
         self._in_flight.remove(key)
         self.cache.failed(key)
-        self._speculative.discard(key)
+        self._count_wasted(key)
         return self._start_transfers()
 
     def computed(self, key: ExpertKey) -> list[Command]:
@@ -179,7 +182,7 @@ class ExpertScheduler:
             reservation = self.cache.reserve(self._demand[0], prefetch=False)
             if reservation is None:
                 return None  # every slot is pinned or loading: the next `computed` or `arrived` makes room
-            self._forget(reservation.evicted)
+            self._count_eviction(reservation.evicted)
             return Load(self._demand.popleft(), reservation.slot, prefetch=False)
         while self._prefetch:
             key = self._prefetch.popleft()
@@ -189,12 +192,18 @@ class ExpertScheduler:
             if reservation is None:
                 self._prefetch.clear()  # no room for guesses; those behind it are less probable still
                 return None
-            self._forget(reservation.evicted)
+            self._count_eviction(reservation.evicted)
             self._speculative.add(key)
             self.counters.prefetches += 1
             return Load(key, reservation.slot, prefetch=True)
         return None
 
-    def _forget(self, evicted: ExpertKey | None) -> None:
+    def _count_eviction(self, evicted: ExpertKey | None) -> None:
         if evicted is not None:
-            self._speculative.discard(evicted)
+            self.counters.evictions += 1
+            self._count_wasted(evicted)
+
+    def _count_wasted(self, key: ExpertKey) -> None:
+        if key in self._speculative:
+            self._speculative.remove(key)
+            self.counters.prefetches_wasted += 1

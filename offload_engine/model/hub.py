@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 from offload_engine.errors import CheckpointError, HubError
@@ -27,13 +28,13 @@ NOT_FILES = ("*/*",)
 """Subdirectories hold other formats of the same weights."""
 
 
-def resolve_model(model: str, *, offline: bool | None = None) -> Path:
+def resolve_model(model: str, *, offline: bool | None = None, files: Sequence[str] = FILES) -> Path:
     """The directory of the checkpoint that `model` names.
 
     A directory is taken as it is. `owner/name`, or `owner/name@revision`, is fetched from the Hugging Face hub into
     its usual cache unless it is there; a download that was interrupted goes on where it stopped, with progress on
-    stderr. `offline` (by default, whether HF_HUB_OFFLINE is set) restricts the search to that cache, which also
-    serves when the hub can't be reached.
+    stderr. Only `files`, names or patterns, are fetched. `offline` (by default, whether HF_HUB_OFFLINE is set)
+    restricts the search to that cache, which also serves when the hub can't be reached.
 
     Raises `CheckpointError` for a path that holds no checkpoint, `HubError` for an id that can't be had.
     """
@@ -49,7 +50,7 @@ def resolve_model(model: str, *, offline: bool | None = None) -> Path:
         raise CheckpointError(
             f"{model}: no such model directory (and no hub id, which looks like owner/name or owner/name@revision)"
         )
-    return _from_hub(named["repo"], named["revision"], offline)
+    return _from_hub(named["repo"], named["revision"], offline, files)
 
 
 def _checked_directory(path: Path) -> Path:
@@ -60,7 +61,7 @@ def _checked_directory(path: Path) -> Path:
     return path
 
 
-def _from_hub(repo: str, revision: str | None, offline: bool | None) -> Path:
+def _from_hub(repo: str, revision: str | None, offline: bool | None, files: Sequence[str]) -> Path:
     try:
         import huggingface_hub
 
@@ -76,10 +77,10 @@ def _from_hub(repo: str, revision: str | None, offline: bool | None) -> Path:
     reason = "offline mode is on" if offline else None
     if reason is None:
         try:
-            return hub_download.fetch(repo, revision, FILES, NOT_FILES)
+            return hub_download.fetch(repo, revision, files, NOT_FILES)
         except hub_download.UnavailableError as error:
             reason = str(error)
-    path = hub_download.cached(repo, revision, FILES, NOT_FILES)
+    path = hub_download.cached(repo, revision, files, NOT_FILES)
     if path is None:
         place = huggingface_hub.constants.HF_HUB_CACHE
         raise HubError(f"{what}: no such directory here, no whole copy in the hub's cache ({place}), and {reason}")

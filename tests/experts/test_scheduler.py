@@ -154,4 +154,13 @@ def test_every_layer_is_computed_whole_whatever_happens_in_between(
             scheduler.cache.check()
         assert sorted(computed) == sorted(keys(layer, *wanted))
     counters = scheduler.counters
-    assert counters.prefetches_used <= counters.prefetches
+    assert counters.prefetches_used + counters.prefetches_wasted <= counters.prefetches
+
+
+def test_wasted_prefetches_and_evictions_are_counted() -> None:
+    scheduler = scheduler_of(1)
+    scheduler.predict(keys(1, 0))
+    scheduler.arrived(ExpertKey(1, 0))
+    assert loads(scheduler.want(1, [1], [1.0])) == keys(1, 1)
+    counters = scheduler.counters
+    assert (counters.evictions, counters.prefetches_wasted, counters.prefetches_used) == (1, 1, 0)

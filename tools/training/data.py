@@ -5,7 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import random
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Generator
 from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
@@ -136,7 +136,7 @@ def make_batch(recipe: Recipe, step: int) -> Batch:
     return pack(samples, noise, rng, recipe.block_length)
 
 
-def batches(recipe: Recipe, first_step: int, ahead: int = 8) -> Iterator[Batch]:
+def batches(recipe: Recipe, first_step: int, ahead: int = 8) -> Generator[Batch, None, None]:
     """The batches of `first_step`, `first_step + 1`, …, made by a worker process `ahead` of their use."""
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("forkserver")) as pool:
         queue: deque[Future[Batch]] = deque()

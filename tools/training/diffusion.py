@@ -4,8 +4,8 @@ On paper a sequence is [noisy | clean], both L long: a noisy block sees itself a
 block itself and the clean blocks before it. Much of that is never looked at: noisy blocks that only repeat the
 prompt, the last clean block, and attention from one sample to another. So a sample is laid out as the clean blocks
 that some noisy block sees, followed by the noisy blocks that hold an answer (several noisings of them, if wanted, for
-the price of one clean half); samples of equal layout form a group that attends in one batch, and everything but
-attention runs over the flat tokens of all groups. The loss at masked positions is the same.
+the price of one clean half). A batch is a flat row of such blocks, each with the list of blocks it sees. The loss at
+masked positions is the same.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class Noise:
 
     def draw(self, rng: np.random.Generator, maskable: NDArray[np.bool_]) -> NDArray[np.bool_]:
         """Which of the maskable positions [.., L] one noising masks."""
-        rows = maskable.shape[:-1] + (1,)
+        rows = (*maskable.shape[:-1], 1)
         low = rng.uniform(self.low, self.high, rows)
         sigma = np.where(rng.random(rows) < self.full_share, rng.uniform(self.high, 1.0, rows), low)
         return maskable & (rng.random(maskable.shape) < sigma)
@@ -79,14 +79,6 @@ class Span:
 
 
 @dataclass(frozen=True)
-class Group:
-    """Samples of one layout inside a batch."""
-
-    span: Span
-    samples: int
-
-
-@dataclass(frozen=True)
 class Batch:
     """One training step's input: T flat tokens, group after group, sample after sample."""
 
@@ -100,7 +92,8 @@ class Batch:
     """Rising indices of the masked tokens."""
     targets: NDArray[np.int64]
     """What the masked tokens were."""
-    groups: tuple[Group, ...]
+    visible: NDArray[np.int64]
+    """[R, W]: for each of the R = T / block_length blocks, those that it sees; -1 pads."""
 
 
 def span_of(example: Example, block_length: int, copies: int) -> Span:
@@ -111,73 +104,75 @@ def span_of(example: Example, block_length: int, copies: int) -> Span:
 
 def pack(samples: Sequence[tuple[Example, int]], noise: Noise, rng: np.random.Generator, block_length: int) -> Batch:
     """Noise and lay out (example, copies) pairs."""
-    by_span: dict[Span, list[Example]] = {}
-    for example, copies in samples:
-        by_span.setdefault(span_of(example, block_length, copies), []).append(example)
-    parts: list[tuple[NDArray[np.int64], ...]] = []
-    groups = []
-    for span in sorted(by_span, key=lambda s: (s.blocks, s.first, s.copies)):
-        examples = by_span[span]
-        groups.append(Group(span, len(examples)))
-        parts.append(_pack_group(span, examples, noise, rng, block_length))
+    spans = [span_of(example, block_length, copies) for example, copies in samples]
+    masks = [span.block_mask() for span in spans]
+    widest = max(int(mask.sum(axis=1).max()) for mask in masks)
+    parts, visible, first_row = [], [], 0
+    for (example, _), span, mask in zip(samples, spans, masks, strict=True):
+        parts.append(_noised(example, span, noise, rng, block_length))
+        order = np.argsort(~mask, axis=1, kind="stable")[:, :widest]
+        seen = np.where(np.take_along_axis(mask, order, axis=1), order + first_row, -1)
+        visible.append(np.pad(seen, ((0, 0), (0, widest - seen.shape[1])), constant_values=-1))
+        first_row += len(mask)
     tokens, clean, positions, noisy = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
     masked = np.flatnonzero(tokens != clean)
-    return Batch(tokens, positions, np.flatnonzero(noisy), masked, clean[masked], tuple(groups))
+    return Batch(tokens, positions, np.flatnonzero(noisy), masked, clean[masked], np.concatenate(visible))
 
 
-def _pack_group(
-    span: Span, examples: list[Example], noise: Noise, rng: np.random.Generator, block_length: int
+def _noised(
+    example: Example, span: Span, noise: Noise, rng: np.random.Generator, block_length: int
 ) -> tuple[NDArray[np.int64], ...]:
-    """Flat (tokens, tokens before noise, positions, is noisy) of one group."""
+    """One sample's flat (tokens, tokens before noise, positions, is noisy)."""
     copy, block = np.array(span.rows()).T
     positions = (block[:, None] * block_length + np.arange(block_length)).reshape(-1)
-    is_noisy = np.repeat(copy != CLEAN, block_length)
-    clean = np.stack([example.tokens for example in examples])[:, positions]
-    maskable = np.stack([example.maskable for example in examples])[:, positions] & is_noisy
+    copy = np.repeat(copy, block_length)
+    clean, maskable = example.tokens[positions], example.maskable[positions]
     tokens = clean.copy()
     for number in range(1, span.copies + 1):
-        columns = np.flatnonzero(np.repeat(copy == number, block_length))
-        hit = noise.draw(rng, maskable[:, columns])
-        tokens[:, columns] = np.where(hit, noise.mask_id, tokens[:, columns])
-    rows = len(examples)
-    return tokens.reshape(-1), clean.reshape(-1), np.tile(positions, rows), np.tile(is_noisy, rows)
+        here = copy == number
+        tokens[here] = np.where(noise.draw(rng, maskable[here]), noise.mask_id, tokens[here])
+    return tokens, clean, positions, copy != CLEAN
 
 
-class GroupedAttention:
-    """Attention of a flat batch, group by group; a `KeyValues` whose queries and keys are [T, heads, head_dim].
+class BlockAttention:
+    """Attention of a flat batch in which whole blocks see whole blocks; a `KeyValues` for [T, heads, head_dim].
 
-    Written out as products and a softmax: with these short sequences its backward takes half the time of
+    Each block's keys are gathered, so that all blocks attend in one batched product of one shape whatever the samples
+    are. Written out as products and a softmax: with so few keys its backward takes half the time of
     `scaled_dot_product_attention` on a CPU.
     """
 
-    def __init__(self, groups: Sequence[Group], block_length: int, dtype: torch.dtype) -> None:
-        self.pieces: list[tuple[int, int, Tensor]] = []
-        for group in groups:
-            mask = torch.from_numpy(np.kron(group.span.block_mask(), np.ones((block_length,) * 2, dtype=bool)))
-            bias = torch.zeros(mask.shape, dtype=dtype).masked_fill_(~mask, -torch.inf)
-            self.pieces.append((group.samples, mask.shape[0], bias))
+    def __init__(self, visible: Tensor, block_length: int, dtype: torch.dtype) -> None:
+        """`visible` [R, W] as in `Batch`."""
+        self.block_length = block_length
+        self.seen = visible.clamp(min=0).flatten()
+        bias = torch.zeros(visible.shape, dtype=dtype).masked_fill_(visible < 0, -torch.inf)
+        self.bias = bias.repeat_interleave(block_length, dim=1)[:, None, None]
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:  # noqa: ARG002
         """See `KeyValues`."""
-        sizes = [samples * length for samples, length, _ in self.pieces]
-        parts = zip(self.pieces, query.split(sizes), key.split(sizes), value.split(sizes), strict=True)
-        return torch.cat([_attend(samples, length, bias, q, k, v) for (samples, length, bias), q, k, v in parts])
+        (tokens, heads, size), kv_heads = query.shape, key.shape[1]
+        blocks, share = tokens // self.block_length, heads // kv_heads
+        query = (query * size**-0.5).view(blocks, self.block_length, kv_heads, share, size).permute(0, 2, 3, 1, 4)
+        query = query.reshape(blocks * kv_heads, share * self.block_length, size)
+        scores = torch.bmm(query, self._gather(key, blocks).mT).view(blocks, kv_heads, share * self.block_length, -1)
+        shares = (scores + self.bias).softmax(dim=-1).flatten(0, 1)
+        out = torch.bmm(shares, self._gather(value, blocks))
+        out = out.view(blocks, kv_heads, share, self.block_length, size).permute(0, 3, 1, 2, 4)
+        return out.reshape(tokens, heads, size)
+
+    def _gather(self, x: Tensor, blocks: int) -> Tensor:
+        """[T, kv_heads, d] -> [R * kv_heads, W * block_length, d]: what each block sees."""
+        kv_heads, size = x.shape[1:]
+        by_block = x.view(blocks, self.block_length, kv_heads, size).transpose(1, 2).reshape(blocks, -1)
+        seen = by_block.index_select(0, self.seen).view(blocks, -1, kv_heads, self.block_length, size)
+        return seen.transpose(1, 2).reshape(blocks * kv_heads, -1, size)
 
 
-def _attend(samples: int, length: int, bias: Tensor, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """Masked attention inside each of `samples` sequences of `length` tokens; queries that share a key are folded."""
-    kv_heads, size = key.shape[1:]
-    share = query.shape[1] // kv_heads
-    query = query.view(samples, length, kv_heads, share, size).permute(0, 2, 3, 1, 4)
-    query = query.reshape(samples * kv_heads, share * length, size) * size**-0.5
-    key, value = (
-        x.view(samples, length, kv_heads, size).transpose(1, 2).reshape(samples * kv_heads, length, size)
-        for x in (key, value)
-    )
-    scores = torch.bmm(query, key.mT).view(-1, share, length, length) + bias
-    out = torch.bmm(scores.softmax(dim=-1).view(-1, share * length, length), value)
-    out = out.view(samples, kv_heads, share, length, size).permute(0, 3, 1, 2, 4)
-    return out.reshape(samples * length, kv_heads * share, size)
+def padded(indices: NDArray[np.int64], step: int) -> Tensor:
+    """Indices, the last repeated up to a multiple of `step`: oneDNN prepares anew for every number of rows."""
+    missing = -len(indices) % step if len(indices) else 0
+    return torch.from_numpy(np.pad(indices, (0, missing), mode="edge" if missing else "constant"))
 
 
 def masked_logits(
@@ -190,7 +185,7 @@ def masked_logits(
         info=ForwardInfo(Phase.SCORE),
         positions=torch.from_numpy(batch.positions),
         block_ids=torch.arange(len(tokens)) // block_length,
-        key_values=GroupedAttention(batch.groups, block_length, hidden.dtype),
+        key_values=BlockAttention(torch.from_numpy(batch.visible), block_length, hidden.dtype),
         policy=policy,
         experts=experts,
     )
@@ -200,13 +195,20 @@ def masked_logits(
     for layer in layers:
         hidden = layer(hidden, angles, forward)
     hidden = hidden + last.attention(last.input_layernorm(hidden), angles, forward.key_values)
-    noisy = torch.from_numpy(batch.noisy)
-    hidden = hidden.index_select(0, noisy)
+    rows = last_layer_rows(batch, block_length)
+    hidden = hidden.index_select(0, torch.from_numpy(rows))
     normed = last.post_attention_layernorm(hidden)
-    block_ids = torch.arange(len(noisy)) // block_length
-    hidden = hidden + last.mlp(normed, block_ids, policy, experts)
-    at_masked = torch.from_numpy(np.searchsorted(batch.noisy, batch.masked))
-    return model.logits(model.model.norm(hidden.index_select(0, at_masked)))
+    hidden = hidden + last.mlp(normed, torch.arange(len(rows)) // block_length, policy, experts)
+    at_masked = padded(np.searchsorted(rows, batch.masked), 128)
+    return model.logits(model.model.norm(hidden.index_select(0, at_masked)))[: len(batch.masked)]
+
+
+def last_layer_rows(batch: Batch, block_length: int, step: int = 8) -> NDArray[np.int64]:
+    """Tokens of the noisy blocks, and of as many clean ones as make their number a multiple of `step`."""
+    blocks = np.unique(batch.noisy // block_length)
+    others = np.setdiff1d(np.arange(len(batch.visible)), blocks)
+    blocks = np.sort(np.concatenate((blocks, others[: -len(blocks) % step])))
+    return (blocks[:, None] * block_length + np.arange(block_length)).reshape(-1)
 
 
 def denoising_loss(logits: Tensor, batch: Batch) -> tuple[Tensor, float]:

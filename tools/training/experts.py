@@ -19,10 +19,10 @@ from offload_engine.core import ForwardInfo, RoutingDecision
 from offload_engine.model.config import ModelConfig
 from offload_engine.model.moe import ExpertWeights, Preview
 
-BUCKETS = 8
-"""Batched products per matrix; more means less padding and more calls."""
+BUCKETS = (8, 8, 16, 32, 64, 64, 64)
+"""Experts per batched product, busiest first; the last size repeats. More buckets mean less padding and more calls."""
 ROUND_ROWS = 32
-"""Bucket heights are multiples of this, and from 256 rows on of an eighth of the power of two below."""
+"""Bucket heights are multiples of this, and from 256 rows on of a quarter of the power of two below."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +54,7 @@ class Layout:
 
 def bucket_height(rows: int) -> int:
     """The rows a bucket is padded to: few different sizes, because oneDNN prepares anew for each."""
-    step = max(ROUND_ROWS, 1 << max(0, rows.bit_length() - 4))
+    step = max(ROUND_ROWS, 1 << max(0, rows.bit_length() - 3))
     return -(-rows // step) * step
 
 
@@ -72,12 +72,14 @@ def make_layout(experts: Tensor, num_experts: int) -> Layout:
     heights, buckets = ranked.values[:used].tolist(), []
     base = torch.zeros(num_experts + 1, dtype=torch.int64)
     size = 0
-    for first in range(0, used, max(1, -(-used // BUCKETS))):
-        count = min(max(1, -(-used // BUCKETS)), used - first)
+    first = 0
+    while first < used:
+        count = min(BUCKETS[min(len(buckets), len(BUCKETS) - 1)], used - first)
         height = bucket_height(heights[first])
         buckets.append(Bucket(first, count, size, height))
         base[ranked.indices[first : first + count]] = size + torch.arange(count) * height
         size += count * height
+        first += count
     base[num_experts] = size
     in_order = flat[order]
     places = torch.arange(flat.numel()) - starts[in_order]
@@ -143,7 +145,6 @@ class _RunExperts(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         layout: Layout = ctx.layout
         rows, slot_weights, gate, up, active, gate_up, down = ctx.saved_tensors
-        width = down.shape[2]
         d_out = grads[0].contiguous().index_select(0, layout.tokens)
         d_down = _outer_products(layout, d_out, active * slot_weights, torch.empty_like(down))
         d_weighted = _products(layout, d_out, down, torch.empty_like(active))
@@ -157,12 +158,11 @@ class _RunExperts(torch.autograd.Function):
         d_rows = d_out.new_empty(layout.size + 1, rows.shape[1])
         d_rows[-1] = 0
         _products(layout, d_both, gate_up, d_rows[:-1])
-        shape = (ctx.num_experts,)
         return (
             _bag(layout.slots, d_rows),
             d_weights[layout.slots],
-            d_out.new_zeros(shape + gate_up.shape[1:]).index_copy_(0, layout.by_load, d_gate_up),
-            d_out.new_zeros(shape + (rows.shape[1], width)).index_copy_(0, layout.by_load, d_down),
+            d_out.new_zeros(ctx.num_experts, *gate_up.shape[1:]).index_copy_(0, layout.by_load, d_gate_up),
+            d_out.new_zeros(ctx.num_experts, *down.shape[1:]).index_copy_(0, layout.by_load, d_down),
             None,
         )
 

@@ -1,0 +1,151 @@
+"""Options of the command line, made from the fields of `EngineConfig` and `SamplingParams`, so that none is missing.
+
+An option that isn't given stays None and leaves the preset's or the default value as it is. What a value may be is
+judged by the two classes alone, so that a preset, a keyword and an option are refused in the same words.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import UnionType
+from typing import Annotated, Any, Final, Literal, TypeVar, Union, get_args, get_origin
+
+import click
+from pydantic import BaseModel
+from pydantic_core import PydanticUndefined
+
+from offload_engine.config import EngineConfig
+from offload_engine.core import SamplingParams
+
+Decorated = TypeVar("Decorated", bound=Callable[..., Any])
+
+ENGINE_HELP: Final = {
+    "model": "Checkpoint directory or hub id (owner/name, owner/name@revision).  [default: the built-in model]",
+    "device": "auto, cpu, cuda or cuda:N.",
+    "dtype": "What is computed in; auto: as the checkpoint is stored.",
+    "gpu_mem": "Budget of fast memory: VRAM, or this process's RAM on a CPU. 8GB, 7.5GiB, 900MB, or auto.",
+    "host_mem": "Budget of pinned host memory beside a GPU: a size, auto, or none.",
+    "expert_mem": "Cap on the expert slots alone.  [default: what --gpu-mem leaves]",
+    "max_context": "Positions of prompt and answer together.  [default: the planner decides]",
+    "routing": "original, top-k or dmoe.  [default: what the checkpoint was made for]",
+    "top_p": "dmoe: share of a block's votes its experts must hold.  [default: the checkpoint's, else 0.6]",
+    "min_experts": "dmoe: fewest experts a block may choose from.",
+    "top_k_experts": "top-k: experts per token.",
+    "eviction": "Which expert makes room for another.",
+    "predictor": "What guesses a layer's experts before its router has spoken.",
+    "prefetch_depth": "MoE layers to prefetch ahead; 0: none.",
+    "transfers_in_flight": "Transfers started and not finished, 1 or 2.",
+    "reader_threads": "Threads that read experts from disk.",
+    "prefill_chunk": "Prompt tokens per forward.",
+    "threads": "Compute threads.  [default: torch's choice]",
+    "mask_token_id": "Id of an undecided position.  [default: the checkpoint's]",
+    "eos_token_id": "Id that ends an answer.  [default: the checkpoint's]",
+}
+SAMPLING_HELP: Final = {
+    "max_new_tokens": "Longest answer, in tokens.",
+    "block_length": "Tokens denoised together.",
+    "steps": "Denoising steps a block may take.",
+    "threshold": "Tokens surer than this are taken at once; 1: the schedule alone decides.",
+    "temperature": "0 is greedy.",
+    "top_k": "Sample among the k most probable tokens; 0: all.",
+    "top_p": "Sample among the most probable tokens that together reach this probability.",
+    "seed": "Seed of the sampler.  [default: a fresh one]",
+    "stop": "End the answer before this text; may be given several times.",
+}
+SAMPLING_NAMES: Final = {"top_p": "sample_top_p"}
+"""Parameters whose option has another name: --top-p is dMoE's."""
+
+_SIZES = frozenset({"gpu_mem", "host_mem", "expert_mem"})
+
+
+def engine_options(command: Decorated) -> Decorated:
+    """Give a command every field of `EngineConfig`, and --config."""
+    for name in reversed(EngineConfig.model_fields):
+        command = _option(EngineConfig, name, name, ENGINE_HELP[name])(command)
+    return click.option(
+        "--config", "config_file", type=click.Path(path_type=Path), metavar="FILE", help="TOML preset of these options."
+    )(command)
+
+
+def sampling_options(command: Decorated) -> Decorated:
+    """Give a command every field of `SamplingParams`."""
+    for name in reversed(SamplingParams.model_fields):
+        command = _option(SamplingParams, name, SAMPLING_NAMES.get(name, name), SAMPLING_HELP[name])(command)
+    return command
+
+
+def common_options(command: Decorated) -> Decorated:
+    """Give a command --debug and --version."""
+    command = click.option(
+        "--debug", is_flag=True, is_eager=True, expose_value=False, callback=_debug, help="Show tracebacks of errors."
+    )(command)
+    return version_option(command)
+
+
+def version_option(command: Decorated) -> Decorated:
+    """Give a command --version."""
+    return click.option(
+        "--version", is_flag=True, is_eager=True, expose_value=False, callback=_version, help="Show the version."
+    )(command)
+
+
+def take_engine_config(options: dict[str, Any]) -> EngineConfig:
+    """Remove what `engine_options` added to `options`, and make an `EngineConfig` of it; raises `ConfigError`."""
+    values = {name: options.pop(name) for name in EngineConfig.model_fields}
+    return EngineConfig.build(options.pop("config_file"), **values)
+
+
+def take_sampling_params(options: dict[str, Any]) -> SamplingParams:
+    """Remove what `sampling_options` added to `options`, and make `SamplingParams` of it; raises `UsageError`."""
+    values = {name: options.pop(SAMPLING_NAMES.get(name, name)) for name in SamplingParams.model_fields}
+    return SamplingParams(**{name: value for name, value in values.items() if value not in (None, ())})
+
+
+def _option(owner: type[BaseModel], field: str, name: str, text: str) -> Callable[[Decorated], Decorated]:
+    info = owner.model_fields[field]
+    kind, metavar, multiple = _parameter(field, info.annotation)
+    if info.default not in (None, (), PydanticUndefined):
+        text = f"{text}  [default: {info.default}]"
+    return click.option(
+        f"--{name.replace('_', '-')}", name, type=kind, metavar=metavar, multiple=multiple, default=None, help=text
+    )
+
+
+def _parameter(field: str, annotation: Any) -> tuple[click.ParamType[Any], str, bool]:
+    """Click's type of a field, how it is shown, and whether it may be given several times."""
+    if field in _SIZES:
+        return click.STRING, "SIZE", False
+    choices = get_args(annotation) if get_origin(annotation) is Literal else ()
+    if choices:
+        return click.STRING, "|".join(choices), False
+    kinds = _alternatives(annotation)
+    number = _NUMBERS.get(next(iter(kinds))) if len(kinds) == 1 else None
+    if number is not None:
+        return (*number, False)
+    return click.STRING, "TEXT", get_origin(annotation) is tuple
+
+
+_NUMBERS: Mapping[Any, tuple[click.ParamType[Any], str]] = {int: (click.INT, "N"), float: (click.FLOAT, "X")}
+
+
+def _alternatives(annotation: Any) -> set[Any]:
+    """The types an annotation allows, None left out."""
+    if get_origin(annotation) in (Union, UnionType):
+        return set().union(*map(_alternatives, get_args(annotation))) - {type(None)}
+    if get_origin(annotation) is Annotated:
+        return _alternatives(get_args(annotation)[0])
+    return {annotation}
+
+
+def _debug(context: click.Context, _parameter: click.Parameter, value: bool) -> None:
+    if value:
+        context.ensure_object(dict)["debug"] = True
+
+
+def _version(context: click.Context, _parameter: click.Parameter, value: bool) -> None:
+    if value and not context.resilient_parsing:
+        from offload_engine import __version__
+
+        click.echo(f"offload_engine {__version__}")
+        context.exit()
