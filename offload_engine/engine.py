@@ -314,8 +314,8 @@ class Engine:
                 else "shorten it"
             )
             raise PromptError(
-                f"the prompt has {len(ids)} tokens, but the context holds {room} with the answer in whole blocks of {length}; "
-                f"{way_out}"
+                f"the prompt has {len(ids)} tokens, but the context holds {room} with the answer in whole blocks of "
+                f"{length}; {way_out}"
             )
 
     def _events(self, ids: list[int], params: SamplingParams, cancelled: Callable[[], bool]) -> Iterator[StepEvent]:

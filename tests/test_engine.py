@@ -301,9 +301,11 @@ def test_a_context_beyond_the_models_is_cut_and_said(checkpoint: Path) -> None:
         assert any("5000" in notice for notice in engine.notices)
 
 
-def test_a_gpu_preset_runs_on_the_cpu_and_says_what_it_ignores(checkpoint: Path) -> None:
+def test_a_gpu_preset_is_refused_here_unless_the_device_is_left_open(checkpoint: Path) -> None:
     preset = Path(__file__).parent.parent / "configs" / "gpu-8gb.toml"
-    with Engine.from_pretrained(checkpoint, config=preset, gpu_mem=BUDGET) as engine:
+    with pytest.raises(DeviceError, match="device is 'cuda'"):
+        Engine.from_pretrained(checkpoint, config=preset, gpu_mem=BUDGET)
+    with Engine.from_pretrained(checkpoint, config=preset, gpu_mem=BUDGET, device="auto") as engine:
         assert any("host_mem" in notice for notice in engine.notices)
 
 

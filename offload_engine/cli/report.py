@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from offload_engine.cli.terminal import note, stderr_console
+from offload_engine.cli.terminal import note
 from offload_engine.config import format_bytes
 
 if TYPE_CHECKING:
@@ -37,13 +37,9 @@ def announce(engine: Engine, *, whole_plan: bool) -> None:
 
 def show_stats(stats: EngineStats) -> None:
     """All counters on stderr."""
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
-    for name, value in _rows(stats):
-        table.add_row(Text(name), Text(value))
-    stderr_console().print(table)
+    rows = _rows(stats)
+    wide = max(len(name) for name, _ in rows)
+    note("\n".join(f"{name:<{wide}}  {value}" for name, value in rows))
 
 
 def _rows(stats: EngineStats) -> list[tuple[str, str]]:

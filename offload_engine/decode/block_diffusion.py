@@ -200,11 +200,12 @@ class BlockDiffusionDecoder:
     def _check_end(self, state: DecodingState, stop: StopCheck | None) -> None:
         """Early stop: an eos, or a stop string, with everything before it decided."""
         answer = state.ids[state.prompt_length : state.prompt_length + self._decided(state)]
-        kept = stop(answer) if stop else None
+        eos = answer.index(self.eos_token_id) if self.eos_token_id in answer else None
+        kept = stop(answer[:eos]) if stop else None  # what follows an eos is not part of the answer
         if kept is not None:
             state.finish("stop", kept)
-        elif self.eos_token_id in answer:
-            state.finish("eos", answer.index(self.eos_token_id) + 1)
+        elif eos is not None:
+            state.finish("eos", eos + 1)
 
     @torch.inference_mode()
     def _commit(self, state: DecodingState, length: int) -> None:

@@ -134,7 +134,7 @@ class ExpertScheduler:
         return [*self._start_transfers(), *computes]
 
     def failed(self, key: ExpertKey) -> list[Command]:
-        """Event: a load failed. Its slot is free again. If the layer wanted it, the driver should `abandon` and raise."""
+        """Event: a load failed; its slot is free again. If the layer wanted it, `abandon` the layer and raise."""
         self._in_flight.remove(key)
         self.cache.failed(key)
         self._count_wasted(key)

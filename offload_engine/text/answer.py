@@ -16,6 +16,8 @@ class AnswerText:
         self._tokenizer = tokenizer
         self._decoder = StreamDecoder(tokenizer) if tokenizer else None
         self._stop = stop
+        self._end: int | None = None
+        """Where the first stop string begins in the text, once one is found."""
         self._decoded = 0
         self._given = 0
 
@@ -23,30 +25,27 @@ class AnswerText:
         """How many of these leading ids the text before the first stop string takes; None if there is none."""
         if not self._stop or self._tokenizer is None:
             return None
-        cut = self._cut(self._tokenizer.decode(token_ids))
-        if cut is None:
+        text = self._tokenizer.decode(token_ids)
+        places = [place for place in map(text.find, self._stop) if place >= 0]
+        if not places:
             return None
-        return next(n for n in range(len(token_ids) + 1) if len(self._tokenizer.decode(token_ids[:n])) >= cut)
+        self._end = end = min(places)
+        return next(n for n in range(len(token_ids) + 1) if len(self._tokenizer.decode(token_ids[:n])) >= end)
 
     def advance(self, answer: Sequence[int], *, final: bool) -> str:
-        """The new text that `answer`, longer by a block than last time, adds; what may be part of a stop string waits."""
+        """The new text of `answer`, longer by a block than last time; what may be part of a stop string waits."""
         if self._decoder is None:
             return ""
         self.whole += self._decoder.push(answer[self._decoded :])
         self._decoded = len(answer)
         if final:
             self.whole += self._decoder.finish()
-        cut = self._cut(self.whole)
-        if cut is not None:
-            self.whole = self.whole[:cut]
+        if self._end is not None:
+            self.whole = self.whole[: self._end]
         end = len(self.whole) if final else len(self.whole) - self._suspicious()
         new = self.whole[self._given : end]
         self._given = max(self._given, end)
         return new
-
-    def _cut(self, text: str) -> int | None:
-        places = [place for place in map(text.find, self._stop) if place >= 0]
-        return min(places) if places else None
 
     def _suspicious(self) -> int:
         """Length of the longest end of the text that a stop string begins with."""

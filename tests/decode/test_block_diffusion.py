@@ -160,6 +160,18 @@ def test_a_stop_check_ends_the_answer_within_the_step() -> None:
     assert seen[-1][0] == 0
 
 
+def test_a_stop_string_behind_the_eos_does_not_count() -> None:
+    shown: list[int] = []
+
+    def stop(answer: Sequence[int]) -> int | None:
+        shown.append(len(answer))
+        return None
+
+    state, _, _ = run(Script(tokens={4: EOS}), [], stop_check=stop)
+    assert state.finish_reason == "eos"
+    assert max(shown) == 4
+
+
 def test_cancelling_keeps_what_was_decided_before_the_first_mask() -> None:
     asked = iter([False, False, True])
     script = Script(sure=lambda position: 3.0 - position * 0.1)

@@ -120,7 +120,7 @@ def test_blocks_do_not_see_each_other(
 
 
 def by_hand(shape: RouterShape, logits: Tensor, bias: Tensor | None, p: float, least: int) -> RoutingDecision:
-    """dMoE for one block, written with loops from REFERENCE §3."""
+    """One block of dMoE, written with loops from REFERENCE §3."""
     scores = logits.sigmoid()
     selection = scores + bias if bias is not None else scores
     votes = torch.zeros(shape.num_experts)
