@@ -100,13 +100,11 @@ class Engine:
         `config` is an `EngineConfig` or a TOML file; `overrides` are fields of `EngineConfig` and win over it.
         Raises `ConfigError`, `ModelError`s, or `MemoryBudgetError` before anything large is allocated.
         """
+        given: dict[str, Any] = {"model": model, **overrides}
         if isinstance(config, EngineConfig):
-            base = config.model_dump(exclude_unset=True)
-            settings = EngineConfig.build(None, **(base | {"model": model} | overrides))
-            if model is None and config.model is not None:
-                settings = EngineConfig.build(None, **(base | overrides))
-        else:
-            settings = EngineConfig.build(Path(config) if config else None, model=model, **overrides)
+            given = config.model_dump(exclude_unset=True) | {key: one for key, one in given.items() if one is not None}
+            config = None
+        settings = EngineConfig.build(Path(config) if config is not None else None, **given)
         stats = EngineStats()
         return cls(settings, assemble(settings, stats, progress), stats)
 

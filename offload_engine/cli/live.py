@@ -25,7 +25,7 @@ TAIL = 500
 BAR = 28
 """Width of the occupancy bar."""
 SIDE = BAR + 4
-NARROW = 90
+NARROW = 70
 """Below this many columns the two panels stand above each other."""
 HALF = 0.5
 SURE, LIKELY, DOUBTFUL = "bold green", "bold yellow", "bold red"

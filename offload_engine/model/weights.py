@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from offload_engine.core import ExpertKey
 from offload_engine.errors import CheckpointError
@@ -123,12 +124,27 @@ def load_resident(
             progress(done, total)
     if config.tie_word_embeddings:
         state[HEAD] = state[EMBEDDING]
-    with torch.device("meta"):
+    with torch.device("meta"), _Uninitialised():
         model = LLaDA2Model(config).requires_grad_(False).eval()
     model.load_state_dict(state, assign=True)
     if config.tie_word_embeddings:
         model.lm_head.weight = model.model.word_embeddings.weight  # assignment has made them two parameters
     return model
+
+
+class _Uninitialised(TorchFunctionMode):
+    """Modules made under it keep their parameters as allocated: `torch.nn.init` does nothing.
+
+    Drawing initial values on the meta device has torch import sympy, which takes 75 MB and half a second.
+    """
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if getattr(func, "__module__", None) == "torch.nn.init":  # getters of properties have none
+            return kwargs["tensor"] if "tensor" in kwargs else args[0]
+        return func(*args, **kwargs)
 
 
 def _require(checkpoint: Checkpoint, names: Collection[str]) -> None:

@@ -1,4 +1,7 @@
-"""A trained network as a published checkpoint: config.json and bfloat16 weights under the published names."""
+"""A trained network as a published checkpoint: config.json and bfloat16 weights under the published names.
+
+python -m tools.training.export runs/tiny/last.pt offload_engine/assets/tiny
+"""
 
 from __future__ import annotations
 
@@ -7,11 +10,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import click
 import torch
 from safetensors.torch import save as to_safetensors
 from torch import Tensor
 
 from offload_engine.model.config import ModelConfig
+from tools.training import checkpoint
 from tools.training.checkpoint import write_aside
 from tools.training.data import Vocabulary
 
@@ -113,3 +118,17 @@ def from_published(tensors: Mapping[str, Tensor], config: ModelConfig) -> tuple[
         )
         weights[f"experts.gate_up.{layer}"], weights[f"experts.down.{layer}"] = torch.cat((gate, up), dim=1), down
     return weights, biases
+
+
+@click.command()
+@click.argument("run", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.argument("folder", type=click.Path(path_type=Path))
+def main(run: Path, folder: Path) -> None:
+    """Export the averaged weights of the training checkpoint RUN to FOLDER."""
+    state = checkpoint.load(run)
+    size = export(folder, state["config"], published_tensors(state["trainer"]["average"], state["trainer"]["biases"]))
+    print(f"{folder}: {size} bytes, averaged weights of step {state['trainer']['steps']}")
+
+
+if __name__ == "__main__":
+    main()
