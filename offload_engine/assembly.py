@@ -10,6 +10,7 @@ import psutil
 import torch
 
 from offload_engine.config import EngineConfig
+from offload_engine.decode.warm_up import warm_up
 from offload_engine.errors import CheckpointError, DeviceError, TokenizerError
 from offload_engine.experts.arena import SlotArena
 from offload_engine.experts.cache import ExpertCache
@@ -20,7 +21,7 @@ from offload_engine.experts.scheduler import ExpertScheduler
 from offload_engine.experts.store import SafetensorsStore
 from offload_engine.experts.transfer.cpu import CpuTransfers
 from offload_engine.memory import MemoryPlan, Setup, auto_budget, available_memory, plan_memory
-from offload_engine.metrics import EngineStats
+from offload_engine.metrics import EngineStats, reset_peak
 from offload_engine.model.checkpoint import Checkpoint
 from offload_engine.model.config import ModelConfig
 from offload_engine.model.hub import resolve_model
@@ -35,8 +36,8 @@ BUILT_IN = Path(__file__).parent / "assets" / "tiny"
 LLADA2_MASK, LLADA2_EOS = 156895, 156892
 """The special ids of published LLaDA2 checkpoints, for those that come without a tokenizer (REFERENCE §1)."""
 
-RUNTIME_MARGIN = 64 * 2**20
-"""Beside what the process takes before loading: stacks, GEMM scratch, library code not touched yet."""
+RUNTIME_MARGIN = 24 * 2**20
+"""Beside what the process takes once warm: kernels compiled for further shapes, stacks, the allocator's leftovers."""
 
 Progress = Callable[[str, int, int], None]
 """Told what is being done, how much of it is done and how much there is, in bytes."""
@@ -167,6 +168,7 @@ def assemble(config: EngineConfig, stats: EngineStats, progress: Progress | None
     check_device(config)
     if config.threads is not None:
         torch.set_num_threads(config.threads)
+    reset_peak()  # what was before this engine, such as a larger one closed by now, is no business of its plan
     source = find_source(config)
     model_config = source.config
     policy, notices = choose_policy(config, model_config)
@@ -178,6 +180,7 @@ def assemble(config: EngineConfig, stats: EngineStats, progress: Progress | None
     store = SafetensorsStore(model_config, checkpoint)
     try:
         dtype = compute_dtype(config, store.dtype)
+        warm_up(dtype)
         setup = setup_for(config, model_config, dtype=dtype, stored=store.dtype, slab_bytes=store.slab_bytes)
         plan = plan_for(config, model_config, setup)
         model = load_resident(

@@ -1,4 +1,4 @@
-"""LLaDA2-MoE once more, in float64 and as plainly as it can be written (REFERENCE §1 to §3); shares no code with ours."""
+"""LLaDA2-MoE once more, in float64 and as plain as can be (REFERENCE §1 to §3); shares no code with ours."""
 
 from __future__ import annotations
 

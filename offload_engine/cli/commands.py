@@ -10,6 +10,7 @@ import click
 from offload_engine.cli.errors import ReportingCommand, ReportingGroup
 from offload_engine.cli.options import (
     common_options,
+    echo_version,
     engine_options,
     sampling_options,
     take_engine_config,
@@ -73,9 +74,7 @@ def dmoe() -> None:
 @dmoe.command("version")
 def version() -> None:
     """Show the version."""
-    from offload_engine import __version__
-
-    click.echo(f"offload_engine {__version__}")
+    echo_version()
 
 
 dmoe.add_command(run)

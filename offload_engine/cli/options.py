@@ -15,6 +15,7 @@ import click
 from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
+import offload_engine
 from offload_engine.config import EngineConfig
 from offload_engine.core import SamplingParams
 
@@ -145,7 +146,10 @@ def _debug(context: click.Context, _parameter: click.Parameter, value: bool) -> 
 
 def _version(context: click.Context, _parameter: click.Parameter, value: bool) -> None:
     if value and not context.resilient_parsing:
-        from offload_engine import __version__
-
-        click.echo(f"offload_engine {__version__}")
+        echo_version()
         context.exit()
+
+
+def echo_version() -> None:
+    """Print the package's version."""
+    click.echo(f"offload_engine {offload_engine.__version__}")

@@ -66,7 +66,7 @@ class OffloadedExperts:
         self.predictor = predictor
         self.stats = stats
         self.prefetch_depth = prefetch_depth
-        self.layers = sorted({key.layer for key in store.keys()})
+        self.layers = sorted({key.layer for key in store.keys()})  # noqa: SIM118 (a store is no mapping)
         self._last_layer = self.layers[-1] if self.layers else -1
         self._changed = threading.Condition(threading.RLock())
         """Guards the scheduler: its events come from the compute thread and from the driver's threads."""
@@ -109,7 +109,9 @@ class OffloadedExperts:
         except BaseException:
             self._abandon()
             raise
-        self._count(len(ranked.experts))
+        self.stats.expert_requests += len(ranked.experts)
+        with self._changed:
+            self._count()
         return outputs.combine()
 
     def idle(self, timeout: float = 60.0) -> None:
@@ -170,12 +172,12 @@ class OffloadedExperts:
                     self._carry_out(self.scheduler.failed(ticket.key))
             except OffloadError as error:  # a broken invariant must reach the compute thread, not die in a reader
                 self._failure = error
+            self._count()
             self._changed.notify_all()
 
-    def _count(self, requests: int) -> None:
-        counters = self.scheduler.counters
-        stats = self.stats
-        stats.expert_requests += requests
+    def _count(self) -> None:
+        """Copy the scheduler's counters. Prefetches also start, and end, when no layer runs."""
+        counters, stats = self.scheduler.counters, self.stats
         stats.hits, stats.misses, stats.late = counters.hits, counters.misses, counters.late
         stats.prefetches_issued, stats.prefetches_used = counters.prefetches, counters.prefetches_used
         stats.prefetches_wasted, stats.evictions = counters.prefetches_wasted, counters.evictions

@@ -58,7 +58,9 @@ class MemoryPlan:
     """All weights but the routed experts; on "cuda" without an embedding table of its own, which stays on the host."""
     kv_cache: int
     workspace: int
-    """Upper bound of what a forward of `forward_tokens` needs beside everything else."""
+    """Upper bound of what a forward of `forward_tokens` needs beside everything else. Unlike all other parts it isn't
+    taken before it is needed: a run with prompts shorter than `forward_tokens` stays below the planned peak by some of
+    it, and so does one that draws no tokens from a large vocabulary (temperature 0)."""
     staging: int
     """Embedding rows on their way to the device; 0 on "cpu". Experts land in their slots directly."""
     runtime: int

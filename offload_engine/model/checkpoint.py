@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -84,10 +85,11 @@ class Checkpoint:
         rows = sorted((info.name, str(info.dtype), info.shape, info.nbytes) for info in self.tensors.values())
         return hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:16]
 
-    def read(self, name: str) -> Tensor:
-        """One tensor in its stored dtype, on the CPU; leaves nothing of it in the page cache.
+    def read(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
+        """One tensor on the CPU, in its stored dtype or cast to `dtype`; leaves nothing of it in the page cache.
 
-        Raises `CheckpointError` when there is no such tensor, or its file can't be read or has changed since `open`.
+        Takes the memory of the result and, to cast, at most `READ_CHUNK` bytes beside it. Raises `CheckpointError` when
+        there is no such tensor, or its file can't be read or has changed since `open`.
         """
         if name not in self.tensors:
             raise CheckpointError(f"{self.directory}: tensor {name!r} is missing")
@@ -97,14 +99,34 @@ class Checkpoint:
             raise CheckpointError(
                 f"{info.path}: {size} bytes long, but {self.file_sizes[info.path]} when opened; load the model again"
             )
-        blank = torch.empty(info.nbytes, dtype=torch.uint8)
+        cast = dtype is not None and dtype != info.dtype
+        result = torch.empty(math.prod(info.shape), dtype=dtype if cast else info.dtype)
         try:
-            done = _read_into(info.path, info.offset, blank.numpy().data)
+            done = _read_cast(info, result) if cast else _read_into(info.path, info.offset, _bytes_of(result))
         except OSError as error:
             raise CheckpointError(f"{info.path}: tensor {name!r} can't be read ({error.strerror})") from None
         if done < info.nbytes:
             raise CheckpointError(f"{info.path}: tensor {name!r} ends after {done} bytes, wanted {info.nbytes}")
-        return blank.view(info.dtype).view(info.shape)
+        return result.view(info.shape)
+
+
+def _bytes_of(tensor: Tensor) -> memoryview:
+    return tensor.view(torch.uint8).numpy().data
+
+
+def _read_cast(info: TensorInfo, target: Tensor) -> int:
+    """Fill `target` [numbers] with the tensor cast to its dtype, a chunk at a time; returns the bytes read."""
+    count = READ_CHUNK // info.dtype.itemsize
+    chunk = torch.empty(min(count, target.numel()), dtype=info.dtype)
+    done = 0
+    for part in target.split(count):
+        piece = chunk[: part.numel()]
+        got = _read_into(info.path, info.offset + done, _bytes_of(piece))
+        done += got
+        if got < piece.nbytes:
+            break
+        part.copy_(piece)
+    return done
 
 
 def _read_into(path: Path, offset: int, target: memoryview) -> int:

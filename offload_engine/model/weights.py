@@ -108,7 +108,7 @@ def load_resident(
 ) -> LLaDA2Model:
     """The network without its routed experts, in evaluation mode and without gradients.
 
-    Weights are cast to `dtype`, but for the routers (`resident_dtype`). Peak memory is the model plus one tensor.
+    Weights are cast to `dtype`, but for the routers (`resident_dtype`). Peak memory is the model plus 16 MiB.
     `progress(done, total)` is called after each tensor, in bytes of the checkpoint. Raises `CheckpointError` before
     the first read when a tensor is missing, of another shape, or not stored in bf16, fp16 or fp32.
     """
@@ -118,7 +118,7 @@ def load_resident(
     total, done = sum(info.nbytes for info in infos), 0
     state: dict[str, Tensor] = {}
     for info in sorted(infos, key=lambda info: (info.path, info.offset)):
-        state[info.name] = checkpoint.read(info.name).to(device, resident_dtype(info.name, dtype))
+        state[info.name] = checkpoint.read(info.name, resident_dtype(info.name, dtype)).to(device)
         done += info.nbytes
         if progress is not None:
             progress(done, total)

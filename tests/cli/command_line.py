@@ -57,13 +57,14 @@ def dmoe_command(*args: Any) -> Result:
     return CliRunner().invoke(dmoe, [str(arg) for arg in args], prog_name="dmoe")
 
 
-def process(*args: Any, **options: Any) -> subprocess.Popen[bytes]:
+def process(*args: Any, env: dict[str, str] | None = None, **options: Any) -> subprocess.Popen[bytes]:
     """`python -m offload_engine.cli` with pipes for stdout and stderr, its Ctrl-C as in a shell's foreground."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **(env or {})}
     defaults: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "stdin": subprocess.DEVNULL}
     return subprocess.Popen(
         [sys.executable, "-m", "offload_engine.cli", *map(str, args)],
         env=environment,
+        bufsize=0,  # a pipe read by `communicate` after a `read` of our own
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
         **(defaults | options),
     )

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 import time
-import weakref
 from pathlib import Path
 from typing import Any
 
@@ -116,22 +117,36 @@ def test_tied_embeddings_are_one_parameter(tmp_path: Path) -> None:
     assert resident_nbytes(config, torch.bfloat16) == sum(p.nbytes for p in [*model.parameters(), *model.buffers()])
 
 
-def test_loading_holds_one_stored_tensor_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_casting_takes_one_chunk_beside_the_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     raw = tiny_config()
     config, checkpoint = opened(write_checkpoint(tmp_path, raw, dtype=torch.float16), raw)
-    earlier: list[weakref.ref[Tensor]] = []
-    read = checkpoint.read
+    chunks: list[int] = []
+    read_into = checkpoint_module._read_into
 
-    def watched(name: str) -> Tensor:
-        assert not any(reference() is not None for reference in earlier)
-        tensor = read(name)
-        if tensor.dtype == torch.float16:  # what is stored as it is wanted becomes the model's own
-            earlier.append(weakref.ref(tensor))
-        return tensor
+    def watched(path: Path, offset: int, target: memoryview) -> int:
+        chunks.append(len(target))
+        return read_into(path, offset, target)
 
-    monkeypatch.setattr(checkpoint, "read", watched)
-    load_resident(config, checkpoint, torch.float32)
-    assert len(earlier) > 20
+    monkeypatch.setattr(checkpoint_module, "_read_into", watched)
+    monkeypatch.setattr(checkpoint_module, "READ_CHUNK", 100)
+    model = load_resident(config, checkpoint, torch.float32)
+    assert max(chunks) == 100, "except the biases of the routers, everything is cast"
+    stored = random_tensors(raw, dtype=torch.float16, layout="split", seed=0)
+    assert all(torch.equal(tensor, stored[name].float()) for name, tensor in model.state_dict().items())
+
+
+def test_loading_draws_no_initial_values(tmp_path: Path) -> None:
+    """On the meta device that imports sympy: 75 MB that no plan knows of."""
+    directory = write_checkpoint(tmp_path, tiny_config())
+    code = (
+        "import sys, torch; from pathlib import Path; from offload_engine.model.checkpoint import Checkpoint;"
+        "from offload_engine.model.config import ModelConfig; from offload_engine.model.weights import load_resident;"
+        "folder = Path(sys.argv[1]); config = ModelConfig.from_file(folder / 'config.json');"
+        "load_resident(config, Checkpoint.open(folder), torch.float32); print('sympy' in sys.modules)"
+    )
+    root = Path(__file__).parents[2]
+    ran = subprocess.run([sys.executable, "-c", code, directory], cwd=root, capture_output=True, text=True, check=True)
+    assert ran.stdout.strip() == "False"
 
 
 def test_progress_rises_to_the_total(tmp_path: Path) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -99,11 +99,14 @@ class Trainer:
         self.config, self.policy, self.options = config, policy, options
         self.network = Network(config).cast(dtype)
         self.steps = 0
-        self._adopt()
+        self.adopt(dict(self.network.named_parameters()))
 
-    def _adopt(self) -> None:
-        """Make masters, average and optimisers for the network's present weights."""
-        self.masters = {n: p.detach().float().clone() for n, p in self.network.named_parameters()}
+    @torch.no_grad()
+    def adopt(self, weights: Mapping[str, Tensor]) -> None:
+        """Start from these weights, named as in `Network`, with fresh masters, average and optimisers."""
+        self.masters = {name: weights[name].detach().float().clone() for name, _ in self.network.named_parameters()}
+        for name, parameter in self.network.named_parameters():
+            parameter.copy_(self.masters[name])
         self.average = {n: m.clone() for n, m in self.masters.items()}
         for name, master in self.masters.items():
             if "gate_up" in name:
@@ -120,17 +123,12 @@ class Trainer:
         """Start from random weights."""
         scratch = Network(self.config)
         initialise(scratch, seed)
-        with torch.no_grad():
-            for target, source in zip(self.network.parameters(), scratch.parameters(), strict=True):
-                target.copy_(source)
-        self._adopt()
-        for name, source in scratch.named_parameters():
-            self.masters[name].copy_(source.detach())
-            self.average[name].copy_(source.detach())
+        self.adopt(dict(scratch.named_parameters()))
 
     def step(self, batch: Batch, factor: float, block_length: int = 32) -> StepReport:
-        """One update at `factor` times the peak learning rates. Raises `FloatingPointError` if the loss isn't finite,
-        before anything is changed.
+        """One update at `factor` times the peak learning rates.
+
+        Raises `FloatingPointError` if the loss or its gradient isn't finite, before any weight is changed.
         """
         logits = masked_logits(self.network.model, batch, self.policy, self.network.experts, block_length)
         loss, accuracy = denoising_loss(logits, batch)
@@ -150,6 +148,8 @@ class Trainer:
             grads.append(self.masters[name].grad)
             parameter.grad = None
         norm = torch.stack(torch._foreach_norm(grads)).norm()
+        if not torch.isfinite(norm):
+            raise FloatingPointError(f"step {self.steps}: the gradient's norm is {norm.item()}")
         torch._foreach_mul_(grads, float((self.options.clip / (norm + 1e-6)).clamp(max=1.0)))
         for optimiser, peak in ((self.muon, self.options.lr), (self.adam, self.options.adam_lr)):
             for group in optimiser.param_groups:

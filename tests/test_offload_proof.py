@@ -1,0 +1,106 @@
+"""Proof that it offloads: models larger than their memory, each in a process of its own, held against its plan."""
+
+from __future__ import annotations
+
+import io
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests import offload_run
+from tests.offload_run import Report
+from tools.make_checkpoint import DTYPES, PRESETS, config_of, make_checkpoint
+from tools.memory_cgroup import CgroupUnavailableError, run_limited
+
+pytestmark = pytest.mark.slow
+
+LIMIT = 1_200_000_000
+"""Bytes for a checkpoint of 2.1 GB, page cache included."""
+BUDGET = 1_100_000_000
+"""What is left of `LIMIT` for the page cache of headers and for the kernel's own tables is a twelfth."""
+EVERYTHING = "3.5GB"
+ROUTINGS = ["original", "dmoe"]
+# Longer than a chunk of prefill, so that the workspace planned for one is used.
+PROMPT = 550
+PARAMS: dict[str, Any] = {"max_new_tokens": 50, "steps": 4, "temperature": 1.0, "top_p": 0.9, "seed": 1}
+
+
+def written(preset: str, folder: Path) -> Iterator[Path]:
+    """A checkpoint, gone afterwards: pytest keeps its folders, and this is too large to keep."""
+    directory = folder / preset
+    config = config_of(PRESETS[preset], DTYPES["bf16"])
+    make_checkpoint(directory, config, seed=0, shard_bytes=10**9, tokenizer=None, log=io.StringIO())
+    try:
+        yield directory
+    finally:
+        shutil.rmtree(directory)
+
+
+@pytest.fixture(scope="module")
+def micro(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    yield from written("llada2-micro", tmp_path_factory.mktemp("micro"))
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    yield from written("llada2-2gb", tmp_path_factory.mktemp("large"))
+
+
+def options(directory: Path, routing: str, gpu_mem: int | str) -> dict[str, Any]:
+    return {"model": str(directory), "routing": routing, "gpu_mem": gpu_mem, "max_context": 1024, "threads": 1}
+
+
+def check_slots_and_bytes(report: Report) -> None:
+    stats, watched = report.stats, report.watched
+    assert watched.most_taken <= report.plan["slots"]
+    assert watched.places <= report.plan["slots"]
+    assert stats["loads"] == watched.loads == stats["misses"] + stats["prefetches_issued"]
+    assert stats["bytes_read"] == watched.bytes_read == watched.bytes_asked
+    assert stats["hits"] + stats["late"] + stats["misses"] == stats["expert_requests"]
+    assert stats["bytes_moved"] <= stats["bytes_read"] <= 1.05 * stats["bytes_moved"]
+    if report.direct and report.disk_bytes is not None:  # the rest are pages of libraries, mapped when first needed
+        assert stats["bytes_read"] <= report.disk_bytes <= stats["bytes_read"] + 64 * 2**20
+
+
+def check_peak(report: Report) -> None:
+    assert report.plan["total"] <= report.plan["budget"]
+    assert 0.90 <= report.peak / report.plan["total"] <= 1.0
+
+
+@pytest.mark.parametrize("routing", ROUTINGS)
+def test_a_fraction_of_the_experts_gives_the_same_answer_within_the_plan(micro: Path, routing: str) -> None:
+    whole = offload_run.run(options(micro, routing, EVERYTHING), PROMPT, **PARAMS)
+    assert whole.plan["slots"] == whole.plan["all_experts"] == 1280
+    assert whole.watched.places < 1280, "what is never wanted is never read"
+    fixed = whole.plan["total"] - whole.plan["expert_slots"]
+    tight = offload_run.run(options(micro, routing, fixed + 150 * whole.plan["slab_bytes"]), PROMPT, **PARAMS)
+    assert tight.token_ids == whole.token_ids
+    assert tight.plan["slots"] < 200
+    assert tight.stats["evictions"] > 0
+    assert tight.stats["bytes_read"] > 1.5 * whole.stats["bytes_read"]
+    for report in (whole, tight):
+        check_slots_and_bytes(report)
+        check_peak(report)
+
+
+@pytest.mark.parametrize("routing", ROUTINGS)
+def test_a_2_gb_checkpoint_answers_within_1200_mb_of_memory(large: Path, routing: str) -> None:
+    command = offload_run.command(options(large, routing, BUDGET), PROMPT, **PARAMS)
+    try:
+        limited = run_limited(command, LIMIT, capture=True, cwd=offload_run.ROOT, timeout=300)
+    except CgroupUnavailableError as error:
+        pytest.skip(str(error))
+    assert limited.oom_kills == 0
+    assert limited.returncode == 0
+    assert limited.limit <= LIMIT
+    assert limited.peak is None or limited.peak <= LIMIT
+    report = Report.parse(limited.output)
+    assert report.plan["all_experts"] * report.plan["slab_bytes"] > 1.6 * LIMIT
+    check_slots_and_bytes(report)
+    check_peak(report)
+    whole = offload_run.run(options(large, routing, EVERYTHING), PROMPT, **PARAMS)
+    assert whole.plan["slots"] == whole.plan["all_experts"]
+    assert report.token_ids == whole.token_ids
