@@ -39,6 +39,9 @@ LLADA2_MASK, LLADA2_EOS = 156895, 156892
 RUNTIME_MARGIN = 24 * 2**20
 """Beside what the process takes once warm: kernels compiled for further shapes, stacks, the allocator's leftovers."""
 
+SMALL_MATRIX = 2**20
+"""Weights of the largest matrix of a layer, below which a model counts as small."""
+
 Progress = Callable[[str, int, int], None]
 """Told what is being done, how much of it is done and how much there is, in bytes."""
 
@@ -67,6 +70,8 @@ class Parts:
     experts: OffloadedExperts
     store: SafetensorsStore
     dtype: torch.dtype
+    threads: int | None
+    """Compute threads; None: torch's choice."""
     notices: tuple[str, ...]
     """What the user should know and can't see: routing chosen, warnings of the plan."""
 
@@ -120,11 +125,23 @@ def choose_policy(config: EngineConfig, model: ModelConfig) -> tuple[RoutingPoli
     return policy, notices
 
 
-def compute_dtype(config: EngineConfig, stored: torch.dtype) -> torch.dtype:
-    """What to compute in. Auto is the stored dtype, but float32 for fp16 on a CPU, where fp16 products are slow."""
+def compute_dtype(config: EngineConfig, model: ModelConfig, stored: torch.dtype) -> torch.dtype:
+    """What to compute in. Auto is the stored dtype, but float32 where that is faster on a CPU: for fp16, and for models
+    whose products are small.
+    """
     if config.dtype != "auto":
         return {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}[config.dtype]
-    return torch.float32 if stored == torch.float16 else stored
+    return torch.float32 if stored == torch.float16 or is_small(model) else stored
+
+
+def compute_threads(config: EngineConfig, model: ModelConfig) -> int | None:
+    """How many threads to compute with; None is torch's choice."""
+    return 1 if config.threads is None and is_small(model) else config.threads
+
+
+def is_small(model: ModelConfig) -> bool:
+    """Whether a product of the model is over before a second thread has woken up or a 16-bit kernel has paid."""
+    return model.hidden_size * model.intermediate_size < SMALL_MATRIX
 
 
 def check_device(config: EngineConfig) -> None:
@@ -166,8 +183,6 @@ def plan_for(config: EngineConfig, model: ModelConfig, setup: Setup) -> MemoryPl
 def assemble(config: EngineConfig, stats: EngineStats, progress: Progress | None = None) -> Parts:
     """Find, plan, load. Nothing is allocated before the plan stands; nothing stays open if a step fails."""
     check_device(config)
-    if config.threads is not None:
-        torch.set_num_threads(config.threads)
     reset_peak()  # what was before this engine, such as a larger one closed by now, is no business of its plan
     source = find_source(config)
     model_config = source.config
@@ -179,7 +194,7 @@ def assemble(config: EngineConfig, stats: EngineStats, progress: Progress | None
         raise CheckpointError(f"{source.directory}: the model has no MoE layer, so there is nothing to offload")
     store = SafetensorsStore(model_config, checkpoint)
     try:
-        dtype = compute_dtype(config, store.dtype)
+        dtype = compute_dtype(config, model_config, store.dtype)
         warm_up(dtype)
         setup = setup_for(config, model_config, dtype=dtype, stored=store.dtype, slab_bytes=store.slab_bytes)
         plan = plan_for(config, model_config, setup)
@@ -194,7 +209,8 @@ def assemble(config: EngineConfig, stats: EngineStats, progress: Progress | None
     except BaseException:
         store.close()
         raise
-    return Parts(source, setup, plan, policy, model, experts, store, dtype, (*notices, *plan.warnings))
+    threads = compute_threads(config, model_config)
+    return Parts(source, setup, plan, policy, model, experts, store, dtype, threads, (*notices, *plan.warnings))
 
 
 def _executor(config: EngineConfig, store: SafetensorsStore, plan: MemoryPlan, stats: EngineStats) -> OffloadedExperts:

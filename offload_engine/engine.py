@@ -20,6 +20,7 @@ from offload_engine.config import EngineConfig, format_bytes
 from offload_engine.core import Completion, ForwardInfo, Phase, RoutingDecision, SamplingParams, StepEvent
 from offload_engine.decode.block_diffusion import BlockDiffusionDecoder, DecodingState
 from offload_engine.decode.kv_cache import PrefixCache
+from offload_engine.decode.threads import compute_threads
 from offload_engine.errors import (
     EngineClosedError,
     MemoryBudgetError,
@@ -82,6 +83,7 @@ class Engine:
             mask_token_id=source.mask_token_id,
             eos_token_id=source.eos_token_id,
             prefill_chunk=config.prefill_chunk,
+            threads=parts.threads,
         )
         stats.planned_peak_bytes, stats.limit_bytes = plan.total, plan.budget
         stats.slots, stats.slots_per_layer = plan.slots, plan.slots_per_layer
@@ -376,7 +378,7 @@ class Engine:
             experts=experts,
         )
         self.stats.forwards[Phase.SCORE] = self.stats.forwards.get(Phase.SCORE, 0) + 1
-        with self.stats.phase(Phase.SCORE):
+        with self.stats.phase(Phase.SCORE), compute_threads(self._parts.threads):
             return self._parts.model(torch.tensor(ids), forward)  # type: ignore[no-any-return]
 
 

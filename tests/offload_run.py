@@ -126,7 +126,7 @@ def main() -> None:
             disk_bytes=None if before is None or after is None else after - before,
             step_seconds=seconds,
         )
-    print(json.dumps(asdict(report)))
+    sys.stdout.write(json.dumps(asdict(report)))
 
 
 if __name__ == "__main__":

@@ -374,3 +374,36 @@ def test_the_special_ids_come_from_the_tokenizer_first() -> None:
         assert (engine.mask_token_id, engine.eos_token_id) == (511, 508)
     with open_engine(GOLDEN, eos_token_id=7, mask_token_id=8) as engine:
         assert (engine.mask_token_id, engine.eos_token_id) == (8, 7)
+
+
+def test_a_small_model_computes_in_float32_on_one_thread_and_leaves_the_process_alone(tmp_path: Path) -> None:
+    directory = write_checkpoint(tmp_path, tiny_config(), dtype=torch.bfloat16)
+    torch.set_num_threads(2)
+    seen = set()
+    try:
+        with open_engine(directory) as engine:
+            assert engine._decoder.cache.keys.dtype == torch.float32
+            for _ in engine.stream([1, 2, 3], SHORT, cancelled=lambda: bool(seen.add(torch.get_num_threads()))):
+                assert torch.get_num_threads() == 2
+        with open_engine(directory, dtype="bfloat16", threads=2) as engine:
+            assert engine._decoder.cache.keys.dtype == torch.bfloat16
+            assert engine._decoder.threads == 2
+    finally:
+        torch.set_num_threads(1)
+
+
+def test_threads_asked_for_are_set_while_computing_only(checkpoint: Path) -> None:
+    seen = []
+    with open_engine(checkpoint, threads=2) as engine:
+        original = engine._decoder.model.logits
+
+        def spy(hidden: torch.Tensor) -> torch.Tensor:
+            seen.append(torch.get_num_threads())
+            return original(hidden)
+
+        engine._decoder.model.logits = spy  # type: ignore[method-assign]
+        before = torch.get_num_threads()
+        engine.generate([1], SamplingParams(max_new_tokens=4))
+        del engine._decoder.model.logits
+        assert set(seen) == {2}
+        assert torch.get_num_threads() == before

@@ -34,7 +34,7 @@ REMOVAL_SECONDS = 10.0
 
 
 class CgroupUnavailableError(OffloadError):
-    """This process may not limit memory by a control group; the message says why."""
+    """Memory may not be limited by a control group here; the message says why."""
 
 
 class Hierarchy(NamedTuple):

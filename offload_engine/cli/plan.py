@@ -38,7 +38,7 @@ def show_plan(config: EngineConfig, *, as_json: bool) -> None:
     """Print the plan for `config`. Raises `ModelError`s, `DeviceError`, `MemoryBudgetError`."""
     model = describe(config.model)
     device = device_kind(config.device)
-    dtype = plan_dtype(config, model.stored, device)
+    dtype = plan_dtype(config, model, device)
     plan = make_plan(config, model, device, dtype)
     stored, computed = (str(kind).removeprefix("torch.") for kind in (model.stored, dtype))
     output = Output()
@@ -80,9 +80,11 @@ def device_kind(device: str) -> DeviceKind:
     return "cuda" if device.startswith("cuda") else "cpu"
 
 
-def plan_dtype(config: EngineConfig, stored: torch.dtype, device: DeviceKind) -> torch.dtype:
+def plan_dtype(config: EngineConfig, model: Described, device: DeviceKind) -> torch.dtype:
     """What would be computed in."""
-    return stored if device == "cuda" and config.dtype == "auto" else compute_dtype(config, stored)
+    if device == "cuda" and config.dtype == "auto":
+        return model.stored
+    return compute_dtype(config, model.config, model.stored)
 
 
 def make_plan(config: EngineConfig, model: Described, device: DeviceKind, dtype: torch.dtype) -> MemoryPlan:

@@ -82,7 +82,7 @@ def _decode(source: str, data: bytes) -> str:
         raise PromptError(
             f"{source}: byte {error.start} (0x{data[error.start]:02x}) is not UTF-8; wanted a file of UTF-8 text"
         ) from None
-    zero = -1
+    zero = data.find(0)
     if zero >= 0:
         raise PromptError(f"{source}: byte {zero} is 0, so this is no text; wanted a file of UTF-8 text")
     text = text.removeprefix(codecs.BOM_UTF8.decode())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 from offload_engine.core import FinishReason, ForwardInfo, Phase, SamplingParams
 from offload_engine.decode.kv_cache import PrefixCache
 from offload_engine.decode.sampler import Proposal, accept, propose, unmask_schedule
+from offload_engine.decode.threads import compute_threads
 from offload_engine.errors import ModelError
 from offload_engine.metrics import EngineStats
 from offload_engine.model.llada2 import Forward, LLaDA2Model
@@ -71,6 +73,8 @@ class BlockDiffusionDecoder:
     eos_token_id: int
     prefill_chunk: int = 512
     """Most tokens prefilled in one forward, rounded down to whole blocks, but at least one block."""
+    threads: int | None = None
+    """Compute threads; None: as many as torch is set to."""
 
     def decode(
         self,
@@ -128,7 +132,7 @@ class BlockDiffusionDecoder:
     def _prefill(self, ids: list[int], length: int, cancelled: Callable[[], bool]) -> bool:
         """Bring the prompt's whole blocks into the cache. False if cancelled on the way."""
         chunk = max(1, self.prefill_chunk // length) * length
-        with self.stats.phase(Phase.PREFILL):
+        with self._computing(Phase.PREFILL):
             for start in range(0, len(ids), chunk):
                 if cancelled():
                     return False
@@ -136,6 +140,11 @@ class BlockDiffusionDecoder:
                 self._forward(piece, length, ForwardInfo(Phase.PREFILL, start // length))
                 self.cache.commit(len(piece))
         return True
+
+    @contextmanager
+    def _computing(self, phase: Phase) -> Iterator[None]:
+        with self.stats.phase(phase), compute_threads(self.threads):
+            yield
 
     def _open_block(self, state: DecodingState, prompt: Sequence[int], length: int) -> None:
         """Append the current block: what the prompt says of it, then masks."""
@@ -157,7 +166,7 @@ class BlockDiffusionDecoder:
         """One step: forward the block, and unmask at least `least` of its positions."""
         length = params.block_length
         start = state.block * length
-        with self.stats.phase(Phase.DENOISE):
+        with self._computing(Phase.DENOISE):
             hidden = self._forward(state.ids[start:], length, ForwardInfo(Phase.DENOISE, state.block, state.step))
             first = max(state.prompt_length, start)
             masked = [i for i in range(first, start + length) if state.ids[i] == self.mask_token_id]
@@ -210,7 +219,7 @@ class BlockDiffusionDecoder:
     @torch.inference_mode()
     def _commit(self, state: DecodingState, length: int) -> None:
         """One more forward over the finished block leaves its exact keys and values in the cache."""
-        with self.stats.phase(Phase.COMMIT):
+        with self._computing(Phase.COMMIT):
             self._forward(state.ids[-length:], length, ForwardInfo(Phase.COMMIT, state.block, state.step))
             self.cache.commit(length)
 
