@@ -7,7 +7,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple, Self, cast, overload
@@ -25,13 +24,10 @@ from offload_engine.errors import (
     EngineClosedError,
     MemoryBudgetError,
     PromptError,
-    TraceError,
-    TraceWriteError,
     UsageError,
 )
 from offload_engine.experts.cache import Occupancy
-from offload_engine.experts.executor import ranked_experts
-from offload_engine.experts.observe import ObservedExperts
+from offload_engine.experts.observe import ObservedExperts, TraceRecorder
 from offload_engine.memory import MemoryPlan, score_bytes
 from offload_engine.metrics import EngineStats, measure_peak
 from offload_engine.model.attention import MaskedSequence, block_causal_mask
@@ -40,7 +36,7 @@ from offload_engine.model.llada2 import Forward
 from offload_engine.model.moe import ExpertExecutor
 from offload_engine.text import Message, Tokenizer
 from offload_engine.text.answer import AnswerText
-from offload_engine.trace import TraceHeader, TraceWriter
+from offload_engine.trace import TraceHeader
 
 Prompt = str | Sequence[int]
 """Text, or token ids."""
@@ -68,8 +64,7 @@ class Engine:
         self.notices = parts.notices
         """What the user should know: the routing chosen, warnings of the plan."""
         self._parts = parts
-        self._trace: TraceWriter | None = None
-        self._trace_error: TraceError | None = None
+        self._recorder: TraceRecorder | None = None
         self._busy = threading.Lock()
         self._closed = False
         self._observed = ObservedExperts(parts.experts, [self._count_unique])
@@ -104,9 +99,10 @@ class Engine:
         """
         given: dict[str, Any] = {"model": model, **overrides}
         if isinstance(config, EngineConfig):
-            given = config.model_dump(exclude_unset=True) | {key: one for key, one in given.items() if one is not None}
-            config = None
-        settings = EngineConfig.build(Path(config) if config is not None else None, **given)
+            changes = {key: one for key, one in given.items() if one is not None}
+            settings = EngineConfig(**config.model_dump(exclude_unset=True) | changes)
+        else:
+            settings = EngineConfig.build(Path(config) if config is not None else None, **given)
         stats = EngineStats()
         return cls(settings, assemble(settings, stats, progress), stats)
 
@@ -229,22 +225,15 @@ class Engine:
             model=source.name,
         )
         self.close_trace()
-        try:
-            self._trace = TraceWriter(Path(path), header)
-        except TraceWriteError as error:
-            self._trace_error = error
-            return
-        self._observed.watchers.append(self._record)
+        self._recorder = TraceRecorder(Path(path), header)
+        self._observed.watchers.append(self._recorder)
 
     def close_trace(self) -> None:
         """Write what is pending and stop recording. Raises the `TraceError` that the recording met, if any."""
-        if self._trace is not None:
-            trace, self._trace = self._trace, None
-            self._observed.watchers.remove(self._record)
-            self._keep_trace_error(trace.close)
-        error, self._trace_error = self._trace_error, None
-        if error is not None:
-            raise error
+        if self._recorder is not None:
+            recorder, self._recorder = self._recorder, None
+            self._observed.watchers.remove(recorder)
+            recorder.close()
 
     def close(self) -> None:
         """Join all threads, free the slots, close every file. Idempotent."""
@@ -336,25 +325,13 @@ class Engine:
         self.stats.new_tokens += len(state.answer)
         self.stats.wall_seconds += seconds
         self.stats.measured_peak_bytes = measure_peak()
-        if self._trace is not None:
-            self._keep_trace_error(self._trace.flush)
-            self._trace.sequence += 1
+        if self._recorder is not None:
+            self._recorder.end_sequence()
 
     def _count_unique(self, info: ForwardInfo, layer: int, decision: RoutingDecision) -> None:
         if info.phase is Phase.DENOISE:
             distinct = decision.experts.unique()
             self.stats.count_unique(layer, int((distinct >= 0).sum()))
-
-    def _record(self, info: ForwardInfo, layer: int, decision: RoutingDecision) -> None:
-        if self._trace is not None and info.phase is not Phase.SCORE:
-            self._keep_trace_error(partial(self._trace.record, info, layer, *ranked_experts(decision)))
-
-    def _keep_trace_error(self, write: Callable[[], None]) -> None:
-        """A trace that can't be written must not cost the answer: `close_trace` raises what went wrong."""
-        try:
-            write()
-        except TraceError as error:
-            self._trace_error = error
 
     def _score(self, token_ids: Sequence[int], block_length: int, experts: ExpertExecutor) -> Tensor:
         """Hidden states [T, H] of one block-causal forward over `token_ids`."""

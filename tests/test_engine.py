@@ -403,7 +403,7 @@ def test_threads_asked_for_are_set_while_computing_only(checkpoint: Path) -> Non
 
         engine._decoder.model.logits = spy  # type: ignore[method-assign]
         before = torch.get_num_threads()
-        engine.generate([1], SamplingParams(max_new_tokens=4))
+        engine.generate([1], SamplingParams(max_new_tokens=4, steps=1))
         del engine._decoder.model.logits
         assert set(seen) == {2}
         assert torch.get_num_threads() == before

@@ -38,9 +38,9 @@ class Recipe:
     """Noisings of each problem."""
     drill_share: float = 0.75
     """Share of the batch's blocks that are drills at first ..."""
-    final_drill_share: float = 0.12
+    final_drill_share: float = 0.06
     """... and from step `drill_steps` on; linear in between."""
-    drill_steps: int = 3000
+    drill_steps: int = 1800
     full_share: float = 0.3
     """See `Noise`."""
     longest: int = 160

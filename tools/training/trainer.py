@@ -29,7 +29,7 @@ class Optimisation:
     """Peak learning rate of embeddings, norms, routers and head."""
     weight_decay: float = 0.05
     clip: float = 1.0
-    bias_rate: float = 1e-3
+    bias_rate: float = 2e-3
     """Step of the expert bias towards balance; 0 freezes it."""
     ema: float = 0.998
     """Decay of the averaged weights."""
