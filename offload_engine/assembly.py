@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import psutil
@@ -11,7 +11,7 @@ import torch
 
 from offload_engine.config import EngineConfig
 from offload_engine.decode.warm_up import warm_up
-from offload_engine.errors import CheckpointError, DeviceError, TokenizerError
+from offload_engine.errors import CheckpointError, DeviceError, MemoryBudgetError, TokenizerError
 from offload_engine.experts.arena import SlotArena
 from offload_engine.experts.cache import ExpertCache
 from offload_engine.experts.eviction import make_eviction
@@ -21,6 +21,7 @@ from offload_engine.experts.scheduler import ExpertScheduler
 from offload_engine.experts.store import SafetensorsStore
 from offload_engine.experts.transfer.cpu import CpuTransfers
 from offload_engine.memory import MemoryPlan, Setup, auto_budget, available_memory, plan_memory
+from offload_engine.memory.footprint import round_up
 from offload_engine.metrics import EngineStats, reset_peak
 from offload_engine.model.checkpoint import Checkpoint
 from offload_engine.model.config import ModelConfig
@@ -36,11 +37,14 @@ BUILT_IN = Path(__file__).parent / "assets" / "tiny"
 LLADA2_MASK, LLADA2_EOS = 156895, 156892
 """The special ids of published LLaDA2 checkpoints, for those that come without a tokenizer (REFERENCE §1)."""
 
-RUNTIME_MARGIN = 24 * 2**20
+RUNTIME_MARGIN = 16 * 2**20
 """Beside what the process takes once warm: kernels compiled for further shapes, stacks, the allocator's leftovers."""
 
-SMALL_MATRIX = 2**20
+SMALL_MATRIX = 2**18
 """Weights of the largest matrix of a layer, below which a model counts as small."""
+
+RUNTIME_STEP = 8 * 2**20
+"""What the process takes is rounded up to this: no two runs measure the same."""
 
 Progress = Callable[[str, int, int], None]
 """Told what is being done, how much of it is done and how much there is, in bytes."""
@@ -54,8 +58,9 @@ class Source:
     directory: Path
     config: ModelConfig
     tokenizer: Tokenizer | None
-    mask_token_id: int
-    eos_token_id: int
+    mask_token_id: int | None
+    """None where nobody says what it is: such a checkpoint gives logits and routing, but generates nothing."""
+    eos_token_id: int | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,16 +96,20 @@ def find_source(config: EngineConfig) -> Source:
     )
 
 
-def _special_id(kind: str, override: int | None, tokenizer: Tokenizer | None, config: ModelConfig) -> int:
-    """The first that is known of: the override, the tokenizer's, config.json's, LLaDA2's. Refused if outside the
-    vocabulary.
+def _special_id(kind: str, override: int | None, tokenizer: Tokenizer | None, config: ModelConfig) -> int | None:
+    """The first that is known of: the override, the tokenizer's, config.json's, LLaDA2's if the vocabulary holds it.
+    Refused if outside the vocabulary.
     """
-    own = getattr(config, f"{kind}_token_id")
+    own = config.mask_token_id if kind == "mask" else config.eos_token_id
     if isinstance(own, list):
         own = own[0] if own else None
+    if kind == "eos" and own is None:
+        own = config.pad_token_id  # the same token in LLaDA2 (REFERENCE §1)
     of_tokenizer = getattr(tokenizer, f"{kind}_token_id") if tokenizer else None
     default = LLADA2_MASK if kind == "mask" else LLADA2_EOS
-    found: int = next(value for value in (override, of_tokenizer, own, default) if value is not None)
+    found = next((value for value in (override, of_tokenizer, own) if value is not None), None)
+    if found is None:
+        return default if default < config.vocab_size else None
     if not 0 <= found < config.vocab_size:
         raise TokenizerError(
             f"the {kind} token id is {found}, but the vocabulary has {config.vocab_size} entries; "
@@ -161,7 +170,7 @@ def setup_for(
         slab_bytes=slab_bytes,
         prefill_chunk=config.prefill_chunk,
         choices=max(config.top_k_experts, model.num_experts_per_tok) if config.routing == "top-k" else None,
-        runtime_bytes=psutil.Process().memory_info().rss + RUNTIME_MARGIN,
+        runtime_bytes=round_up(psutil.Process().memory_info().rss + RUNTIME_MARGIN, RUNTIME_STEP),
         transfers_in_flight=config.transfers_in_flight,
     )
 
@@ -170,14 +179,23 @@ def plan_for(config: EngineConfig, model: ModelConfig, setup: Setup) -> MemoryPl
     """Divide the budget, or what the machine has. Raises `MemoryBudgetError`."""
     reachable = psutil.Process().memory_info().rss + available_memory()
     budget = auto_budget(reachable, "cpu") if config.gpu_mem == "auto" else config.gpu_mem
-    return plan_memory(
-        model,
-        setup,
-        budget,
-        max_context=config.max_context,
-        expert_mem=config.expert_mem,
-        machine_limit=reachable,
-    )
+
+    def plan(setup: Setup) -> MemoryPlan:
+        return plan_memory(
+            model,
+            setup,
+            budget,
+            max_context=config.max_context,
+            expert_mem=config.expert_mem,
+            machine_limit=reachable,
+        )
+
+    try:
+        return plan(setup)
+    except MemoryBudgetError:
+        # The next process may measure itself a little larger; the budget that the refusal names must do for it too.
+        plan(replace(setup, runtime_bytes=(setup.runtime_bytes or 0) + RUNTIME_STEP))
+        raise
 
 
 def assemble(config: EngineConfig, stats: EngineStats, progress: Progress | None = None) -> Parts:

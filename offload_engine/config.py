@@ -42,7 +42,7 @@ def bytes_of(value: Any) -> int:
         if parsed is None:
             raise ValueError(f"wanted {WANTED}")
         count = int(Decimal(parsed[1]) * _unit(parsed[2].lower()))
-    elif isinstance(value, int) and not isinstance(value, bool):
+    elif (isinstance(value, int) and not isinstance(value, bool)) or (isinstance(value, float) and value.is_integer()):
         count = int(value)
     else:
         raise ValueError(f"wanted {WANTED}")
@@ -92,6 +92,9 @@ def _unit(suffix: str) -> int:
     return int(1024**power if "i" in suffix else 1000**power)
 
 
+_ALIASES = {"topk": "top-k", "bf16": "bfloat16", "fp16": "float16", "half": "float16", "fp32": "float32"}
+
+
 class EngineConfig(BaseModel):
     """Everything that decides how an engine runs; frozen. Fields are keywords of `Engine.from_pretrained`, keys of a
     TOML preset and options of the command line alike.
@@ -106,7 +109,7 @@ class EngineConfig(BaseModel):
     device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:[0-9]{1,3})?)$")] = "auto"
     """auto, cpu, cuda or cuda:N."""
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
-    """What is computed in; auto is the checkpoint's own where the device has it."""
+    """What is computed in; auto is the checkpoint's own, or on a CPU, for fp16 and for small models, float32."""
     gpu_mem: int | Literal["auto"] = "auto"
     """Budget of fast memory in bytes: VRAM, or RAM of this process on a CPU-only machine."""
     host_mem: int | Literal["auto"] | None = "auto"
@@ -136,7 +139,7 @@ class EngineConfig(BaseModel):
     prefill_chunk: Annotated[int, Field(ge=1, le=2**20)] = 512
     """Prompt tokens per forward; rounded to whole blocks by the engine."""
     threads: Annotated[int, Field(ge=1, le=1024)] | None = None
-    """Compute threads; None: torch's choice."""
+    """Compute threads; None: torch's choice, or one for a small model."""
     mask_token_id: Annotated[int, Field(ge=0)] | None = None
     """Overrides the checkpoint's mask id."""
     eos_token_id: Annotated[int, Field(ge=0)] | None = None
@@ -168,10 +171,12 @@ class EngineConfig(BaseModel):
     @classmethod
     def _spelling(cls, value: Any) -> Any:
         """Case and underscores don't matter: Top_K and topk are top-k."""
+        if type(value).__module__ == "torch":  # torch.float32, torch.device("cpu")
+            value = str(value).removeprefix("torch.")
         if not isinstance(value, str):
             return value
         word = value.strip().lower().replace("_", "-")
-        return "top-k" if word == "topk" else word
+        return _ALIASES.get(word, word)
 
     @model_validator(mode="wrap")
     @classmethod

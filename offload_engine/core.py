@@ -99,7 +99,7 @@ class SamplingParams(BaseModel):
     """Tokens denoised together; blocks are aligned to position 0 of the sequence."""
     steps: Annotated[int, Field(ge=1)] = 32
     """Denoising steps a block may take; the schedule unmasks at least `block_length / steps` tokens in each."""
-    threshold: Annotated[float, Field(gt=0, le=1)] = 0.95
+    threshold: Annotated[float, Field(ge=0, le=1)] = 0.95
     """Every masked position whose confidence exceeds this is unmasked; 1 means the schedule alone decides."""
     temperature: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
     """0 is greedy."""
@@ -107,17 +107,18 @@ class SamplingParams(BaseModel):
     """Sample among the k most probable tokens; 0 means all."""
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Sample among the smallest set of tokens whose probability reaches p."""
-    seed: int | None = None
+    seed: Annotated[int, Field(ge=0, lt=2**63)] | None = None
     """Seed of the sampler; None draws a fresh one. Greedy decoding needs none."""
     stop: tuple[str, ...] = ()
-    """The answer ends before the first of these strings."""
+    """The answer ends before the first of these strings; special tokens are not part of its text, so none matches."""
 
     @model_validator(mode="before")
     @classmethod
     def _one_stop_string(cls, values: Any) -> Any:
-        if isinstance(values, dict) and isinstance(values.get("stop"), str):
-            return {**values, "stop": (values["stop"],)}
-        return values
+        if not isinstance(values, dict):
+            return values
+        stop = values.get("stop", ())
+        return {**values, "stop": (stop,) if isinstance(stop, str) else stop if stop is not None else ()}
 
     @model_validator(mode="wrap")
     @classmethod

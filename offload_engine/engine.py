@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -24,6 +25,7 @@ from offload_engine.errors import (
     EngineClosedError,
     MemoryBudgetError,
     PromptError,
+    TokenizerError,
     UsageError,
 )
 from offload_engine.experts.cache import Occupancy
@@ -37,6 +39,9 @@ from offload_engine.model.moe import ExpertExecutor
 from offload_engine.text import Message, Tokenizer
 from offload_engine.text.answer import AnswerText
 from offload_engine.trace import TraceHeader
+
+NO_TOKEN = -1
+"""Stands for a special token that is unknown; nothing is generated then."""
 
 Prompt = str | Sequence[int]
 """Text, or token ids."""
@@ -75,10 +80,11 @@ class Engine:
             policy=parts.policy,
             cache=PrefixCache(source.config, plan.kv_positions, parts.dtype, torch.device("cpu")),
             stats=stats,
-            mask_token_id=source.mask_token_id,
-            eos_token_id=source.eos_token_id,
+            mask_token_id=NO_TOKEN if source.mask_token_id is None else source.mask_token_id,
+            eos_token_id=NO_TOKEN if source.eos_token_id is None else source.eos_token_id,
             prefill_chunk=config.prefill_chunk,
             threads=parts.threads,
+            context=plan.context,
         )
         stats.planned_peak_bytes, stats.limit_bytes = plan.total, plan.budget
         stats.slots, stats.slots_per_layer = plan.slots, plan.slots_per_layer
@@ -122,13 +128,13 @@ class Engine:
         return self._parts.source.tokenizer
 
     @property
-    def mask_token_id(self) -> int:
-        """The id of a position still undecided."""
+    def mask_token_id(self) -> int | None:
+        """The id of a position still undecided; None where it is unknown."""
         return self._parts.source.mask_token_id
 
     @property
-    def eos_token_id(self) -> int:
-        """The id that ends an answer."""
+    def eos_token_id(self) -> int | None:
+        """The id that ends an answer; None where it is unknown."""
         return self._parts.source.eos_token_id
 
     @property
@@ -161,10 +167,9 @@ class Engine:
         A string goes through the chat template unless `raw`. Raises `PromptError`, and `UsageError` when the engine is
         busy.
         """
-        several = (
-            not isinstance(prompt, str) and len(prompt) > 0 and all(isinstance(one, (str, list)) for one in prompt)
-        )
-        if not several:
+        if not isinstance(prompt, str) and hasattr(prompt, "tolist"):
+            prompt = prompt.tolist()  # a tensor or an array
+        if isinstance(prompt, str) or not len(prompt) or not all(map(_is_prompt, prompt)):
             return self._answer(cast("Prompt", prompt), params, raw)
         prompts = cast("list[Prompt]", prompt)
         for one in prompts:  # refused as a whole or not at all
@@ -194,19 +199,21 @@ class Engine:
 
         Raises `MemoryBudgetError` when the forward needs more than the plan leaves.
         """
-        with self._exclusive(), torch.inference_mode():
-            return self._parts.model.logits(self._score(token_ids, block_length, self._observed)).clone()
+        with self._exclusive():
+            with torch.inference_mode():
+                logits = self._parts.model.logits(self._score(token_ids, block_length, self._observed))
+            return logits.clone()  # an inference tensor would refuse to be changed in place
 
     def routing(self, token_ids: Sequence[int], *, block_length: int = 32) -> list[LayerRouting]:
         """Per MoE layer, where the forward of `logits` sends each token."""
         decisions: list[LayerRouting] = []
 
         def keep(_info: ForwardInfo, _layer: int, decision: RoutingDecision) -> None:
-            decisions.append(LayerRouting(decision.experts.clone(), decision.weights.clone()))
+            decisions.append(LayerRouting(decision.experts, decision.weights))
 
         with self._exclusive(), torch.inference_mode():
             self._score(token_ids, block_length, ObservedExperts(self._parts.experts, [keep]))
-        return decisions
+        return [LayerRouting(experts.clone(), weights.clone()) for experts, weights in decisions]
 
     def record_trace(self, path: Path | str, block_length: int = 32) -> None:
         """From now on append every routing decision of generated blocks to `path`.
@@ -242,6 +249,8 @@ class Engine:
         self._closed = True
         self._parts.experts.close()
         self._parts.store.close()
+        self._parts.model.to("meta")
+        self._decoder.cache.release()
         self.close_trace()
 
     def __enter__(self) -> Self:
@@ -280,13 +289,20 @@ class Engine:
                 else self.tokenizer.encode_chat([Message(role="user", content=prompt)])
             )
         vocab = self.model_config.vocab_size
-        for place, token in enumerate(prompt):
-            if not isinstance(token, int) or isinstance(token, bool) or not 0 <= token < vocab:
+        ids: list[int] = prompt.tolist() if hasattr(prompt, "tolist") else list(prompt)  # of a tensor or an array
+        for place, token in enumerate(ids):
+            if not hasattr(token, "__index__") or isinstance(token, bool) or not 0 <= token < vocab:
                 raise PromptError(f"prompt token {place} is {token!r}; wanted an id from 0 to {vocab - 1}")
-        return list(prompt)
+        return [operator.index(token) for token in ids]
 
     def _check_fits(self, ids: Sequence[int], params: SamplingParams) -> None:
         plan, length = self.plan, params.block_length
+        for kind, token in (("mask", self.mask_token_id), ("eos", self.eos_token_id)):
+            if token is None:
+                raise TokenizerError(
+                    f"{self._parts.source.directory}: neither a tokenizer nor config.json says which token is the "
+                    f"{kind}; pass {kind}_token_id"
+                )
         if params.stop and self.tokenizer is None:
             raise UsageError("stop strings need a tokenizer, and this checkpoint has none")
         if length > plan.forward_tokens:
@@ -294,7 +310,7 @@ class Engine:
                 f"block_length is {length}, but the memory plan allows forwards of {plan.forward_tokens} tokens; "
                 f"set prefill_chunk to {length} or more"
             )
-        room = plan.kv_positions // length * length
+        room = self._decoder.positions(length)
         if len(ids) >= room:
             longest = self.model_config.max_position_embeddings
             way_out = (
@@ -324,6 +340,7 @@ class Engine:
     def _count_answer(self, state: DecodingState, seconds: float) -> None:
         self.stats.new_tokens += len(state.answer)
         self.stats.wall_seconds += seconds
+        self._parts.experts.idle()  # a prefetch under way belongs to this answer
         self.stats.measured_peak_bytes = measure_peak()
         if self._recorder is not None:
             self._recorder.end_sequence()
@@ -335,7 +352,9 @@ class Engine:
 
     def _score(self, token_ids: Sequence[int], block_length: int, experts: ExpertExecutor) -> Tensor:
         """Hidden states [T, H] of one block-causal forward over `token_ids`."""
-        ids = self._encode(list(token_ids), raw=True)
+        if block_length < 1:
+            raise UsageError(f"block_length is {block_length}; wanted at least 1")
+        ids = self._encode(token_ids, raw=True)
         if not ids:
             raise PromptError("there are no token ids to run a forward over; pass at least one")
         plan = self.plan
@@ -359,6 +378,16 @@ class Engine:
             return self._parts.model(torch.tensor(ids), forward)  # type: ignore[no-any-return]
 
 
+def _is_prompt(one: object) -> bool:
+    """Whether an item of what `generate` was given is a prompt of its own, rather than a token id."""
+    return isinstance(one, Sequence) or getattr(one, "ndim", 0) > 0
+
+
+def _without_eos(state: DecodingState) -> list[int]:
+    """The answer's ids that have text, whether or not the tokenizer knows the eos for a special token."""
+    return state.answer[:-1] if state.finish_reason == "eos" else state.answer
+
+
 def _event(state: DecodingState, block_length: int, text: AnswerText) -> StepEvent:
     start = state.block * block_length
     first = max(start, state.prompt_length)
@@ -371,5 +400,5 @@ def _event(state: DecodingState, block_length: int, text: AnswerText) -> StepEve
         accepted=()
         if state.block_finished
         else tuple((position - first, token, sure) for position, token, sure in state.accepted),
-        text=text.advance(state.answer, final=state.finish_reason is not None) if state.block_finished else "",
+        text=text.advance(_without_eos(state), final=state.finish_reason is not None) if state.block_finished else "",
     )

@@ -2,10 +2,25 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from hypothesis import HealthCheck, settings
+
+from offload_engine.experts.executor import OffloadedExperts
 
 torch.set_num_threads(1)
 
 settings.register_profile("default", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("default")
+
+
+@pytest.fixture(autouse=True)
+def conserved_slots(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever closes an executor learns whether free + loading + resident slots are still all of them."""
+    close = OffloadedExperts.close
+
+    def checked(experts: OffloadedExperts) -> None:
+        close(experts)
+        experts.scheduler.cache.check()
+
+    monkeypatch.setattr(OffloadedExperts, "close", checked)

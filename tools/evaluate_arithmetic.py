@@ -163,7 +163,6 @@ def load_network(path: Path) -> Network:
         state = checkpoint.load(path)
         config = ModelConfig.from_dict(state["config"])
         weights, biases = state["trainer"]["average"], state["trainer"]["biases"]
-        biases = {layer: bias.bfloat16() for layer, bias in biases.items()}  # as it will be exported
     network = Network(config)
     missing = dict(network.named_parameters())
     with torch.no_grad():

@@ -24,7 +24,7 @@ Decorated = TypeVar("Decorated", bound=Callable[..., Any])
 ENGINE_HELP: Final = {
     "model": "Checkpoint directory or hub id (owner/name, owner/name@revision).  [default: the built-in model]",
     "device": "auto, cpu, cuda or cuda:N.",
-    "dtype": "What is computed in; auto: as the checkpoint is stored.",
+    "dtype": "What is computed in; auto: as stored, but float32 on a CPU for fp16 and small models.",
     "gpu_mem": "Budget of fast memory: VRAM, or this process's RAM on a CPU. 8GB, 7.5GiB, 900MB, or auto.",
     "host_mem": "Budget of pinned host memory beside a GPU: a size, auto, or none.",
     "expert_mem": "Cap on the expert slots alone.  [default: what --gpu-mem leaves]",
@@ -39,7 +39,7 @@ ENGINE_HELP: Final = {
     "transfers_in_flight": "Transfers started and not finished, 1 or 2.",
     "reader_threads": "Threads that read experts from disk.",
     "prefill_chunk": "Prompt tokens per forward.",
-    "threads": "Compute threads.  [default: torch's choice]",
+    "threads": "Compute threads.  [default: torch's choice; 1 for small models]",
     "mask_token_id": "Id of an undecided position.  [default: the checkpoint's]",
     "eos_token_id": "Id that ends an answer.  [default: the checkpoint's]",
 }

@@ -99,7 +99,8 @@ class Board:
     def _tokens(self, event: StepEvent) -> list[Token]:
         sure = {position: confidence for position, _token, confidence in event.accepted}
         mask, eos = self._engine.mask_token_id, self._engine.eos_token_id
-        words = token_texts(event.block_token_ids, {mask: OPEN, eos: END}, self._tokenizer)
+        signs = {token: sign for token, sign in ((mask, OPEN), (eos, END)) if token is not None}
+        words = token_texts(event.block_token_ids, signs, self._tokenizer)
         return [
             Token(text, open=token == mask, confidence=sure.get(position))
             for position, (token, text) in enumerate(zip(event.block_token_ids, words, strict=True))

@@ -75,6 +75,8 @@ class BlockDiffusionDecoder:
     """Most tokens prefilled in one forward, rounded down to whole blocks, but at least one block."""
     threads: int | None = None
     """Compute threads; None: as many as torch is set to."""
+    context: int | None = None
+    """Most positions of prompt and answer together; None: as many as the cache holds."""
 
     def decode(
         self,
@@ -90,7 +92,7 @@ class BlockDiffusionDecoder:
         """
         length = params.block_length
         whole = len(prompt) // length * length
-        end = min(len(prompt) + params.max_new_tokens, self.cache.context // length * length)
+        end = min(len(prompt) + params.max_new_tokens, self.positions(length))
         state = DecodingState(list(prompt[:whole]), len(prompt), end, block=len(prompt) // length)
         generator = _generator(params, self.cache.keys.device)
         self.cache.reset()
@@ -110,6 +112,11 @@ class BlockDiffusionDecoder:
             self.stats.blocks += 1
             yield state
             state.block += 1
+
+    def positions(self, block_length: int) -> int:
+        """Most positions prompt and answer may have when blocks of this length must be denoised whole."""
+        whole_blocks = self.cache.context // block_length * block_length
+        return whole_blocks if self.context is None else min(self.context, whole_blocks)
 
     def _denoise_block(
         self,

@@ -29,6 +29,10 @@ class PrefixCache:
         """Forget everything."""
         self.length = 0
 
+    def release(self) -> None:
+        """Give the memory back; the cache can't be used any more."""
+        self.keys = self.values = torch.empty(0)
+
     def begin(self, tokens: int, block_length: int) -> Tensor:
         """The next forward covers `tokens` positions from `length` on. Returns their positions [tokens] int64.
 

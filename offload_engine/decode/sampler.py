@@ -27,6 +27,10 @@ def propose(logits: Tensor, mask_token_id: int, params: SamplingParams, generato
     Greedy at temperature 0 (ties to the lower id); otherwise drawn with `generator`.
     """
     normaliser = logits.logsumexp(dim=-1)
+    if not bool(normaliser.isfinite().all()):  # nothing can be drawn from this; the caller sees it by the confidence
+        return Proposal(
+            logits.new_zeros(len(logits), dtype=torch.int64), normaliser.new_full((len(logits),), torch.nan)
+        )
     logits[:, mask_token_id] = -torch.inf
     tokens = logits.argmax(dim=-1) if params.temperature == 0 else _draw(logits, params, generator)
     confidence = (logits.gather(1, tokens.unsqueeze(-1)).squeeze(-1) - normaliser).exp()
@@ -34,7 +38,9 @@ def propose(logits: Tensor, mask_token_id: int, params: SamplingParams, generato
 
 
 def _draw(logits: Tensor, params: SamplingParams, generator: torch.Generator | None) -> Tensor:
-    scaled = logits / params.temperature
+    # Less the maximum first, so that a tiny temperature leaves the best token at 0 rather than at infinity.
+    scaled = (logits - logits.max(dim=-1, keepdim=True).values) / params.temperature
+    scaled = scaled.nan_to_num(nan=0.0)  # 0 / 0 where the temperature is too small for float32
     ranked = scaled.sort(dim=-1, descending=True, stable=True)
     keep = torch.ones_like(ranked.values, dtype=torch.bool)
     if params.top_k:
@@ -61,6 +67,10 @@ def accept(confidence: Tensor, minimum: int, threshold: float) -> Tensor:
 
 
 def unmask_schedule(block_length: int, steps: int) -> list[int]:
-    """How many positions each step unmasks at least: `block_length // steps`, the remainder first."""
+    """How many positions each step unmasks at least: `block_length // steps`, the remainder first.
+
+    Steps beyond `block_length` would unmask nothing and never come, so they are left out.
+    """
+    steps = min(steps, block_length)
     least, more = divmod(block_length, steps)
     return [least + (step < more) for step in range(steps)]

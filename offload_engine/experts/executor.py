@@ -36,7 +36,7 @@ def ranked_experts(decision: RoutingDecision) -> Ranked:
     used = used[used >= 0]
     if decision.block_scores is None:
         return Ranked(used.tolist(), [1.0] * used.numel())
-    scores = decision.block_scores.sum(dim=0)[used]
+    scores = decision.block_scores.sum(dim=0)[used].nan_to_num()  # damaged weights must not damage the cache's books
     order = scores.argsort(descending=True, stable=True)
     return Ranked(used[order].tolist(), scores[order].tolist())
 
@@ -71,6 +71,8 @@ class OffloadedExperts:
         self._changed = threading.Condition(threading.RLock())
         """Guards the scheduler: its events come from the compute thread and from the driver's threads."""
         self._ready: deque[Compute] = deque()
+        self._handed_over: set[ExpertKey] = set()
+        """Loads the driver has and has not reported."""
         self._failure: OffloadError | None = None
         transfers.start(self._on_complete)
 
@@ -85,8 +87,12 @@ class OffloadedExperts:
             if self.predictor.wants_preview:
                 self.predictor.offer(ahead, *ranked_experts(preview(ahead)))
             predicted += [ExpertKey(ahead, expert) for expert, _score in self.predictor.predict(ahead)]
-        with self._changed:
-            self._carry_out(self.scheduler.predict(predicted))
+        try:
+            with self._changed:
+                self._carry_out(self.scheduler.predict(predicted))
+        except BaseException:
+            self._abandon()
+            raise
 
     def run(self, layer: int, hidden: Tensor, decision: RoutingDecision) -> Tensor:
         """See `ExpertExecutor`."""
@@ -97,6 +103,7 @@ class OffloadedExperts:
         try:
             with self._changed:
                 self._carry_out(self.scheduler.want(layer, ranked.experts, ranked.scores))
+                self.stats.expert_requests += len(ranked.experts)
             for _ in ranked.experts:
                 compute = self._next_compute()
                 key, slot = compute.key, compute.slot
@@ -109,9 +116,9 @@ class OffloadedExperts:
         except BaseException:
             self._abandon()
             raise
-        self.stats.expert_requests += len(ranked.experts)
         with self._changed:
             self._count()
+        self.transfers.synchronize()
         return outputs.combine()
 
     def idle(self, timeout: float = 60.0) -> None:
@@ -145,21 +152,27 @@ class OffloadedExperts:
             return self._ready.popleft()
 
     def _abandon(self) -> None:
-        """Leave the layer half done: the cache is consistent again, and the next forward may begin."""
+        """Leave the layer half done: the cache is consistent again, and the next forward may begin.
+
+        An interrupt may have come between a load's being scheduled and its being handed over; it will not be reported.
+        """
         with self._changed:
             self.scheduler.abandon()
+            self.scheduler.withdraw(self._handed_over)
             self._ready.clear()
             self._failure = None
 
     def _carry_out(self, commands: Sequence[Command]) -> None:
         for command in commands:
             if isinstance(command, Load):
+                self._handed_over.add(command.key)
                 self.transfers.copy(Stream.COPY, command.key, command.slot)
             else:
                 self._ready.append(command)
 
     def _on_complete(self, ticket: TransferTicket) -> None:
         with self._changed:
+            self._handed_over.discard(ticket.key)
             try:
                 if ticket.error is None:
                     self.stats.bytes_moved += self.store.payload_bytes(ticket.key)
@@ -170,10 +183,13 @@ class OffloadedExperts:
                     if self.scheduler.wanted(ticket.key):
                         self._failure = ticket.error
                     self._carry_out(self.scheduler.failed(ticket.key))
-            except OffloadError as error:  # a broken invariant must reach the compute thread, not die in a reader
+            except OffloadError as error:
                 self._failure = error
-            self._count()
-            self._changed.notify_all()
+            except Exception as error:  # a defect must reach the compute thread, not die in a reader
+                self._failure = InternalError(f"{ticket.key} arrived, and then: {type(error).__name__}: {error}")
+            finally:
+                self._count()
+                self._changed.notify_all()
 
     def _count(self) -> None:
         """Copy the scheduler's counters. Prefetches also start, and end, when no layer runs."""

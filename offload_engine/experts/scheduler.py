@@ -7,7 +7,7 @@ drives it carries out the commands in their order and reports what became of the
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 
 from offload_engine.core import ExpertKey
@@ -139,6 +139,13 @@ class ExpertScheduler:
         self.cache.failed(key)
         self._count_wasted(key)
         return self._start_transfers()
+
+    def withdraw(self, handed_over: Collection[ExpertKey]) -> None:
+        """Event: of the loads issued, only these reached the driver; the others will never be reported."""
+        for key in self._in_flight.difference(handed_over):
+            self._in_flight.remove(key)
+            self.cache.failed(key)
+            self._count_wasted(key)
 
     def computed(self, key: ExpertKey) -> list[Command]:
         """Event: the last reader of `key` in this layer has finished with its slot."""

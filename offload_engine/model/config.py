@@ -40,12 +40,13 @@ class ModelConfig(BaseModel):
     n_group: Count = 1
     topk_group: Count = 1
     norm_topk_prob: bool = True
-    routed_scaling_factor: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
+    routed_scaling_factor: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 2.5
     moe_router_enable_expert_bias: bool = True
     rms_norm_eps: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1e-6
     rope_theta: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 600000.0
-    partial_rotary_factor: Annotated[float, Field(gt=0, le=1)] = 1.0
+    partial_rotary_factor: Annotated[float, Field(gt=0, le=1)] = 0.5
     rotary_dim: Annotated[int, Field(ge=2)] | None = None
+    """Counts only where `partial_rotary_factor` is absent: the reference reads nothing but the factor."""
     max_position_embeddings: Count = 16384
     use_bias: bool = False
     use_qkv_bias: bool = False
@@ -70,6 +71,8 @@ class ModelConfig(BaseModel):
                 f"num_attention_heads ({self.num_attention_heads}) is no multiple of "
                 f"num_key_value_heads ({self.num_key_value_heads})"
             )
+        if self.n_group > 1 and "topk_group" not in self.model_fields_set:
+            raise ValueError(f"key 'topk_group' is missing, and n_group is {self.n_group}")
         if self.num_experts % self.n_group:
             raise ValueError(f"num_experts ({self.num_experts}) is no multiple of n_group ({self.n_group})")
         if self.topk_group > self.n_group:
@@ -91,7 +94,9 @@ class ModelConfig(BaseModel):
     @property
     def rotary(self) -> int:
         """Leading dimensions of each head that rotary embedding turns."""
-        return self.rotary_dim if self.rotary_dim is not None else int(self.head_dim * self.partial_rotary_factor)
+        if self.rotary_dim is not None and "partial_rotary_factor" not in self.model_fields_set:
+            return self.rotary_dim
+        return int(self.head_dim * self.partial_rotary_factor)
 
     @property
     def moe_layers(self) -> range:
@@ -117,8 +122,10 @@ class ModelConfig(BaseModel):
 
     @property
     def distilled_top_p(self) -> float | None:
-        """The coreset's top-p if the checkpoint was distilled for dMoE, else None."""
-        return self.core_threshold if self.mode == "aggregate" else None
+        """The coreset's top-p if the checkpoint was distilled for dMoE (0.6 where it doesn't say), else None."""
+        if self.mode != "aggregate":
+            return None
+        return self.core_threshold if self.core_threshold is not None else 0.6
 
     @classmethod
     def from_file(cls, path: Path) -> ModelConfig:
@@ -127,7 +134,7 @@ class ModelConfig(BaseModel):
             raw = json.loads(path.read_text(encoding="utf-8"))
         except FileNotFoundError:
             raise CheckpointError(f"{path}: not found; a checkpoint directory holds a config.json") from None
-        except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise CheckpointError(f"{path}: not readable as JSON ({error})") from None
         return cls.from_dict(raw, str(path))
 
@@ -149,13 +156,7 @@ class ModelConfig(BaseModel):
 def _with_derived_defaults(raw: dict[str, Any]) -> dict[str, Any]:
     """Nulls dropped (they mean *default*), newer spellings read, and the defaults that follow from other keys."""
     values = {key: value for key, value in raw.items() if value is not None}
-    rope = values.pop("rope_parameters", {})
-    if isinstance(rope, dict):
-        if rope.get("rope_type", "default") != "default":
-            values["rope_scaling"] = rope
-        for key in ("rope_theta", "partial_rotary_factor"):
-            if key in rope:
-                values.setdefault(key, rope[key])
+    _read_rope(values)
     heads, hidden = values.get("num_attention_heads"), values.get("hidden_size")
     if heads is not None:
         values.setdefault("num_key_value_heads", heads)
@@ -167,6 +168,21 @@ def _with_derived_defaults(raw: dict[str, Any]) -> dict[str, Any]:
         if type(values.get(key)) is int:  # JSON writes 600000 for 600000.0
             values[key] = float(values[key])
     return values
+
+
+def _read_rope(values: dict[str, Any]) -> None:
+    """Rotary settings may stand in a dictionary of their own; one that scales nothing is as good as none."""
+    scaling = values.get("rope_scaling")
+    if isinstance(scaling, dict) and scaling.get("rope_type", scaling.get("type")) == "default":
+        del values["rope_scaling"]
+    rope = values.pop("rope_parameters", {})
+    if not isinstance(rope, dict):
+        return
+    if rope.get("rope_type", "default") != "default":
+        values["rope_scaling"] = rope
+    for key in ("rope_theta", "partial_rotary_factor"):
+        if key in rope:
+            values.setdefault(key, rope[key])
 
 
 def _complaint(error: ValidationError) -> str:

@@ -68,7 +68,7 @@ def test_weights_give_their_own_slot_size_and_dtype_and_are_not_loaded(speaking,
 
 def test_a_preset_plans_as_it_runs():
     preset = ROOT / "configs" / "gpu-8gb.toml"
-    found = planned("--config", preset, "--model", MINI)["plan"]
+    found = planned("--config", preset, "--model", MINI, "--device", "cuda")["plan"]
     config = EngineConfig.build(preset)
     assert (found["device"], found["budget"], found["host_budget"]) == ("cuda", config.gpu_mem, config.host_mem)
     assert found["context"] == config.max_context

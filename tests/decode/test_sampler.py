@@ -90,7 +90,7 @@ def test_accepts_all_above_the_threshold_or_the_most_confident() -> None:
 @given(st.integers(1, 128), st.integers(1, 200))
 def test_the_schedule_unmasks_every_position_and_puts_the_remainder_first(block_length: int, steps: int) -> None:
     schedule = unmask_schedule(block_length, steps)
-    assert len(schedule) == steps
+    assert len(schedule) == min(steps, block_length), "a step that need unmask nothing never comes"
     assert sum(schedule) == block_length
     assert schedule == sorted(schedule, reverse=True)
     assert max(schedule) - min(schedule) <= 1

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from offload_engine.core import ExpertKey, ForwardInfo, Phase
-from offload_engine.errors import TransferError
+from offload_engine.errors import InternalError, TransferError
 from offload_engine.experts.arena import SlotArena
 from offload_engine.experts.cache import ExpertCache
 from offload_engine.experts.eviction import EVICTION, make_eviction
@@ -240,6 +240,38 @@ def test_an_unforeseen_error_in_a_reader_reaches_the_caller(model: Model) -> Non
     experts.transfers.store = Broken(model.store)  # type: ignore[attr-defined]
     with pytest.raises(TransferError, match="ValueError: a bug"):
         model.hidden(experts, "original", torch.arange(12))
+    experts.close()
+
+
+def test_a_defect_met_on_arrival_reaches_the_caller(model: Model) -> None:
+    experts = model.offloaded(slots=5)
+
+    def broken(_key: ExpertKey) -> list[object]:
+        raise KeyError("books")
+
+    experts.scheduler.arrived = broken  # type: ignore[method-assign, assignment]
+    with pytest.raises(InternalError, match="KeyError: 'books'"):
+        model.hidden(experts, "original", torch.arange(12))
+    experts.close()
+
+
+def test_an_interrupt_before_a_load_is_handed_over_loses_no_slot(model: Model) -> None:
+    experts = model.offloaded(slots=6, predictor="previous-step")
+    model.hidden(experts, "dmoe", torch.arange(12))
+    scheduler, want, predict = experts.scheduler, experts.scheduler.want, experts.scheduler.predict
+
+    def interrupted(*arguments: object) -> list[object]:
+        (want if len(arguments) == 3 else predict)(*arguments)  # type: ignore[arg-type, operator]
+        raise KeyboardInterrupt
+
+    for name in ("want", "predict"):
+        setattr(scheduler, name, interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            model.hidden(experts, "original", torch.arange(12).flip(0), step=1)
+        delattr(scheduler, name)
+        experts.idle(timeout=20)
+    expected = model.hidden(model.resident, "original", torch.arange(12))
+    assert torch.equal(model.hidden(experts, "original", torch.arange(12)), expected)
     experts.close()
 
 

@@ -70,7 +70,8 @@ def test_a_missing_key_is_named(key: str) -> None:
         ({"partial_rotary_factor": 1.5}, "key 'partial_rotary_factor'"),
         ({"rms_norm_eps": "tiny"}, "key 'rms_norm_eps'"),
         ({"routed_scaling_factor": float("nan")}, "key 'routed_scaling_factor'"),
-        ({"rotary_dim": 7}, "rotary dimensions"),
+        ({"rotary_dim": 7, "partial_rotary_factor": None}, "rotary dimensions"),
+        ({"topk_group": None}, "key 'topk_group' is missing, and n_group is 4"),
         ({"first_k_dense_replace": 9}, "first_k_dense_replace"),
         ({"core_threshold": 1.5, "mode": "aggregate"}, "key 'core_threshold'"),
     ],
@@ -106,8 +107,16 @@ def test_defaults_and_other_spellings() -> None:
     assert config.num_key_value_heads == 4
 
 
+def test_the_rotary_factor_wins_over_the_dimension_beside_it() -> None:
+    assert ModelConfig.from_dict(tiny_config(partial_rotary_factor=1.0, rotary_dim=4)).rotary == 8
+    raw = tiny_config(rotary_dim=2)
+    del raw["partial_rotary_factor"]
+    assert ModelConfig.from_dict(raw).rotary == 2
+
+
 def test_a_distilled_checkpoint_says_its_p() -> None:
     assert ModelConfig.from_dict(tiny_config(mode="aggregate", core_threshold=0.6)).distilled_top_p == 0.6
+    assert ModelConfig.from_dict(tiny_config(mode="aggregate")).distilled_top_p == 0.6
     assert ModelConfig.from_dict(tiny_config(core_threshold=0.6)).distilled_top_p is None
 
 

@@ -74,7 +74,7 @@ def config_json(words: Vocabulary, options: Mapping[str, Any]) -> dict[str, Any]
 def published_tensors(
     weights: Mapping[str, Tensor], biases: Mapping[str, Tensor], dtype: torch.dtype = torch.bfloat16
 ) -> dict[str, Tensor]:
-    """Training weights (names of `Network`) under the published names, experts split; everything in `dtype`."""
+    """Training weights (names of `Network`) under the published names, experts split; weights in `dtype`."""
     tensors: dict[str, Tensor] = {}
     for name, weight in weights.items():
         if name.startswith("model."):
@@ -88,8 +88,18 @@ def published_tensors(
             else:
                 gate, up = matrix.chunk(2)
                 tensors[f"{prefix}.gate_proj.weight"], tensors[f"{prefix}.up_proj.weight"] = gate, up
-    tensors |= {f"model.layers.{layer}.mlp.gate.expert_bias": bias for layer, bias in biases.items()}
-    return {name: tensor.detach().to(dtype).clone().contiguous() for name, tensor in tensors.items()}
+    tensors = {name: tensor.detach().to(dtype) for name, tensor in tensors.items()}
+    tensors |= {f"model.layers.{layer}.mlp.gate.expert_bias": based(bias) for layer, bias in biases.items()}
+    return {name: tensor.clone().contiguous() for name, tensor in tensors.items()}
+
+
+def based(bias: Tensor) -> Tensor:
+    """An expert bias in float32, shifted to start at 0.
+
+    A shift changes no choice of experts, but training lets biases drift to where bfloat16 can no longer tell experts
+    apart (at 5 its steps are 0.03; that cost 27 points of accuracy once), and dMoE's votes want scores above 0.
+    """
+    return (bias.float() - bias.float().min()).detach()
 
 
 def export(folder: Path, raw_config: Mapping[str, Any], tensors: dict[str, Tensor]) -> int:

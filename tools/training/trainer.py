@@ -61,11 +61,12 @@ class Network(nn.Module):
                 yield index, layer.mlp.gate
 
     def cast(self, dtype: torch.dtype) -> Network:
-        """Parameters in `dtype`; the expert biases stay in float32."""
+        """Parameters in `dtype`; the expert biases stay in float32, unrounded."""
+        biases = {layer: router.expert_bias for layer, router in self.routers()}
         self.to(dtype)
-        for _, router in self.routers():
-            if router.expert_bias is not None:
-                router.expert_bias = router.expert_bias.float()
+        for layer, router in self.routers():
+            if biases[layer] is not None:
+                router.expert_bias = biases[layer].float()
         return self
 
 

@@ -52,7 +52,7 @@ class TransferBackend(Protocol):
         """Enqueue `fn`, which reads and writes these slots and no others."""
 
     def synchronize(self) -> None:
-        """Wait until everything launched on the compute stream has run."""
+        """Order what the caller does next after everything launched on the compute stream."""
 
     def close(self) -> None:
         """Finish what is under way, join all threads, free everything. Idempotent."""

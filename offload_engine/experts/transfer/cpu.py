@@ -28,6 +28,8 @@ class CpuTransfers:
             threading.Thread(target=self._read_forever, name=f"expert-reader-{i}", daemon=True) for i in range(threads)
         ]
         self._on_complete: OnComplete | None = None
+        self._closing = threading.Lock()
+        """No job may be queued behind the marks that end the readers."""
         self._closed = False
 
     def start(self, on_complete: OnComplete) -> None:
@@ -38,10 +40,11 @@ class CpuTransfers:
 
     def copy(self, stream: Stream, source: ExpertKey, slot: int) -> TransferTicket:  # noqa: ARG002
         """See `TransferBackend`."""
-        if self._closed:
-            raise EngineClosedError(f"{source} was to be read after the transfers were closed")
         ticket = TransferTicket(source, slot)
-        self._jobs.put(ticket)
+        with self._closing:
+            if self._closed:
+                raise EngineClosedError(f"{source} was to be read after the transfers were closed")
+            self._jobs.put(ticket)
         return ticket
 
     def launch(self, stream: Stream, fn: Callable[[], None], reads: Sequence[int], writes: Sequence[int] = ()) -> None:  # noqa: ARG002
@@ -53,11 +56,12 @@ class CpuTransfers:
 
     def close(self) -> None:
         """See `TransferBackend`."""
-        if self._closed:
-            return
-        self._closed = True
-        for _ in self._threads:
-            self._jobs.put(None)
+        with self._closing:
+            if self._closed:
+                return
+            self._closed = True
+            for _ in self._threads:
+                self._jobs.put(None)
         for thread in self._threads:
             if thread.is_alive():
                 thread.join()
