@@ -27,7 +27,7 @@ from offload_engine.model.checkpoint import Checkpoint
 from offload_engine.model.config import ModelConfig
 from offload_engine.model.hub import resolve_model
 from offload_engine.model.llada2 import LLaDA2Model
-from offload_engine.model.weights import load_resident
+from offload_engine.model.weights import load_resident, unexpected_tensors
 from offload_engine.routing import RoutingOptions, RoutingPolicy, make_policy
 from offload_engine.text import Tokenizer, load_tokenizer
 
@@ -208,6 +208,9 @@ def assemble(config: EngineConfig, stats: EngineStats, progress: Progress | None
     if isinstance(config.host_mem, int):
         notices.append("host_mem is ignored: on the CPU there is no host tier, gpu_mem is RAM already")
     checkpoint = Checkpoint.open(source.directory)
+    unused = unexpected_tensors(model_config, checkpoint)
+    if unused:
+        notices.append(f"{len(unused)} tensors of the checkpoint are not used, {unused[0]} the first of them")
     if not model_config.moe_layers:
         raise CheckpointError(f"{source.directory}: the model has no MoE layer, so there is nothing to offload")
     store = SafetensorsStore(model_config, checkpoint)

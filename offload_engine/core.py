@@ -154,8 +154,6 @@ class StepEvent:
     """What one denoising step, or one finished block, changed."""
 
     kind: Literal["step", "block"]
-    prompt: int
-    """Index of the prompt in a call with several."""
     block: int
     """Index of the block in the answer, from 0."""
     step: int

@@ -59,7 +59,8 @@ class LayerRouting(NamedTuple):
 class Engine:
     """One loaded model. Not for concurrent use: a call while another runs is refused, never interleaved.
 
-    Made by `from_pretrained`; release its memory and threads with `close()` or a `with` block.
+    Made by `from_pretrained`; release its memory and threads with `close()` or a `with` block. Several engines may live
+    in one process; on a CPU each plan counts what the process holds already, and the peak measured is the process's.
     """
 
     def __init__(self, config: EngineConfig, parts: Parts, stats: EngineStats) -> None:
@@ -329,21 +330,26 @@ class Engine:
             self.stats.prompts += 1
             self.stats.prompt_tokens += len(ids)
             text = AnswerText(self.tokenizer, params.stop)
-            for state in self._decoder.decode(ids, params, text.find_stop, cancelled):
-                event = _event(state, params.block_length, text)
-                if state.block_finished and state.finish_reason:
-                    self._count_answer(state, time.perf_counter() - began)
-                    completion = Completion(text.whole, state.answer, state.finish_reason, self.stats.since(before))
-                    event = replace(event, completion=completion)
-                yield event
+            try:
+                for state in self._decoder.decode(ids, params, text.find_stop, cancelled):
+                    event = _event(state, params.block_length, text)
+                    if state.block_finished and state.finish_reason:
+                        self._count_answer(state)
+                    self.stats.wall_seconds += time.perf_counter() - began
+                    if state.block_finished and state.finish_reason:
+                        stats = self.stats.since(before)
+                        done = Completion(text.whole, state.answer, state.finish_reason, stats)
+                        event = replace(event, completion=done)
+                    yield event
+                    began = time.perf_counter()  # what the caller does with an event is not the engine's time
+            finally:
+                if self._recorder is not None:
+                    self._recorder.end_sequence()
 
-    def _count_answer(self, state: DecodingState, seconds: float) -> None:
+    def _count_answer(self, state: DecodingState) -> None:
         self.stats.new_tokens += len(state.answer)
-        self.stats.wall_seconds += seconds
         self._parts.experts.idle()  # a prefetch under way belongs to this answer
         self.stats.measured_peak_bytes = measure_peak()
-        if self._recorder is not None:
-            self._recorder.end_sequence()
 
     def _count_unique(self, info: ForwardInfo, layer: int, decision: RoutingDecision) -> None:
         if info.phase is Phase.DENOISE:
@@ -393,7 +399,6 @@ def _event(state: DecodingState, block_length: int, text: AnswerText) -> StepEve
     first = max(start, state.prompt_length)
     return StepEvent(
         kind="block" if state.block_finished else "step",
-        prompt=0,
         block=state.block - state.prompt_length // block_length,
         step=state.step,
         block_token_ids=tuple(state.ids[first : start + block_length]),

@@ -22,8 +22,8 @@ _DERIVED = ("hit_rate", "unique_experts", "forward_seconds", "stall_share", "tok
 class EngineStats:
     """Counters of one engine, or, as a difference of two snapshots, of one stretch of its work.
 
-    Updated in place, by plain assignment, from the one thread that runs the engine. A derived value is None where
-    nothing it could be derived from was counted.
+    Updated in place: by the thread that runs the engine and, for transfers, by those that carry them out, under the
+    executor's lock. A derived value is None where nothing it could be derived from was counted.
     """
 
     prompts: int = 0
@@ -152,15 +152,7 @@ class EngineStats:
         values["unique_experts_by_layer"] = {
             str(layer): total / count for layer, (total, count) in sorted(self.unique_experts_by_layer.items())
         }
-        derived = (
-            "hit_rate",
-            "unique_experts",
-            "forward_seconds",
-            "stall_share",
-            "tokens_per_second",
-            "tokens_per_step",
-        )
-        return values | {name: getattr(self, name) for name in derived}
+        return values | {name: getattr(self, name) for name in _DERIVED}
 
     def summary_line(self) -> str:
         """The run in one line; what was not measured reads n/a."""

@@ -98,8 +98,10 @@ def test_chunked_and_whole_prefill_agree(checkpoint: Path) -> None:
     assert answers[0] == answers[1] == answers[2]
 
 
-def test_cached_decoding_sees_what_one_whole_forward_sees(engine: Engine) -> None:
-    """Denoising against the prefix cache gives the logits of a block-causal forward over the whole sequence."""
+@pytest.mark.parametrize("chunk", [1, 32, 512])
+def test_cached_decoding_sees_what_one_whole_forward_sees(checkpoint: Path, chunk: int) -> None:
+    """Denoising against a prefix cache filled in chunks gives the logits of a block-causal forward over everything."""
+    engine = open_engine(checkpoint, prefill_chunk=chunk)
     prompt = list(range(64))
     seen = []
     decoder = engine._decoder
@@ -117,6 +119,7 @@ def test_cached_decoding_sees_what_one_whole_forward_sees(engine: Engine) -> Non
         del decoder.model.logits
     whole = engine.logits(prompt + [engine.mask_token_id] * 32)
     torch.testing.assert_close(seen[0], whole[64:], rtol=1e-4, atol=1e-4)
+    engine.close()
 
 
 @pytest.mark.parametrize("length", [0, 1, 31, 32, 33, 100])
@@ -335,6 +338,27 @@ def test_the_trace_holds_every_decision(checkpoint: Path, tmp_path: Path) -> Non
     mean = sum(len(entry.experts) for entry in denoising) / len(denoising)
     assert mean == pytest.approx(done.stats.unique_experts)
     assert all(list(entry.scores) == sorted(entry.scores, reverse=True) for entry in entries)
+
+
+def test_a_stream_that_is_dropped_ends_its_sequence_in_the_trace(checkpoint: Path, tmp_path: Path) -> None:
+    with open_engine(checkpoint) as engine:
+        engine.record_trace(tmp_path / "trace")
+        stream = engine.stream([1], SHORT)
+        next(stream)
+        stream.close()  # type: ignore[attr-defined]
+        engine.generate([1], SHORT)
+        engine.close_trace()
+    _, records = read_trace(tmp_path / "trace")
+    assert {record.sequence for record in records} == {0, 1}
+
+
+def test_tensors_without_a_use_are_mentioned(tmp_path: Path) -> None:
+    config = tiny_config()
+    tensors = random_tensors(config, dtype=torch.float32, layout="split", seed=0)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    write_tensors(tmp_path, tensors | {"model.extra.weight": torch.zeros(2)})
+    with open_engine(tmp_path) as engine:
+        assert any("model.extra.weight" in notice for notice in engine.notices)
 
 
 def test_a_distilled_checkpoint_picks_its_routing(tmp_path: Path) -> None:

@@ -153,7 +153,7 @@ def test_visible_keeps_text_and_shows_controls():
 
 def test_a_finished_block_adds_no_line(capsys, engine):
     watch = PlainWatch(Board(engine, token_ids=True))
-    watch.show(StepEvent(kind="block", prompt=0, block=0, step=4, block_token_ids=(1, 2)))
+    watch.show(StepEvent(kind="block", block=0, step=4, block_token_ids=(1, 2)))
     assert capsys.readouterr().err == ""
-    watch.show(StepEvent(kind="step", prompt=0, block=1, step=1, block_token_ids=(3, MASK), accepted=((0, 3, 0.8),)))
+    watch.show(StepEvent(kind="step", block=1, step=1, block_token_ids=(3, MASK), accepted=((0, 3, 0.8),)))
     assert capsys.readouterr().err.rstrip("\n").endswith("| 3 ░░")
