@@ -19,6 +19,7 @@ from offload_engine.assembly import Parts, Progress, assemble
 from offload_engine.config import EngineConfig, format_bytes
 from offload_engine.core import Completion, ForwardInfo, Phase, RoutingDecision, SamplingParams, StepEvent
 from offload_engine.decode.block_diffusion import BlockDiffusionDecoder, DecodingState
+from offload_engine.decode.events import step_event
 from offload_engine.decode.kv_cache import PrefixCache
 from offload_engine.decode.threads import compute_threads
 from offload_engine.errors import (
@@ -332,7 +333,7 @@ class Engine:
             text = AnswerText(self.tokenizer, params.stop)
             try:
                 for state in self._decoder.decode(ids, params, text.find_stop, cancelled):
-                    event = _event(state, params.block_length, text)
+                    event = step_event(state, params.block_length, text)
                     if state.block_finished and state.finish_reason:
                         self._count_answer(state)
                     self.stats.wall_seconds += time.perf_counter() - began
@@ -387,23 +388,3 @@ class Engine:
 def _is_prompt(one: object) -> bool:
     """Whether an item of what `generate` was given is a prompt of its own, rather than a token id."""
     return isinstance(one, Sequence) or getattr(one, "ndim", 0) > 0
-
-
-def _without_eos(state: DecodingState) -> list[int]:
-    """The answer's ids that have text, whether or not the tokenizer knows the eos for a special token."""
-    return state.answer[:-1] if state.finish_reason == "eos" else state.answer
-
-
-def _event(state: DecodingState, block_length: int, text: AnswerText) -> StepEvent:
-    start = state.block * block_length
-    first = max(start, state.prompt_length)
-    return StepEvent(
-        kind="block" if state.block_finished else "step",
-        block=state.block - state.prompt_length // block_length,
-        step=state.step,
-        block_token_ids=tuple(state.ids[first : start + block_length]),
-        accepted=()
-        if state.block_finished
-        else tuple((position - first, token, sure) for position, token, sure in state.accepted),
-        text=text.advance(_without_eos(state), final=state.finish_reason is not None) if state.block_finished else "",
-    )

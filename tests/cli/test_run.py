@@ -5,7 +5,6 @@ import json
 import pytest
 
 from offload_engine import Engine, SamplingParams, TransferError
-from offload_engine.assembly import BUILT_IN
 from offload_engine.experts.store import SafetensorsStore
 from offload_engine.trace import read_trace
 from tests.checkpoints import GOLDEN, needs_golden
@@ -191,8 +190,6 @@ def test_the_golden_checkpoint_gives_the_reference_answer(name, options):
 
 
 def test_the_built_in_model_needs_no_option():
-    if not (BUILT_IN / "model.safetensors").is_file():
-        pytest.skip("the built-in model's weights are still being trained")
     done = dmoe_run("--gpu-mem", "8GB", "-p", "A box holds 12 pencils. How many pencils are in 7 boxes?")
     assert done.exit_code == 0
     assert "\\boxed{" in done.stdout
