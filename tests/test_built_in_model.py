@@ -7,7 +7,7 @@ import pytest
 from offload_engine.assembly import BUILT_IN
 from offload_engine.core import SamplingParams
 from offload_engine.engine import Engine
-from tools.arithmetic import generate
+from offload_engine.evaluate.arithmetic import generate
 
 PARAMS = SamplingParams(max_new_tokens=128)
 MARIA = (

@@ -18,7 +18,7 @@ FLOORS: list[tuple[str, ...]] = [
     ("experts",),
     ("decode",),
     ("engine", "assembly"),
-    ("server",),
+    ("server", "evaluate"),
     ("cli",),
 ]
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}

@@ -9,7 +9,7 @@ import click
 if __package__ in (None, ""):  # run as a script: the repository's root is not on the path
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from tools.arithmetic import generate
+from offload_engine.evaluate.arithmetic import generate
 
 
 @click.command()

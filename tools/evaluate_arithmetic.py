@@ -24,11 +24,11 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from offload_engine.core import ForwardInfo, Phase
+from offload_engine.evaluate.arithmetic import Problem, problem
 from offload_engine.model.attention import MaskedSequence, block_causal_mask
 from offload_engine.model.config import ModelConfig
 from offload_engine.model.llada2 import Forward
 from offload_engine.routing import RoutingOptions, RoutingPolicy, make_policy
-from tools.arithmetic import Problem, problem
 from tools.training import checkpoint
 from tools.training.data import Vocabulary, prompt_text, vocabulary
 from tools.training.export import from_published

@@ -12,7 +12,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 if __package__ in (None, ""):  # run as a script: the repository's root is not on the path
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from tools.arithmetic import drill, generate
+from offload_engine.evaluate.arithmetic import drill, generate
 
 END, MASK = "<|endoftext|>", "<|mask|>"
 SPECIAL_TOKENS = (END, MASK, "<role>", "</role>", "<|role_end|>")

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer
 
-from tools.arithmetic import generate
+from offload_engine.evaluate.arithmetic import generate
 from tools.train_tokenizer import SPECIAL_TOKENS, main, sequence, train
 
 ASSETS = Path(__file__).resolve().parents[2] / "offload_engine" / "assets" / "tiny"

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
-from tools.arithmetic import drill, problem
+from offload_engine.evaluate.arithmetic import drill, problem
 from tools.training.diffusion import Batch, Example, Noise, pack
 
 QUESTION, ANSWER = "<role>HUMAN</role>", "<|role_end|><role>ASSISTANT</role>"

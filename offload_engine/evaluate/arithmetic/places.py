@@ -1,9 +1,9 @@
 """Stories of what is in a place, what comes and goes, is put in or taken out."""
 
-from tools.arithmetic.lexicon import noun, nouns
-from tools.arithmetic.settings import PLACES
-from tools.arithmetic.stages import Stage, Theme, divisible, divisors, losable, staged, term
-from tools.arithmetic.tale import DeadEndError, Tale
+from offload_engine.evaluate.arithmetic.lexicon import noun, nouns
+from offload_engine.evaluate.arithmetic.settings import PLACES
+from offload_engine.evaluate.arithmetic.stages import Stage, Theme, divisible, divisors, losable, staged, term
+from offload_engine.evaluate.arithmetic.tale import DeadEndError, Tale
 
 _CONTRASTS = {
     "people": (("young", "old"), ("tall", "short"), ("happy", "sad"), ("hungry", "thirsty")),

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from tools.arithmetic.lexicon import ANIMALS, DOLLAR, Noun, noun, nouns
+from offload_engine.evaluate.arithmetic.lexicon import ANIMALS, DOLLAR, Noun, noun, nouns
 
 _PEOPLE = "child|children student person|people visitor girl boy"
 

@@ -7,8 +7,8 @@ they lead there; a division at the end is thereby exact whatever came before.
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from tools.arithmetic.ranges import LARGEST_FACTOR, LARGEST_TERM
-from tools.arithmetic.tale import Accept, DeadEndError, Tale
+from offload_engine.evaluate.arithmetic.ranges import LARGEST_FACTOR, LARGEST_TERM
+from offload_engine.evaluate.arithmetic.tale import Accept, DeadEndError, Tale
 
 
 def anything(_value: int) -> bool:

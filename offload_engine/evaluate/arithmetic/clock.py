@@ -1,8 +1,8 @@
 """Stories of time: minutes of an hour, hours of a day, days of weeks, months of years."""
 
-from tools.arithmetic.lexicon import DAY, HOUR, MINUTE, MONTH, WEEK, YEAR, Noun
-from tools.arithmetic.stages import Theme
-from tools.arithmetic.tale import Amount, Clause, DeadEndError, Tale, Who
+from offload_engine.evaluate.arithmetic.lexicon import DAY, HOUR, MINUTE, MONTH, WEEK, YEAR, Noun
+from offload_engine.evaluate.arithmetic.stages import Theme
+from offload_engine.evaluate.arithmetic.tale import Amount, Clause, DeadEndError, Tale, Who
 
 _ACTIVITIES = (
     ("spend", "on homework"),

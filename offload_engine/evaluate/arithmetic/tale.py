@@ -10,11 +10,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
 
-from tools.arithmetic import lexicon
-from tools.arithmetic.lexicon import Noun, Person
-from tools.arithmetic.numerals import LARGEST_WORD, spell
-from tools.arithmetic.ranges import LARGEST_TERM, result_of
-from tools.arithmetic.settings import PLACES, STUFF, TASKS, Place, Stuff, Task
+from offload_engine.evaluate.arithmetic import lexicon
+from offload_engine.evaluate.arithmetic.lexicon import Noun, Person
+from offload_engine.evaluate.arithmetic.numerals import LARGEST_WORD, spell
+from offload_engine.evaluate.arithmetic.ranges import LARGEST_TERM, result_of
+from offload_engine.evaluate.arithmetic.settings import PLACES, STUFF, TASKS, Place, Stuff, Task
 
 NUMBER_MARKS = 0xE000
 PERSON_MARKS = 0xE400

@@ -1,10 +1,10 @@
 """Equal groups told in general: a box holds 12 pencils; how many are in 7 boxes, how many boxes for 84."""
 
-from tools.arithmetic import lexicon
-from tools.arithmetic.lexicon import Noun, article, noun, nouns
-from tools.arithmetic.possessions import container
-from tools.arithmetic.stages import Theme, anything
-from tools.arithmetic.tale import Amount, Clause, DeadEndError, Tale
+from offload_engine.evaluate.arithmetic import lexicon
+from offload_engine.evaluate.arithmetic.lexicon import Noun, article, noun, nouns
+from offload_engine.evaluate.arithmetic.possessions import container
+from offload_engine.evaluate.arithmetic.stages import Theme, anything
+from offload_engine.evaluate.arithmetic.tale import Amount, Clause, DeadEndError, Tale
 
 _WHOLES: tuple[tuple[Noun, tuple[Noun, ...]], ...] = (
     (noun("car"), nouns("wheel seat door")),

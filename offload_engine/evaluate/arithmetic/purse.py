@@ -1,10 +1,10 @@
 """Stories of somebody's money: earned, saved, spent, given, missing."""
 
-from tools.arithmetic import lexicon
-from tools.arithmetic.lexicon import DOLLAR, article, noun, nouns
-from tools.arithmetic.shopping import GOODS
-from tools.arithmetic.stages import Stage, Theme, divisible, divisors, factor, losable, staged, term
-from tools.arithmetic.tale import Clause, Tale
+from offload_engine.evaluate.arithmetic import lexicon
+from offload_engine.evaluate.arithmetic.lexicon import DOLLAR, article, noun, nouns
+from offload_engine.evaluate.arithmetic.shopping import GOODS
+from offload_engine.evaluate.arithmetic.stages import Stage, Theme, divisible, divisors, factor, losable, staged, term
+from offload_engine.evaluate.arithmetic.tale import Clause, Tale
 
 _EARNED_BY = (
     "washing cars",

@@ -1,6 +1,6 @@
 """Facts that do not matter: now and then a remark, or a number that the answer must leave alone."""
 
-from tools.arithmetic.tale import Clause, Tale, Who
+from offload_engine.evaluate.arithmetic.tale import Clause, Tale, Who
 
 DISTRACTOR_SHARE = 0.05
 REMARK_SHARE = 0.05

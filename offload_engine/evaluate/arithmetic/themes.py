@@ -1,6 +1,6 @@
 """The kinds of story; each carries its weight and the numbers of steps it can have."""
 
-from tools.arithmetic import (
+from offload_engine.evaluate.arithmetic import (
     ages,
     bare,
     belongings,
@@ -16,7 +16,7 @@ from tools.arithmetic import (
     unknowns,
     work,
 )
-from tools.arithmetic.stages import Theme
+from offload_engine.evaluate.arithmetic.stages import Theme
 
 BARE: Theme = bare.THEME
 THEMES: tuple[Theme, ...] = (

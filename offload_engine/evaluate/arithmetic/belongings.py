@@ -1,11 +1,11 @@
 """Stories of what somebody has, gets, gives away, shares, packs or compares: openings and events."""
 
-from tools.arithmetic import lexicon
-from tools.arithmetic.belongings_endings import CLOSINGS
-from tools.arithmetic.possessions import GAINED, LOST, container, grouped, hero_does, them, two_kinds
-from tools.arithmetic.relations import relate
-from tools.arithmetic.stages import Stage, Theme, anything, divisors, losable, staged, term
-from tools.arithmetic.tale import Clause, DeadEndError, Tale
+from offload_engine.evaluate.arithmetic import lexicon
+from offload_engine.evaluate.arithmetic.belongings_endings import CLOSINGS
+from offload_engine.evaluate.arithmetic.possessions import GAINED, LOST, container, grouped, hero_does, them, two_kinds
+from offload_engine.evaluate.arithmetic.relations import relate
+from offload_engine.evaluate.arithmetic.stages import Stage, Theme, anything, divisors, losable, staged, term
+from offload_engine.evaluate.arithmetic.tale import Clause, DeadEndError, Tale
 
 
 def _prepare(tale: Tale) -> None:

@@ -1,9 +1,9 @@
 """How stories of belongings end: what is counted, shared, packed, sold or compared."""
 
-from tools.arithmetic import lexicon
-from tools.arithmetic.possessions import container, hero_does, the_rest
-from tools.arithmetic.stages import Stage, divisible, divisors, factor, term
-from tools.arithmetic.tale import Tale
+from offload_engine.evaluate.arithmetic import lexicon
+from offload_engine.evaluate.arithmetic.possessions import container, hero_does, the_rest
+from offload_engine.evaluate.arithmetic.stages import Stage, divisible, divisors, factor, term
+from offload_engine.evaluate.arithmetic.tale import Tale
 
 
 def _now(tale: Tale) -> None:

@@ -1,8 +1,8 @@
 """Stories told to the end, asking for the beginning: worked backwards from the last number."""
 
-from tools.arithmetic import lexicon
-from tools.arithmetic.stages import Theme
-from tools.arithmetic.tale import Amount, Clause, DeadEndError, Tale, Who
+from offload_engine.evaluate.arithmetic import lexicon
+from offload_engine.evaluate.arithmetic.stages import Theme
+from offload_engine.evaluate.arithmetic.tale import Amount, Clause, DeadEndError, Tale, Who
 
 _GAINS = ("buy", "get", "find", "receive")
 _LOSSES = ("lose", "give away", "sell", "use")

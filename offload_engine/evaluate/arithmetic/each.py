@@ -1,10 +1,10 @@
 """Short stories of nobody in particular: what each one has, what several cost, what a machine makes, equal shares."""
 
-from tools.arithmetic import lexicon
-from tools.arithmetic.lexicon import DAY, DOLLAR, HOUR, MINUTE, Noun, article, nouns
-from tools.arithmetic.shopping import GOODS
-from tools.arithmetic.stages import Theme, anything
-from tools.arithmetic.tale import DeadEndError, Tale
+from offload_engine.evaluate.arithmetic import lexicon
+from offload_engine.evaluate.arithmetic.lexicon import DAY, DOLLAR, HOUR, MINUTE, Noun, article, nouns
+from offload_engine.evaluate.arithmetic.shopping import GOODS
+from offload_engine.evaluate.arithmetic.stages import Theme, anything
+from offload_engine.evaluate.arithmetic.tale import DeadEndError, Tale
 
 _HOLDERS = nouns("child|children student boy girl player worker teacher visitor")
 _MAKERS = (

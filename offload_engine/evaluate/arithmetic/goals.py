@@ -1,10 +1,10 @@
 """Stories of a task of known size: what is done, what is left and how long the rest takes."""
 
-from tools.arithmetic.lexicon import DOLLAR, MINUTE, noun, nouns
-from tools.arithmetic.settings import TASKS
-from tools.arithmetic.stages import Stage, Theme, divisible, divisors, losable, staged
-from tools.arithmetic.tale import Tale
-from tools.arithmetic.work import does, in_tense, phrase_of, rate_of
+from offload_engine.evaluate.arithmetic.lexicon import DOLLAR, MINUTE, noun, nouns
+from offload_engine.evaluate.arithmetic.settings import TASKS
+from offload_engine.evaluate.arithmetic.stages import Stage, Theme, divisible, divisors, losable, staged
+from offload_engine.evaluate.arithmetic.tale import Tale
+from offload_engine.evaluate.arithmetic.work import does, in_tense, phrase_of, rate_of
 
 _PARTS = {
     "page": nouns("chapter"),

@@ -4,7 +4,7 @@
 language. `drills.drill(rng)` makes training lines of equations.
 """
 
-from tools.arithmetic.drills import drill
-from tools.arithmetic.problems import Problem, generate, problem
+from offload_engine.evaluate.arithmetic.drills import drill
+from offload_engine.evaluate.arithmetic.problems import Problem, generate, problem
 
 __all__ = ["Problem", "drill", "generate", "problem"]

@@ -1,10 +1,10 @@
 """Stories of what is done over days: pages, laps, sums of money earned or saved, minutes of practice."""
 
-from tools.arithmetic import lexicon
-from tools.arithmetic.lexicon import DOLLAR, noun
-from tools.arithmetic.settings import TASKS
-from tools.arithmetic.stages import Stage, Theme, staged, term
-from tools.arithmetic.tale import Amount, Clause, DeadEndError, Tale
+from offload_engine.evaluate.arithmetic import lexicon
+from offload_engine.evaluate.arithmetic.lexicon import DOLLAR, noun
+from offload_engine.evaluate.arithmetic.settings import TASKS
+from offload_engine.evaluate.arithmetic.stages import Stage, Theme, staged, term
+from offload_engine.evaluate.arithmetic.tale import Amount, Clause, DeadEndError, Tale
 
 _LENGTHS = {"hour": (), "day": (("a week", 7),), "week": (), "month": (("a year", 12),)}
 

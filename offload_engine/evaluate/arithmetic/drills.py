@@ -2,7 +2,7 @@
 
 import random
 
-from tools.arithmetic.ranges import draw_operands, result_of
+from offload_engine.evaluate.arithmetic.ranges import draw_operands, result_of
 
 SHORTEST_LINE, LONGEST_LINE = 6, 10
 """Equations on one line."""

@@ -1,8 +1,8 @@
 """Stories of ages."""
 
-from tools.arithmetic.lexicon import YEAR
-from tools.arithmetic.stages import Theme
-from tools.arithmetic.tale import Amount, DeadEndError, Tale, Who
+from offload_engine.evaluate.arithmetic.lexicon import YEAR
+from offload_engine.evaluate.arithmetic.stages import Theme
+from offload_engine.evaluate.arithmetic.tale import Amount, DeadEndError, Tale, Who
 
 
 def _related(tale: Tale, base: Amount, than: Who) -> tuple[Who, Amount]:

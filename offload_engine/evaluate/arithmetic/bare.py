@@ -1,8 +1,8 @@
 """Bare arithmetic: What is 37 + 58? What is 8 times 7? Calculate 56 / 7."""
 
-from tools.arithmetic.ranges import draw_operands, result_of
-from tools.arithmetic.stages import Theme
-from tools.arithmetic.tale import Tale
+from offload_engine.evaluate.arithmetic.ranges import draw_operands, result_of
+from offload_engine.evaluate.arithmetic.stages import Theme
+from offload_engine.evaluate.arithmetic.tale import Tale
 
 _SIGNS = {"+": "+", "-": "-", "*": "*x", "/": "/"}
 _WORDS = {"+": "plus", "-": "minus", "*": "times", "/": "divided by"}

@@ -4,11 +4,11 @@ import random
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from tools.arithmetic import surface
-from tools.arithmetic.asides import add_aside
-from tools.arithmetic.stages import Theme
-from tools.arithmetic.tale import DeadEndError, Tale
-from tools.arithmetic.themes import BARE, THEMES
+from offload_engine.evaluate.arithmetic import surface
+from offload_engine.evaluate.arithmetic.asides import add_aside
+from offload_engine.evaluate.arithmetic.stages import Theme
+from offload_engine.evaluate.arithmetic.tale import DeadEndError, Tale
+from offload_engine.evaluate.arithmetic.themes import BARE, THEMES
 
 BARE_SHARE = 0.08
 STEP_SHARES = {1: 0.27, 2: 0.40, 3: 0.18, 4: 0.07}

@@ -2,10 +2,10 @@
 
 from dataclasses import dataclass
 
-from tools.arithmetic import lexicon
-from tools.arithmetic.relations import relate
-from tools.arithmetic.stages import Theme, divisors
-from tools.arithmetic.tale import Amount, Clause, DeadEndError, Tale, Who
+from offload_engine.evaluate.arithmetic import lexicon
+from offload_engine.evaluate.arithmetic.relations import relate
+from offload_engine.evaluate.arithmetic.stages import Theme, divisors
+from offload_engine.evaluate.arithmetic.tale import Amount, Clause, DeadEndError, Tale, Who
 
 _ENDINGS = {
     1: ("last",),

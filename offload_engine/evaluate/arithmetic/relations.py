@@ -2,9 +2,9 @@
 
 from dataclasses import dataclass
 
-from tools.arithmetic.lexicon import Noun
-from tools.arithmetic.ranges import LARGEST_FACTOR, LARGEST_TERM
-from tools.arithmetic.tale import Accept, Amount, DeadEndError, Tale
+from offload_engine.evaluate.arithmetic.lexicon import Noun
+from offload_engine.evaluate.arithmetic.ranges import LARGEST_FACTOR, LARGEST_TERM
+from offload_engine.evaluate.arithmetic.tale import Accept, Amount, DeadEndError, Tale
 
 _OPERATORS, _WEIGHTS = "*/+-", (4, 1.5, 2, 2)
 _FRACTIONS = {2: "half", 3: "a third", 4: "a quarter"}

@@ -1,8 +1,8 @@
 """The words in which stories of belongings speak of things: verbs, containers, groups, what is left of them."""
 
-from tools.arithmetic import lexicon
-from tools.arithmetic.lexicon import Noun
-from tools.arithmetic.tale import Accept, Amount, Tale
+from offload_engine.evaluate.arithmetic import lexicon
+from offload_engine.evaluate.arithmetic.lexicon import Noun
+from offload_engine.evaluate.arithmetic.tale import Accept, Amount, Tale
 
 GAINED = {
     "fruit": ("pick", "buy", "get", "find"),

@@ -1,9 +1,9 @@
 """Stories of buying: prices, totals, change, what is left and what is missing."""
 
-from tools.arithmetic import lexicon
-from tools.arithmetic.lexicon import Noun, article, nouns
-from tools.arithmetic.stages import Stage, Theme, divisible, divisors, staged, term
-from tools.arithmetic.tale import Amount, Clause, DeadEndError, Tale
+from offload_engine.evaluate.arithmetic import lexicon
+from offload_engine.evaluate.arithmetic.lexicon import Noun, article, nouns
+from offload_engine.evaluate.arithmetic.stages import Stage, Theme, divisible, divisors, staged, term
+from offload_engine.evaluate.arithmetic.tale import Amount, Clause, DeadEndError, Tale
 
 GOODS = (
     *(

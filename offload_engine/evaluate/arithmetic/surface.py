@@ -2,9 +2,17 @@
 
 import re
 
-from tools.arithmetic import lexicon
-from tools.arithmetic.lexicon import Person
-from tools.arithmetic.tale import FORMS_PER_PERSON, NAME, NUMBER_MARKS, PERSON_MARKS, POSSESSIVE, Clause, Tale
+from offload_engine.evaluate.arithmetic import lexicon
+from offload_engine.evaluate.arithmetic.lexicon import Person
+from offload_engine.evaluate.arithmetic.tale import (
+    FORMS_PER_PERSON,
+    NAME,
+    NUMBER_MARKS,
+    PERSON_MARKS,
+    POSSESSIVE,
+    Clause,
+    Tale,
+)
 
 _LINKS = ("Then ", "Then ", "Later, ", "After that, ", "Next, ")
 _MARK = re.compile(f"[{chr(NUMBER_MARKS)}-{chr(PERSON_MARKS + 0xFF)}]")

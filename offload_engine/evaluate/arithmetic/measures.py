@@ -1,9 +1,9 @@
 """Stories of lengths, weights and volumes that are cut, poured, joined and compared."""
 
-from tools.arithmetic.lexicon import Noun, noun
-from tools.arithmetic.settings import STUFF
-from tools.arithmetic.stages import Stage, Theme, divisible, divisors, losable, staged, term
-from tools.arithmetic.tale import Tale
+from offload_engine.evaluate.arithmetic.lexicon import Noun, noun
+from offload_engine.evaluate.arithmetic.settings import STUFF
+from offload_engine.evaluate.arithmetic.stages import Stage, Theme, divisible, divisors, losable, staged, term
+from offload_engine.evaluate.arithmetic.tale import Tale
 
 
 def _prepare(tale: Tale) -> None:

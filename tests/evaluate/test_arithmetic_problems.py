@@ -14,11 +14,11 @@ from click.testing import CliRunner
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tools.arithmetic import Problem, drill, generate, problem
-from tools.arithmetic.lexicon import FEMALE, MALE, ROLES, THINGS
-from tools.arithmetic.numerals import LARGEST_WORD, SPELLED, spell
-from tools.arithmetic.problems import BARE_SHARE, MOST_WORDS, STEP_SHARES
-from tools.arithmetic.themes import BARE, THEMES
+from offload_engine.evaluate.arithmetic import Problem, drill, generate, problem
+from offload_engine.evaluate.arithmetic.lexicon import FEMALE, MALE, ROLES, THINGS
+from offload_engine.evaluate.arithmetic.numerals import LARGEST_WORD, SPELLED, spell
+from offload_engine.evaluate.arithmetic.problems import BARE_SHARE, MOST_WORDS, STEP_SHARES
+from offload_engine.evaluate.arithmetic.themes import BARE, THEMES
 from tools.arithmetic_problems import main
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -255,7 +255,10 @@ def test_generate_is_the_sequence_of_problems() -> None:
 
 
 def test_same_problems_in_another_process_with_another_hash_seed() -> None:
-    code = "from tools.arithmetic import generate; [print(p.question, p.answer) for p in generate(11, 200)]"
+    code = (
+        "from offload_engine.evaluate.arithmetic import generate; "
+        "[print(p.question, p.answer) for p in generate(11, 200)]"
+    )
     here = "".join(f"{made.question} {made.answer}\n" for made in generate(11, 200))
     for hash_seed in ("1", "2"):
         there = subprocess.run(

@@ -1,0 +1,1 @@
+"""Evaluation: tasks, grading, statistics, and runs of an engine over them."""
