@@ -28,7 +28,7 @@ from offload_engine.model.config import ModelConfig
 from offload_engine.model.hub import resolve_model
 from offload_engine.model.llada2 import LLaDA2Model
 from offload_engine.model.weights import load_resident, unexpected_tensors
-from offload_engine.routing import RoutingOptions, RoutingPolicy, make_policy
+from offload_engine.routing import RoutingOptions, RoutingPolicy, SituatedCoreset, make_policy
 from offload_engine.text import Tokenizer, load_tokenizer
 
 BUILT_IN = Path(__file__).parent / "assets" / "tiny"
@@ -120,18 +120,64 @@ def _special_id(kind: str, override: int | None, tokenizer: Tokenizer | None, co
 
 def choose_policy(config: EngineConfig, model: ModelConfig) -> tuple[RoutingPolicy, list[str]]:
     """The routing asked for, or the checkpoint's own; and what to tell the user about it."""
-    distilled = model.distilled_top_p
-    name = config.routing or ("dmoe" if distilled is not None else "original")
-    top_p = config.top_p or distilled or RoutingOptions().top_p
-    policy = make_policy(name, model.router, RoutingOptions(top_p, config.min_experts, config.top_k_experts))
+    name = config.routing or native_routing(model)
+    options = routing_options(config, model)
+    return make_policy(name, model.router, options), _routing_notices(config, model, name, options)
+
+
+def native_routing(model: ModelConfig) -> str:
+    """The policy that a checkpoint was made for."""
+    if model.distilled_top_p is not None:
+        return "dmoe"
+    return "block-capacity" if model.expert_capacity is not None else "original"
+
+
+def routing_options(config: EngineConfig, model: ModelConfig) -> RoutingOptions:
+    """What the config says; failing that the checkpoint; failing that the policies' defaults."""
+    defaults = RoutingOptions()
+    return RoutingOptions(
+        top_p=config.top_p or model.distilled_top_p or defaults.top_p,
+        min_experts=config.min_experts,
+        top_k_experts=config.top_k_experts,
+        des_k=config.des_k,
+        des_beta=config.des_beta,
+        expert_capacity=config.expert_capacity or model.expert_capacity or defaults.expert_capacity,
+        residency_bonus=config.residency_bonus,
+        hold_steps=config.hold_steps,
+    )
+
+
+def _routing_notices(config: EngineConfig, model: ModelConfig, name: str, options: RoutingOptions) -> list[str]:
     notices = []
-    if name == "dmoe" and distilled is None:
+    distilled = model.distilled_top_p is not None
+    if name == "dmoe" and not distilled:
         notices.append(
-            f"routing dmoe (top-p {top_p:g}) on weights that were not distilled for it: expect some loss of accuracy"
+            f"routing dmoe (top-p {options.top_p:g}) on weights that were not distilled for it: "
+            "expect some loss of accuracy"
         )
-    if config.routing is None and distilled is not None:
-        notices.append(f"the checkpoint was distilled for dMoE: routing dmoe, top-p {top_p:g}")
-    return policy, notices
+    if name == "block-capacity" and model.expert_capacity is None:
+        notices.append(
+            f"routing block-capacity ({options.expert_capacity} experts) on weights that were not made for it: "
+            "expect some loss of accuracy"
+        )
+    if name == "dmoe" and options.residency_bonus:
+        notices.append(
+            f"residency_bonus is {options.residency_bonus:g}: answers depend on what the expert cache holds, "
+            "and may differ from one run to the next"
+        )
+    if name != "dmoe":
+        notices += [
+            f"{option} is ignored: it is an option of routing dmoe, and routing is {name}"
+            for option in ("residency_bonus", "hold_steps")
+            if getattr(options, option) != getattr(RoutingOptions(), option)
+        ]
+    if config.routing is None and name == "dmoe":
+        notices.append(f"the checkpoint was distilled for dMoE: routing dmoe, top-p {options.top_p:g}")
+    if config.routing is None and name == "block-capacity":
+        notices.append(
+            f"the checkpoint routes by block: routing block-capacity, {options.expert_capacity} experts per block"
+        )
+    return notices
 
 
 def compute_dtype(config: EngineConfig, model: ModelConfig, stored: torch.dtype) -> torch.dtype:
@@ -227,6 +273,8 @@ def assemble(config: EngineConfig, stats: EngineStats, progress: Progress | None
             None if progress is None else lambda done, total: progress("weights", done, total),
         )
         experts = _executor(config, store, plan, stats)
+        if isinstance(policy, SituatedCoreset):
+            policy = replace(policy, residents=experts.residents)
     except BaseException:
         store.close()
         raise

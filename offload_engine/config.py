@@ -92,7 +92,16 @@ def _unit(suffix: str) -> int:
     return int(1024**power if "i" in suffix else 1000**power)
 
 
-_ALIASES = {"topk": "top-k", "bf16": "bfloat16", "fp16": "float16", "half": "float16", "fp32": "float32"}
+_ALIASES = {
+    "topk": "top-k",
+    "des-s": "des-seq",
+    "des-v": "des-vote",
+    "capacity": "block-capacity",
+    "bf16": "bfloat16",
+    "fp16": "float16",
+    "half": "float16",
+    "fp32": "float32",
+}
 
 
 class EngineConfig(BaseModel):
@@ -119,13 +128,27 @@ class EngineConfig(BaseModel):
     max_context: Annotated[int, Field(ge=1, le=2**24)] | None = None
     """Positions the KV cache holds, prompt and answer together; None: the planner decides."""
     routing: Annotated[str, Field(min_length=1)] | None = None
-    """original, top-k or dmoe; None is the checkpoint's own: dmoe if it was distilled for it, else original."""
+    """original, top-k, dmoe, des-seq, des-vote or block-capacity; None is the checkpoint's own: dmoe if it was
+    distilled for it, block-capacity if it names an `expert_capacity`, else original.
+    """
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     """dMoE: share of a block's votes its coreset passes; None: the checkpoint's `core_threshold`, else 0.6."""
     min_experts: Annotated[int, Field(ge=1, le=65536)] = 16
     """dMoE: smallest coreset."""
     top_k_experts: Annotated[int, Field(ge=1, le=65536)] = 4
     """top-k: experts per token."""
+    des_k: Annotated[int, Field(ge=1, le=65536)] = 2
+    """DES-Seq: experts each token brings into its block's coreset."""
+    des_beta: Annotated[float, Field(gt=0, le=1)] = 0.15
+    """DES-Vote: share of a layer's experts that a block's coreset keeps."""
+    expert_capacity: Annotated[int, Field(ge=1, le=65536)] | None = None
+    """block-capacity: experts of a block's coreset; None: the checkpoint's `expert_capacity`, else 48."""
+    residency_bonus: Annotated[float, Field(ge=0, le=1e6)] = 0.0
+    """dMoE: how much more the votes for experts in fast memory count when a coreset is chosen. Above 0 an answer
+    depends on what the cache holds, and is no longer that of a run with everything in memory.
+    """
+    hold_steps: Annotated[int, Field(ge=1, le=4096)] = 1
+    """dMoE: denoising steps of a block that one coreset serves; 1: chosen in every step."""
     eviction: Literal["lru", "lfu", "score-aware"] = "score-aware"
     """Which resident expert makes room."""
     predictor: Literal["previous-step", "cross-layer-gate", "none"] = "previous-step"

@@ -37,6 +37,7 @@ from offload_engine.model.attention import MaskedSequence, block_causal_mask
 from offload_engine.model.config import ModelConfig
 from offload_engine.model.llada2 import Forward
 from offload_engine.model.moe import ExpertExecutor
+from offload_engine.routing.base import RoutingPolicy
 from offload_engine.text import Message, Tokenizer
 from offload_engine.text.answer import AnswerText
 from offload_engine.trace import TraceHeader
@@ -143,6 +144,21 @@ class Engine:
     def routing_name(self) -> str:
         """The routing policy in force."""
         return self._parts.policy.name
+
+    @property
+    def policy(self) -> RoutingPolicy:
+        """The routing policy in force, with its parameters."""
+        return self._parts.policy
+
+    @property
+    def directory(self) -> Path:
+        """Where the checkpoint lies."""
+        return self._parts.source.directory
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What is computed in."""
+        return self._parts.dtype
 
     def occupancy(self) -> Occupancy:
         """How many expert slots are free, loading and resident just now. May be called from any thread."""

@@ -164,7 +164,7 @@ def load_network(path: Path) -> Network:
         config = ModelConfig.from_dict(state["config"])
         weights, biases = state["trainer"]["average"], state["trainer"]["biases"]
     network = Network(config)
-    missing = dict(network.named_parameters())
+    missing = dict(network.named_weights())
     with torch.no_grad():
         for name, weight in weights.items():
             missing.pop(name).copy_(weight)

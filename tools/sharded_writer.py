@@ -101,9 +101,22 @@ def write_shards(folder: Path, split: list[list[Blank]], draw: Draw, progress: P
     for number, shard in enumerate(split, start=1):
         path = folder / f"model-{number:05d}-of-{len(split):05d}.safetensors"
         weight_map |= {blank.name: path.name for blank in shard}
-        with path.open("wb") as file:
-            file.write(header(shard))
-            for piece in itertools.chain.from_iterable(draw(blank) for blank in shard):
-                progress.advance(file.write(piece.view(torch.uint8).numpy().data))
+        write_file(path, shard, draw, progress)
     index = {"metadata": {"total_size": progress.total}, "weight_map": weight_map}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1), encoding="utf-8")
+
+
+def write_model(folder: Path, split: list[list[Blank]], draw: Draw, progress: Progress) -> None:
+    """As `write_shards`, but a single shard becomes a plain `model.safetensors`, without an index."""
+    if len(split) > 1:
+        write_shards(folder, split, draw, progress)
+    else:
+        write_file(folder / "model.safetensors", split[0], draw, progress)
+
+
+def write_file(path: Path, shard: list[Blank], draw: Draw, progress: Progress) -> None:
+    """One safetensors file."""
+    with path.open("wb") as file:
+        file.write(header(shard))
+        for piece in itertools.chain.from_iterable(draw(blank) for blank in shard):
+            progress.advance(file.write(piece.reshape(-1).view(torch.uint8).numpy().data))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import click
 
 from offload_engine.cli.errors import ReportingCommand, ReportingGroup
 from offload_engine.cli.options import (
+    EVALUATION_NAMES,
     common_options,
     echo_version,
     engine_options,
@@ -18,7 +20,9 @@ from offload_engine.cli.options import (
     version_option,
 )
 from offload_engine.cli.prompts import read_prompts
+from offload_engine.errors import UsageError
 
+_PATH = click.Path(path_type=Path)
 _SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
 
 
@@ -65,6 +69,59 @@ def plan(as_json: bool, **options: Any) -> None:
     show_plan(config, as_json=as_json)
 
 
+@click.command("eval", cls=ReportingCommand, context_settings=_SETTINGS)
+@click.option("--task", metavar="NAME", help="tiny-arithmetic, gsm8k, math500, arc-c, mmlu or mmlu:SUBJECT.")
+@click.option(
+    "--n", "count", type=click.INT, metavar="N", help="Only the first N samples.  [default: all; 1000 if generated]"
+)
+@click.option("--seed", type=click.INT, metavar="N", help="Seed of generated problems.  [default: 2]")
+@click.option("--subject", metavar="TEXT", help="mmlu: the subject.  [default: high_school_mathematics]")
+@click.option("--data", type=_PATH, metavar="FILE", help="JSON lines or parquet of the dataset.  [default: the hub's]")
+@click.option(
+    "--out", type=_PATH, metavar="DIR", help="Keep every answer here; a run that was cut off goes on from there."
+)
+@click.option(
+    "--grade-only", type=_PATH, metavar="FILE", help="Grade saved answers: JSON lines with generation and gold."
+)
+@click.option(
+    "--compare", type=_PATH, nargs=2, metavar="DIR_A DIR_B", help="Compare two runs of the same samples, B against A."
+)
+@click.option("--json", "as_json", is_flag=True, help="Print the outcome as one JSON object.")
+@engine_options
+@partial(sampling_options, names=EVALUATION_NAMES)
+@common_options
+def evaluation(**options: Any) -> int:
+    """Measure accuracy, unique experts and speed on a task, grade saved answers, or compare two runs.
+
+    The outcome goes to standard output, progress to standard error. Decoding is LLaDA2's official unless told
+    otherwise: greedy, blocks of 32 tokens in at most 32 steps, threshold 0.95, at most 2048 tokens.
+    """
+    config, params = take_engine_config(options), take_sampling_params(options, EVALUATION_NAMES)
+    if params.temperature > 0 and params.seed is None:  # what is measured should be measurable again
+        params = params.model_copy(update={"seed": 0})
+    as_json, compare, answers = options["as_json"], options["compare"], options["grade_only"]
+    if sum(given is not None for given in (compare, answers, options["out"])) > 1:
+        raise UsageError("--out, --grade-only and --compare exclude each other; give one of them")
+    if compare is not None:
+        from offload_engine.cli.grade import show_comparison
+
+        show_comparison(*compare, as_json=as_json)
+        return 0
+    if answers is not None:
+        from offload_engine.cli.grade import show_grades
+
+        show_grades(options["task"] or "gsm8k", answers, as_json=as_json)
+        return 0
+    from offload_engine.cli.eval import Request, run_task
+    from offload_engine.evaluate.tasks import NAMES, make_task
+
+    wanted = {name: options[name] for name in ("seed", "subject", "data")}
+    if options["task"] is None:
+        raise UsageError(f"--task is missing; there are {', '.join(NAMES)} (and mmlu:SUBJECT)")
+    task = make_task(options["task"], n=options["count"], **wanted)
+    return run_task(config, Request(task=task, params=params, out=options["out"], as_json=as_json))
+
+
 @click.group("dmoe", cls=ReportingGroup, context_settings=_SETTINGS, no_args_is_help=False)
 @version_option
 def dmoe() -> None:
@@ -79,6 +136,7 @@ def version() -> None:
 
 dmoe.add_command(run)
 dmoe.add_command(plan)
+dmoe.add_command(evaluation)
 
 
 def run_main() -> None:

@@ -29,10 +29,16 @@ ENGINE_HELP: Final = {
     "host_mem": "Budget of pinned host memory beside a GPU: a size, auto, or none.",
     "expert_mem": "Cap on the expert slots alone.  [default: what --gpu-mem leaves]",
     "max_context": "Positions of prompt and answer together.  [default: the planner decides]",
-    "routing": "original, top-k or dmoe.  [default: what the checkpoint was made for]",
+    "routing": "original, top-k, dmoe, des-seq, des-vote or block-capacity.  "
+    "[default: what the checkpoint was made for]",
     "top_p": "dmoe: share of a block's votes its experts must hold.  [default: the checkpoint's, else 0.6]",
     "min_experts": "dmoe: fewest experts a block may choose from.",
     "top_k_experts": "top-k: experts per token.",
+    "des_k": "des-seq: experts each token brings into its block's choice.",
+    "des_beta": "des-vote: share of a layer's experts a block may choose from.",
+    "expert_capacity": "block-capacity: experts a block may choose from.  [default: the checkpoint's, else 48]",
+    "residency_bonus": "dmoe: how much more votes for experts in fast memory count; above 0 they sway answers.",
+    "hold_steps": "dmoe: denoising steps that a block keeps its choice of experts.",
     "eviction": "Which expert makes room for another.",
     "predictor": "What guesses a layer's experts before its router has spoken.",
     "prefetch_depth": "MoE layers to prefetch ahead; 0: none.",
@@ -52,10 +58,13 @@ SAMPLING_HELP: Final = {
     "top_k": "Sample among the k most probable tokens; 0: all.",
     "top_p": "Sample among the most probable tokens that together reach this probability.",
     "seed": "Seed of the sampler.  [default: a fresh one]",
+    "sample_seed": "Seed of the sampler; sample i takes it plus i.  [default: 0]",
     "stop": "End the answer before this text; may be given several times.",
 }
 SAMPLING_NAMES: Final = {"top_p": "sample_top_p"}
 """Parameters whose option has another name: --top-p is dMoE's."""
+EVALUATION_NAMES: Final = SAMPLING_NAMES | {"seed": "sample_seed"}
+"""The same for `dmoe eval`, whose --seed chooses the problems."""
 
 _SIZES = frozenset({"gpu_mem", "host_mem", "expert_mem"})
 
@@ -69,10 +78,12 @@ def engine_options(command: Decorated) -> Decorated:
     )(command)
 
 
-def sampling_options(command: Decorated) -> Decorated:
-    """Give a command every field of `SamplingParams`."""
-    for name in reversed(SamplingParams.model_fields):
-        command = _option(SamplingParams, name, SAMPLING_NAMES.get(name, name), SAMPLING_HELP[name])(command)
+def sampling_options(command: Decorated, names: Mapping[str, str] = SAMPLING_NAMES) -> Decorated:
+    """Give a command every field of `SamplingParams`; `names` are those that are called differently."""
+    for field in reversed(SamplingParams.model_fields):
+        name = names.get(field, field)
+        text = SAMPLING_HELP.get(name, SAMPLING_HELP[field])
+        command = _option(SamplingParams, field, name, text)(command)
     return command
 
 
@@ -97,9 +108,9 @@ def take_engine_config(options: dict[str, Any]) -> EngineConfig:
     return EngineConfig.build(options.pop("config_file"), **values)
 
 
-def take_sampling_params(options: dict[str, Any]) -> SamplingParams:
+def take_sampling_params(options: dict[str, Any], names: Mapping[str, str] = SAMPLING_NAMES) -> SamplingParams:
     """Remove what `sampling_options` added to `options`, and make `SamplingParams` of it; raises `UsageError`."""
-    values = {name: options.pop(SAMPLING_NAMES.get(name, name)) for name in SamplingParams.model_fields}
+    values = {name: options.pop(names.get(name, name)) for name in SamplingParams.model_fields}
     return SamplingParams(**{name: value for name, value in values.items() if value not in (None, ())})
 
 

@@ -1,1 +1,1 @@
-"""Evaluation: tasks, grading, statistics, and runs of an engine over them."""
+"""Evaluation: tasks and their grading, resumable runs of an engine, and the statistics of what came of them."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Iterable
 from enum import StrEnum
 from typing import NamedTuple
 
@@ -168,6 +169,10 @@ class ExpertCache:
     def resident_keys(self) -> list[ExpertKey]:
         """Every RESIDENT key, by rising slot. O(slots)."""
         return [key for key in self._keys if key is not None and key not in self._loading]
+
+    def held(self, keys: Iterable[ExpertKey]) -> list[ExpertKey]:
+        """Those of `keys` that have a slot, LOADING or RESIDENT, in the order given."""
+        return [key for key in keys if key in self._slot_of]
 
     def check(self) -> None:
         """Raise `InternalError` unless every slot is in exactly one state and all books agree. O(slots)."""

@@ -66,7 +66,10 @@ class OffloadedExperts:
         self.predictor = predictor
         self.stats = stats
         self.prefetch_depth = prefetch_depth
-        self.layers = sorted({key.layer for key in store.keys()})  # noqa: SIM118 (a store is no mapping)
+        self._keys_of_layer: dict[int, list[ExpertKey]] = {}
+        for key in store.keys():  # noqa: SIM118 (a store is no mapping)
+            self._keys_of_layer.setdefault(key.layer, []).append(key)
+        self.layers = sorted(self._keys_of_layer)
         self._last_layer = self.layers[-1] if self.layers else -1
         self._changed = threading.Condition(threading.RLock())
         """Guards the scheduler: its events come from the compute thread and from the driver's threads."""
@@ -134,6 +137,12 @@ class OffloadedExperts:
         """The cache's slots by state."""
         with self._changed:
             return self.scheduler.cache.occupancy()
+
+    def residents(self, layer: int) -> list[int]:
+        """The experts of `layer` that have a slot just now: here already, or on their way."""
+        keys = self._keys_of_layer[layer]
+        with self._changed:
+            return [key.expert for key in self.scheduler.cache.held(keys)]
 
     def close(self) -> None:
         """Join the driver's threads and free the slots. Idempotent."""

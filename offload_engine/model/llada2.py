@@ -15,7 +15,7 @@ from offload_engine.model.attention import Attention, KeyValues
 from offload_engine.model.config import ModelConfig
 from offload_engine.model.layers import RMSNorm, SwiGLU, rotary_angles
 from offload_engine.model.moe import ExpertExecutor, MoEBlock
-from offload_engine.routing.base import RoutingPolicy
+from offload_engine.routing.base import Route, RoutingPolicy, SituatedPolicy
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +30,12 @@ class Forward:
     key_values: KeyValues
     policy: RoutingPolicy
     experts: ExpertExecutor
+
+    def policy_at(self, layer: int, *, preview: bool = False) -> Route:
+        """How `layer` routes in this forward; a `preview` leaves no trace."""
+        if isinstance(self.policy, SituatedPolicy):
+            return self.policy.at(layer, self.info, preview=preview)
+        return self.policy
 
 
 class DecoderLayer(nn.Module):
@@ -52,7 +58,7 @@ class DecoderLayer(nn.Module):
         hidden = hidden + self.attention(self.input_layernorm(hidden), angles, forward.key_values)
         normed = self.post_attention_layernorm(hidden)
         if isinstance(self.mlp, MoEBlock):
-            out: Tensor = self.mlp(normed, forward.block_ids, forward.policy, forward.experts)
+            out: Tensor = self.mlp(normed, forward.block_ids, forward.policy_at(self.layer), forward.experts)
         else:
             out = self.mlp(normed)
         return hidden + out
@@ -61,7 +67,8 @@ class DecoderLayer(nn.Module):
         """How this layer would route `hidden` [.., T, H] as it stands (the cross-layer gate of REFERENCE §3)."""
         if not isinstance(self.mlp, MoEBlock):
             raise InternalError(f"layer {self.layer} is dense and routes nothing")
-        return self.mlp.route(self.post_attention_layernorm(hidden), forward.block_ids, forward.policy)
+        policy = forward.policy_at(self.layer, preview=True)
+        return self.mlp.route(self.post_attention_layernorm(hidden), forward.block_ids, policy)
 
 
 class Decoder(nn.Module):

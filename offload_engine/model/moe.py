@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from offload_engine.core import ForwardInfo, RoutingDecision
 from offload_engine.model.config import ModelConfig
 from offload_engine.model.layers import SwiGLU
-from offload_engine.routing.base import RoutingPolicy
+from offload_engine.routing.base import Route
 
 
 class ExpertWeights(NamedTuple):
@@ -154,12 +154,12 @@ class MoEBlock(nn.Module):
         shared = config.shared_intermediate_size
         self.shared_experts = SwiGLU(config.hidden_size, shared) if shared else None
 
-    def forward(self, hidden: Tensor, block_ids: Tensor, policy: RoutingPolicy, experts: ExpertExecutor) -> Tensor:
+    def forward(self, hidden: Tensor, block_ids: Tensor, policy: Route, experts: ExpertExecutor) -> Tensor:
         """[.., H] -> [.., H]; `block_ids` [T] with T the product of the leading dimensions."""
         decision = self.route(hidden, block_ids, policy)
         out = experts.run(self.layer, hidden.flatten(0, -2), decision).view_as(hidden)
         return out + self.shared_experts(hidden) if self.shared_experts is not None else out
 
-    def route(self, hidden: Tensor, block_ids: Tensor, policy: RoutingPolicy) -> RoutingDecision:
+    def route(self, hidden: Tensor, block_ids: Tensor, policy: Route) -> RoutingDecision:
         """Where `hidden` [.., H], normed, goes."""
         return policy(self.gate(hidden.flatten(0, -2)), self.gate.expert_bias, block_ids)

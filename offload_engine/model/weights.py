@@ -26,6 +26,7 @@ __all__ = [
     "all_expert_spans",
     "expert_spans",
     "load_resident",
+    "resident_infos",
     "resident_nbytes",
     "resident_shapes",
     "unexpected_tensors",
@@ -99,6 +100,13 @@ def resident_nbytes(config: ModelConfig, dtype: torch.dtype) -> int:
     return sum(torch.Size(shape).numel() * resident_dtype(name, dtype).itemsize for name, shape in shapes.items())
 
 
+def resident_infos(config: ModelConfig, checkpoint: Checkpoint) -> list[TensorInfo]:
+    """Where every tensor but the routed experts' lies. Raises `CheckpointError` as `load_resident` does."""
+    shapes = resident_shapes(config)
+    _require(checkpoint, shapes)
+    return [_checked(checkpoint, name, shape) for name, shape in shapes.items()]
+
+
 def load_resident(
     config: ModelConfig,
     checkpoint: Checkpoint,
@@ -112,9 +120,7 @@ def load_resident(
     `progress(done, total)` is called after each tensor, in bytes of the checkpoint. Raises `CheckpointError` before
     the first read when a tensor is missing, of another shape, or not stored in bf16, fp16 or fp32.
     """
-    shapes = resident_shapes(config)
-    _require(checkpoint, shapes)
-    infos = [_checked(checkpoint, name, shape) for name, shape in shapes.items()]
+    infos = resident_infos(config, checkpoint)
     total, done = sum(info.nbytes for info in infos), 0
     state: dict[str, Tensor] = {}
     for info in sorted(infos, key=lambda info: (info.path, info.offset)):

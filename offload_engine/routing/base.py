@@ -1,19 +1,21 @@
 """What a routing policy is: a pure function of router logits.
 
 Every tie goes to the lower index, so that CPU, CUDA and the simulator decide alike; `torch.topk` promises no order
-among equals, hence the stable sorts below.
+among equals, hence the stable sorts below. A full sort of all scores would cost a small model more than its experts
+do, so only rows in which something ties are sorted in full.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from offload_engine.core import RoutingDecision
+from offload_engine.core import ForwardInfo, RoutingDecision
 
 EPSILON = 1e-20
 """Added to the sum that weights are divided by, as the reference does."""
@@ -46,15 +48,38 @@ class RoutingPolicy(Protocol):
         """
 
 
+Route = Callable[[Tensor, Tensor | None, Tensor], RoutingDecision]
+"""What a layer calls, with the arguments of a `RoutingPolicy`: a policy, or a situated one put in its place."""
+
+
+class SituatedPolicy(ABC):
+    """A `RoutingPolicy` that decides by where it is asked as well. Called as a policy, it decides as if nowhere."""
+
+    @abstractmethod
+    def at(self, layer: int, info: ForwardInfo, *, preview: bool = False) -> Route:
+        """How `layer` routes in the forward `info`. A `preview` leaves no trace: it may be asked for at any time."""
+
+
 def select_scores(logits: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Sigmoid scores `s` and selection scores `r = s + bias`, both [T, E] float32 (REFERENCE §3)."""
+    """Sigmoid scores `s` and selection scores `r = s + bias`, both [T, E] float32 (REFERENCE §3).
+
+    Gradients flow through `s` alone: a choice has none.
+    """
     scores = logits.float().sigmoid()
-    return scores, scores if bias is None else scores + bias.float()
+    selection = scores.detach()
+    return scores, selection if bias is None else selection + bias.float()
 
 
 def top_indices(values: Tensor, k: int) -> Tensor:
     """Indices [.., k] of the k largest of the last dimension, falling; equals by rising index."""
-    return values.sort(dim=-1, descending=True, stable=True).indices[..., :k]
+    if k >= values.shape[-1]:
+        return values.sort(dim=-1, descending=True, stable=True).indices
+    best = values.topk(k + 1, dim=-1)  # one more than asked for, to see whether it ties with the last
+    indices = best.indices[..., :k]
+    tied = (best.values[..., 1:] == best.values[..., :-1]).any(dim=-1)
+    if tied.any():
+        indices[tied] = values[tied].sort(dim=-1, descending=True, stable=True).indices[..., :k]
+    return indices
 
 
 def group_limited(selection: Tensor, shape: RouterShape) -> Tensor:
@@ -66,7 +91,10 @@ def group_limited(selection: Tensor, shape: RouterShape) -> Tensor:
         return selection
     tokens = selection.shape[0]
     grouped = selection.view(tokens, shape.n_group, shape.num_experts // shape.n_group)
-    group_scores = grouped.sort(dim=-1, descending=True).values[..., :2].sum(dim=-1)
+    best = grouped.max(dim=-1, keepdim=True)
+    group_scores = best.values.squeeze(-1)
+    if grouped.shape[-1] > 1:
+        group_scores = group_scores + grouped.scatter(-1, best.indices, -torch.inf).amax(dim=-1)
     kept = torch.zeros_like(group_scores, dtype=torch.bool)
     kept.scatter_(1, top_indices(group_scores, shape.topk_group), True)
     return grouped.masked_fill(~kept.unsqueeze(-1), -torch.inf).view_as(selection)
@@ -78,19 +106,61 @@ def choose(scores: Tensor, allowed: Tensor, k: int, shape: RouterShape, pads: Te
     Returns experts [T, k] int64 and weights [T, k] float32; -1 and 0 where a token has fewer than k to choose from,
     the rest normalised over what it has. `pads` [T] bool.
     """
-    k = min(k, shape.num_experts)
-    ranked = allowed.sort(dim=-1, descending=True, stable=True)
-    experts = ranked.indices[:, :k]
-    absent = (ranked.values[:, :k] == -torch.inf) | pads.unsqueeze(-1)
+    experts = top_indices(allowed, k)
+    absent = (allowed.gather(1, experts) == -torch.inf) | pads.unsqueeze(-1)
     weights = scores.gather(1, experts).masked_fill(absent, 0.0)
     if shape.norm_topk_prob:
         weights = weights / (weights.sum(dim=-1, keepdim=True) + EPSILON)
     return experts.masked_fill(absent, -1), weights * shape.routed_scaling_factor
 
 
-def sum_by_block(values: Tensor, block_ids: Tensor) -> Tensor:
-    """Sum of `values` [T, E] over the tokens of each block: [B, E] with B at least 1, pads (-1) left out."""
-    last = int(block_ids.max().item()) if block_ids.numel() else 0
-    totals = values.new_zeros(max(last, 0) + 1, values.shape[1])
+def _count_blocks(block_ids: Tensor) -> int:
+    return max(int(block_ids.max().item()), 0) + 1 if block_ids.numel() else 1
+
+
+def tally(selection: Tensor, experts: Tensor, block_ids: Tensor) -> tuple[Tensor, Tensor]:
+    """What each block's tokens say of the `experts` [T, k] they name (-1: none); pads are left out.
+
+    Returns the sums of their selection scores, [B, E] float32 with B at least 1, and whether any token named the
+    expert, [B, E] bool.
+    """
+    shape = _count_blocks(block_ids), selection.shape[1]
+    named = (experts >= 0) & (block_ids >= 0).unsqueeze(1)
+    places = (block_ids.unsqueeze(1) * shape[1] + experts)[named]
+    scores = selection.gather(1, experts.clamp(min=0))[named]
+    sums = selection.new_zeros(shape[0] * shape[1]).index_add_(0, places, scores)
+    anyone = torch.zeros_like(sums, dtype=torch.bool).index_fill_(0, places, True)
+    return sums.view(shape), anyone.view(shape)
+
+
+def block_votes(selection: Tensor, block_ids: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """As `tally`, every token naming its k best experts, not group-limited."""
+    return tally(selection, top_indices(selection, k), block_ids)
+
+
+def max_by_block(values: Tensor, block_ids: Tensor) -> Tensor:
+    """Maximum of `values` [T, E] over the tokens of each block: [B, E]; -inf for a block of nothing but pads."""
+    largest = values.new_full((_count_blocks(block_ids), values.shape[1]), -torch.inf)
     voting = block_ids >= 0
-    return totals.index_add_(0, block_ids[voting], values[voting])
+    rows = block_ids[voting].unsqueeze(1).expand(-1, values.shape[1])
+    return largest.scatter_reduce_(0, rows, values[voting], "amax")
+
+
+def choose_inside(
+    scores: Tensor,
+    selection: Tensor,
+    coreset: Tensor,
+    block_ids: Tensor,
+    shape: RouterShape,
+    *,
+    limit_groups: bool = True,
+) -> tuple[Tensor, Tensor]:
+    """As `choose`, each token among its block's `coreset` [B, E] bool, of which groups may be cut off."""
+    allowed = inside = selection.masked_fill(~coreset[block_ids.clamp(min=0)], -torch.inf)
+    if limit_groups:
+        allowed = group_limited(inside, shape)
+        # A very small coreset may have no expert in any group kept; the token then chooses from all of the coreset.
+        stranded = allowed.amax(dim=-1) == -torch.inf
+        if stranded.any():
+            allowed = inside.where(stranded.unsqueeze(-1), allowed)
+    return choose(scores, allowed, shape.top_k, shape, block_ids < 0)

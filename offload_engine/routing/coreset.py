@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from offload_engine.core import RoutingDecision
-from offload_engine.routing.base import (
-    RouterShape,
-    choose,
-    group_limited,
-    select_scores,
-    sum_by_block,
-    top_indices,
-)
+from offload_engine.routing.base import RouterShape, block_votes, choose_inside, select_scores
+
+Election = Callable[[Tensor, Tensor], Tensor]
+"""Makes a coreset [B, E] bool of votes [B, E] float32 and whether there were any, [B, E] bool."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,27 +29,19 @@ class Coreset:
 
     def __call__(self, logits: Tensor, bias: Tensor | None, block_ids: Tensor) -> RoutingDecision:
         """See `RoutingPolicy`. Block scores are the votes; the coreset is [B, E] bool."""
+        return self.decide(logits, bias, block_ids, self.elect)
+
+    def elect(self, votes: Tensor, voted: Tensor) -> Tensor:
+        """The coreset [B, E] bool, from what `block_votes` returns."""
+        return top_p_coreset(votes, voted, self.top_p, self.min_experts)
+
+    def decide(self, logits: Tensor, bias: Tensor | None, block_ids: Tensor, elect: Election) -> RoutingDecision:
+        """As calling the policy, with the coreset that `elect` makes of the votes."""
         scores, selection = select_scores(logits, bias)
         votes, voted = block_votes(selection, block_ids, self.shape.top_k)
-        coreset = top_p_coreset(votes, voted, self.top_p, self.min_experts)
-        pads = block_ids < 0
-        inside = selection.masked_fill(~coreset[block_ids.clamp(min=0)], -torch.inf)
-        allowed = group_limited(inside, self.shape)
-        # A very small coreset may have no expert in any group kept; the token then chooses from all of the coreset.
-        stranded = (allowed == -torch.inf).all(dim=-1, keepdim=True)
-        experts, weights = choose(scores, inside.where(stranded, allowed), self.shape.top_k, self.shape, pads)
+        coreset = elect(votes, voted)
+        experts, weights = choose_inside(scores, selection, coreset, block_ids, self.shape)
         return RoutingDecision(experts, weights, coreset, votes.clamp(min=0.0))
-
-
-def block_votes(selection: Tensor, block_ids: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Sum over each block of its tokens' k best selection scores, not group-limited.
-
-    Returns votes [B, E] float32 and whether any token voted for the expert, [B, E] bool.
-    """
-    local = torch.zeros_like(selection, dtype=torch.bool)
-    local.scatter_(1, top_indices(selection, k), True)
-    votes = sum_by_block(selection.where(local, 0.0), block_ids)
-    return votes, sum_by_block(local.float(), block_ids) > 0
 
 
 def top_p_coreset(votes: Tensor, voted: Tensor, top_p: float, min_experts: int) -> Tensor:

@@ -7,12 +7,13 @@ import pytest
 
 import offload_engine
 from offload_engine import EngineConfig, SamplingParams
-from offload_engine.cli.commands import plan, run
-from offload_engine.cli.options import SAMPLING_NAMES, take_engine_config, take_sampling_params
+from offload_engine.cli.commands import evaluation, plan, run
+from offload_engine.cli.options import EVALUATION_NAMES, SAMPLING_NAMES, take_engine_config, take_sampling_params
 from offload_engine.errors import OffloadError
 from tests.cli.command_line import ROOT, dmoe_command
 
 OTHERS = {"files", "texts", "raw", "token_ids", "config_file", "stats", "as_json", "trace", "watch", "debug", "version"}
+OF_EVALUATION = {"task", "count", "seed", "subject", "data", "out", "grade_only", "compare"}
 
 
 def names(command: click.Command) -> set[str]:
@@ -22,6 +23,9 @@ def names(command: click.Command) -> set[str]:
 def test_every_field_is_an_option_and_no_other_is():
     sampling = {SAMPLING_NAMES.get(name, name) for name in SamplingParams.model_fields}
     assert names(run) == set(EngineConfig.model_fields) | sampling | OTHERS
+    sampling = {EVALUATION_NAMES.get(name, name) for name in SamplingParams.model_fields}
+    common = {"config_file", "as_json", "debug", "version"}
+    assert names(evaluation) == set(EngineConfig.model_fields) | sampling | common | OF_EVALUATION
     assert names(plan) == set(EngineConfig.model_fields) | {"config_file", "as_json", "debug", "version"}
 
 
@@ -43,7 +47,7 @@ def test_what_is_not_given_is_the_default():
     assert take_sampling_params(options) == SamplingParams()
 
 
-@pytest.mark.parametrize("command", [run, plan], ids=lambda command: command.name)
+@pytest.mark.parametrize("command", [run, plan, evaluation], ids=lambda command: command.name)
 def test_every_option_is_explained_here_and_in_the_manual(command):
     manual = (ROOT / "docs" / "command-line.md").read_text()
     for option in command.params:

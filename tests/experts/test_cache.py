@@ -45,6 +45,17 @@ def test_the_life_of_a_slot() -> None:
     assert cache.resident_keys() == [C, B]
 
 
+def test_what_has_a_slot_is_held_loading_or_resident() -> None:
+    cache = make(3)
+    assert cache.held(KEYS) == []
+    bring(cache, C)
+    cache.reserve(A, prefetch=True)
+    assert cache.held(KEYS) == [A, C]
+    assert cache.held([C, B]) == [C]
+    cache.failed(A)
+    assert cache.held(KEYS) == [C]
+
+
 def test_a_failed_load_gives_its_slot_back() -> None:
     cache = make(1)
     cache.reserve(A, prefetch=True)

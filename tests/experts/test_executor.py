@@ -97,7 +97,8 @@ class Model:
         self.resident = ResidentExperts(load_all(self.store, self.store.keys()))
 
     def hidden(self, experts: ExpertExecutor, routing: str, ids: Tensor, step: int = 0) -> Tensor:
-        policy = make_policy(routing, self.config.router, RoutingOptions(top_p=0.6, min_experts=6, top_k_experts=2))
+        options = RoutingOptions(top_p=0.6, min_experts=6, top_k_experts=2, des_beta=0.2, expert_capacity=6)
+        policy = make_policy(routing, self.config.router, options)
         positions = torch.arange(ids.shape[0])
         forward = Forward(
             ForwardInfo(Phase.DENOISE, 0, step),

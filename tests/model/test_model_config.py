@@ -120,6 +120,13 @@ def test_a_distilled_checkpoint_says_its_p() -> None:
     assert ModelConfig.from_dict(tiny_config(core_threshold=0.6)).distilled_top_p is None
 
 
+def test_a_checkpoint_that_routes_by_block_says_its_capacity() -> None:
+    assert ModelConfig.from_dict(tiny_config(expert_capacity=48)).expert_capacity == 48
+    assert ModelConfig.from_dict(tiny_config(expert_capacity=None)).expert_capacity is None
+    with pytest.raises(CheckpointError, match="key 'expert_capacity' is 0"):
+        ModelConfig.from_dict(tiny_config(expert_capacity=0))
+
+
 json_values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,11 +11,11 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch import Tensor
 
-from offload_engine.core import RoutingDecision
 from offload_engine.errors import ConfigError
 from offload_engine.routing import POLICIES, RouterShape, RoutingOptions, make_policy
 from offload_engine.routing.base import group_limited
 from offload_engine.routing.coreset import top_p_coreset
+from tests.routing.routing_oracle import decide, inputs, options
 
 GOLDEN = Path(__file__).parent.parent / "golden"
 GATE = json.loads((GOLDEN / "gate_256.json").read_text())
@@ -33,40 +34,6 @@ def test_dmoe_equals_the_reference_router(case: dict[str, float]) -> None:
     assert torch.equal(decision.coreset[0], vectors[f"coreset_{seed}_{n}_{p}"].bool())
     assert int(decision.coreset.sum()) == case["coreset"]
     assert decision.experts.unique().numel() == case["unique"]
-
-
-shapes = st.sampled_from(
-    [
-        RouterShape(16, 4, 4, 2, True, 2.5),
-        RouterShape(16, 4, 1, 1, True, 1.0),
-        RouterShape(12, 3, 3, 1, False, 2.0),
-        RouterShape(8, 8, 8, 8, True, 1.0),
-        RouterShape(4, 1, 2, 2, True, 1.0),
-    ]
-)
-
-
-@st.composite
-def inputs(draw: st.DrawFn) -> tuple[RouterShape, Tensor, Tensor | None, Tensor]:
-    """Few distinct logits, so that ties are everywhere; blocks of any length; pads anywhere."""
-    shape = draw(shapes)
-    tokens = draw(st.integers(1, 12))
-    seed = draw(st.integers(0, 10_000))
-    levels = draw(st.sampled_from([1, 2, 5, 1000]))
-    generator = torch.Generator().manual_seed(seed)
-    logits = torch.randint(-levels, levels, (tokens, shape.num_experts), generator=generator) / max(1, levels // 2)
-    bias = torch.randint(-2, 3, (shape.num_experts,), generator=generator) / 4 if draw(st.booleans()) else None
-    block_ids = torch.arange(tokens) // draw(st.integers(1, 12))
-    pads = torch.tensor(draw(st.lists(st.booleans(), min_size=tokens, max_size=tokens)))
-    return shape, logits, bias, block_ids.where(~pads, -1)
-
-
-options = st.builds(
-    RoutingOptions,
-    top_p=st.sampled_from([0.05, 0.4, 0.6, 0.8, 1.0]),
-    min_experts=st.integers(1, 20),
-    top_k_experts=st.integers(1, 4),
-)
 
 
 @settings(max_examples=80, deadline=None)
@@ -106,12 +73,12 @@ def test_pads_change_nothing_for_the_others(
 
 
 @settings(max_examples=40, deadline=None)
-@given(inputs(), options)
+@given(inputs(), options, st.sampled_from(sorted(POLICIES)))
 def test_blocks_do_not_see_each_other(
-    given_inputs: tuple[RouterShape, Tensor, Tensor | None, Tensor], given_options: RoutingOptions
+    given_inputs: tuple[RouterShape, Tensor, Tensor | None, Tensor], given_options: RoutingOptions, name: str
 ) -> None:
     shape, logits, bias, block_ids = given_inputs
-    policy = make_policy("dmoe", shape, given_options)
+    policy = make_policy(name, shape, given_options)
     together = policy(logits, bias, block_ids)
     for block in block_ids.unique().tolist():
         rows = block_ids == block
@@ -119,63 +86,37 @@ def test_blocks_do_not_see_each_other(
         assert torch.equal(together.experts[rows], alone.experts)
 
 
-def by_hand(shape: RouterShape, logits: Tensor, bias: Tensor | None, p: float, least: int) -> RoutingDecision:
-    """One block of dMoE, written with loops from REFERENCE §3."""
-    scores = logits.sigmoid()
-    selection = scores + bias if bias is not None else scores
-    votes = torch.zeros(shape.num_experts)
-    voted: set[int] = set()
-    for row in selection:
-        best = sorted(range(shape.num_experts), key=lambda e: (-row[e].item(), e))[: shape.top_k]
-        voted |= set(best)
-        for expert in best:
-            votes[expert] += row[expert]
-    shares = votes / votes.sum()
-    ranked = sorted(range(shape.num_experts), key=lambda e: (-shares[e].item(), e))
-    coreset: list[int] = []
-    running = torch.tensor(0.0)
-    for expert in ranked:
-        if expert in voted and (p >= 1 or running <= p):
-            coreset.append(expert)
-        running = running + shares[expert]
-    coreset = list(dict.fromkeys(coreset + ranked[:least]))
-    size = shape.num_experts // shape.n_group
-    experts = []
-    for row in selection:
-        inside = torch.full((shape.num_experts,), -torch.inf)
-        inside[coreset] = row[coreset]
-        if shape.n_group > 1:
-            groups = [
-                inside[g * size : (g + 1) * size].sort(descending=True).values[:2].sum() for g in range(shape.n_group)
-            ]
-            kept = sorted(range(shape.n_group), key=lambda g: (-groups[g].item(), g))[: shape.topk_group]
-            limited = inside.clone()
-            for group in set(range(shape.n_group)) - set(kept):
-                limited[group * size : (group + 1) * size] = -torch.inf
-            inside = limited if limited.max() > -torch.inf else inside
-        order = sorted(range(shape.num_experts), key=lambda e: (-inside[e].item(), e))[: shape.top_k]
-        experts.append([e if inside[e] > -torch.inf else -1 for e in order])
-    return RoutingDecision(torch.tensor(experts), torch.empty(0))
-
-
-@settings(max_examples=40, deadline=None)
+@pytest.mark.parametrize("name", sorted(POLICIES))
+@settings(max_examples=60, deadline=None)
 @given(inputs(), options)
-def test_dmoe_is_the_written_rule(
-    given_inputs: tuple[RouterShape, Tensor, Tensor | None, Tensor], given_options: RoutingOptions
+def test_every_policy_is_its_written_rule(
+    name: str, given_inputs: tuple[RouterShape, Tensor, Tensor | None, Tensor], given_options: RoutingOptions
 ) -> None:
-    shape, logits, _bias, _ = given_inputs
-    one_block = torch.zeros(logits.shape[0], dtype=torch.long)
-    decision = make_policy("dmoe", shape, given_options)(logits, None, one_block)
-    least = min(given_options.min_experts, shape.num_experts)
-    assert torch.equal(decision.experts, by_hand(shape, logits, None, given_options.top_p, least).experts)
+    shape, logits, bias, block_ids = given_inputs
+    if name == "dmoe" and bias is not None:
+        bias = bias.abs()  # of votes below zero no share can be taken
+    decision = make_policy(name, shape, given_options)(logits, bias, block_ids)
+    experts, coresets = decide(name, shape, given_options, logits, bias, block_ids)
+    for found, expected in zip(decision.experts.tolist(), experts, strict=True):
+        assert found == expected + [-1] * (len(found) - len(expected))
+    weights = logits.sigmoid()
+    for found_weights, chosen, row in zip(decision.weights.tolist(), experts, weights.tolist(), strict=True):
+        total = sum(row[expert] for expert in chosen) if shape.norm_topk_prob else 1.0
+        expected_weights = [row[expert] / total * shape.routed_scaling_factor for expert in chosen]
+        assert found_weights == pytest.approx(expected_weights + [0.0] * (len(found_weights) - len(chosen)), rel=1e-5)
+    if decision.coreset is not None:
+        for block, coreset in coresets.items():
+            assert set(decision.coreset[block].nonzero().flatten().tolist()) == coreset
+    assert decision.block_scores is not None
+    assert (decision.block_scores >= 0).all()
+    assert decision.block_scores.isfinite().all()
 
 
 def test_ties_go_to_the_lower_index() -> None:
     shape = RouterShape(16, 4, 4, 2)
     for name in POLICIES:
-        decision = make_policy(name, shape, RoutingOptions(min_experts=4))(
-            torch.zeros(3, 16), None, torch.zeros(3).long()
-        )
+        options = RoutingOptions(min_experts=4, des_k=4, des_beta=0.25, expert_capacity=4)
+        decision = make_policy(name, shape, options)(torch.zeros(3, 16), None, torch.zeros(3).long())
         assert decision.experts.tolist() == [[0, 1, 2, 3]] * 3, name
 
 
@@ -207,11 +148,80 @@ def test_a_groups_score_is_the_sum_of_its_two_best() -> None:
     assert kept.tolist() == [[-torch.inf, -torch.inf, 0.5, 0.5]]
 
 
-def test_unknown_policy_and_bad_k_are_named() -> None:
-    with pytest.raises(ConfigError, match="routing is 'best'; choose one of original, top-k, dmoe"):
+def test_unknown_policy_is_named() -> None:
+    known = "original, top-k, dmoe, des-seq, des-vote, block-capacity"
+    with pytest.raises(ConfigError, match=f"routing is 'best'; choose one of {known}"):
         make_policy("best", LLADA2)
-    with pytest.raises(ConfigError, match="top_k_experts is 300"):
-        make_policy("top-k", LLADA2, RoutingOptions(top_k_experts=300))
+
+
+@pytest.mark.parametrize(
+    ("name", "wrong", "complaint"),
+    [
+        ("top-k", {"top_k_experts": 300}, "top_k_experts is 300, but this model has 256 .* choose 1 to 256"),
+        ("des-seq", {"des_k": 257}, "des_k is 257, but this model has 256 .* choose 1 to 256"),
+        ("des-seq", {"des_k": 0}, "des_k is 0"),
+        ("des-vote", {"des_beta": 0.003}, "des_beta is 0.003, which keeps 0 of this model's 256 .* choose 0.0039 to 1"),
+        ("des-vote", {"des_beta": 1.5}, "des_beta is 1.5, which keeps 384"),
+        ("block-capacity", {"expert_capacity": 0}, "expert_capacity is 0, wanted at least 1"),
+        ("dmoe", {"hold_steps": 0}, "hold_steps is 0, wanted at least 1"),
+        ("dmoe", {"residency_bonus": -0.5}, "residency_bonus is -0.5, wanted a number from 0"),
+        ("dmoe", {"residency_bonus": float("nan")}, "residency_bonus is nan"),
+    ],
+)
+def test_impossible_parameters_are_named(name: str, wrong: dict[str, Any], complaint: str) -> None:
+    with pytest.raises(ConfigError, match=complaint):
+        make_policy(name, LLADA2, RoutingOptions(**wrong))
+
+
+@pytest.mark.parametrize(("beta", "size"), [(0.15, 38), (0.10, 25), (1.0, 256), (0.00390625, 1)])
+def test_des_vote_keeps_the_floor_of_its_share(beta: float, size: int) -> None:
+    logits = torch.randn(32, 256, generator=torch.Generator().manual_seed(0))
+    decision = make_policy("des-vote", LLADA2, RoutingOptions(des_beta=beta))(logits, None, torch.zeros(32).long())
+    assert decision.coreset is not None
+    assert int(decision.coreset.sum()) == size
+
+
+def test_a_share_that_is_whole_but_for_rounding_is_whole() -> None:
+    shape = RouterShape(100, 8)
+    decision = make_policy("des-vote", shape, RoutingOptions(des_beta=0.29))(
+        torch.randn(32, 100), None, torch.zeros(32).long()
+    )
+    assert decision.coreset is not None
+    assert int(decision.coreset.sum()) == 29
+
+
+def test_des_is_group_limited_and_block_capacity_is_not() -> None:
+    logits = torch.full((1, 16), -4.0)
+    logits[0, [0, 4, 8, 12]] = torch.tensor([4.0, 3.0, 2.0, 1.0])  # the best of each group
+    shape, options = RouterShape(16, 4, 4, 1), RoutingOptions(des_k=4, des_beta=0.25, expert_capacity=4)
+    chosen = {
+        name: make_policy(name, shape, options)(logits, None, torch.zeros(1).long()).experts[0].tolist()
+        for name in ("des-seq", "des-vote", "block-capacity")
+    }
+    assert chosen == {"des-seq": [0, -1, -1, -1], "des-vote": [0, -1, -1, -1], "block-capacity": [0, 4, 8, 12]}
+
+
+def test_a_capacity_beyond_the_experts_there_are_is_plain_top_k() -> None:
+    logits = torch.randn(20, 16, generator=torch.Generator().manual_seed(0))
+    shape, blocks = RouterShape(16, 4, 4, 2), torch.zeros(20).long()
+    decision = make_policy("block-capacity", shape, RoutingOptions(expert_capacity=48))(logits, None, blocks)
+    ungrouped = make_policy("original", RouterShape(16, 4))(logits, None, blocks)
+    assert torch.equal(decision.experts, ungrouped.experts)
+
+
+def test_gradients_reach_the_router_through_the_weights_alone() -> None:
+    for name in POLICIES:
+        logits = torch.randn(8, 16, requires_grad=True)
+        options = RoutingOptions(des_beta=0.5)
+        decision = make_policy(name, RouterShape(16, 4, 4, 2), options)(logits, torch.zeros(16), torch.zeros(8).long())
+        assert decision.block_scores is not None
+        assert not decision.block_scores.requires_grad
+        (gradient,) = torch.autograd.grad((decision.weights * torch.arange(decision.weights.shape[1])).sum(), logits)
+        chosen = torch.zeros(8, 17, dtype=torch.bool).scatter_(
+            1, decision.experts.where(decision.experts >= 0, 16), True
+        )
+        assert (gradient[~chosen[:, :16]] == 0).all()
+        assert (gradient[chosen[:, :16]] != 0).any()
 
 
 def test_top_k_takes_more_than_the_checkpoints_k() -> None:

@@ -26,7 +26,7 @@ from tools.training import checkpoint, data
 from tools.training.checkpoint import Clock, Schedule
 from tools.training.data import Recipe, drill_example, make_batch, vocabulary
 from tools.training.diffusion import Batch, Example, Noise, Span, last_layer_rows, masked_logits, pack
-from tools.training.experts import TrainableExperts, bucket_height, make_layout
+from tools.training.experts import bucket_height, make_layout
 from tools.training.export import config_json, export, from_published, published_tensors
 from tools.training.muon import Muon, orthogonalise
 from tools.training.routing import FastTopK
@@ -356,16 +356,18 @@ def test_export_is_a_checkpoint_that_computes_what_the_trainer_does(tmp_path: Pa
     for _, router in net.routers():  # as far out as training lets them drift, where bfloat16 would lose them
         router.expert_bias = router.expert_bias + 5
     biases = {str(layer): router.expert_bias for layer, router in net.routers()}
-    export(tmp_path, SMALL, published_tensors(dict(net.named_parameters()), biases))
+    export(tmp_path, SMALL, published_tensors(dict(net.named_weights()), biases))
     config = ModelConfig.from_file(tmp_path / "config.json")
     opened = Checkpoint.open(tmp_path)
     model = load_resident(config, opened, torch.bfloat16)
     policy, batch = TopK(config.router, 4), small_batch()
     weights, _ = from_published({name: opened.read(name) for name in opened.tensors}, config)
-    experts = TrainableExperts(config).bfloat16()
-    experts.load_state_dict({n.removeprefix("experts."): w for n, w in weights.items() if n.startswith("experts.")})
+    again = Network(config).bfloat16()
+    with torch.no_grad():
+        for name, parameter in again.named_weights():
+            parameter.copy_(weights[name])
     expected = masked_logits(net.model, batch, policy, net.experts, BLOCK)
-    assert torch.equal(masked_logits(model, batch, policy, experts, BLOCK), expected)
+    assert torch.equal(masked_logits(model, batch, policy, again.experts, BLOCK), expected)
     assert all(model.layers[layer].mlp.gate.expert_bias.min() == 0 for layer in config.moe_layers)
     assert not [file for file in tmp_path.iterdir() if file.suffix == ".part"]
 

@@ -104,11 +104,16 @@ def span_of(example: Example, block_length: int, copies: int) -> Span:
 
 def pack(samples: Sequence[tuple[Example, int]], noise: Noise, rng: np.random.Generator, block_length: int) -> Batch:
     """Noise and lay out (example, copies) pairs."""
-    spans = [span_of(example, block_length, copies) for example, copies in samples]
+    return pack_seeded([(example, copies, rng) for example, copies in samples], noise, block_length)
+
+
+def pack_seeded(samples: Sequence[tuple[Example, int, np.random.Generator]], noise: Noise, block_length: int) -> Batch:
+    """As `pack`, each sample noised by a generator of its own."""
+    spans = [span_of(example, block_length, copies) for example, copies, _ in samples]
     masks = [span.block_mask() for span in spans]
     widest = max(int(mask.sum(axis=1).max()) for mask in masks)
     parts, visible, first_row = [], [], 0
-    for (example, _), span, mask in zip(samples, spans, masks, strict=True):
+    for (example, _, rng), span, mask in zip(samples, spans, masks, strict=True):
         parts.append(_noised(example, span, noise, rng, block_length))
         order = np.argsort(~mask, axis=1, kind="stable")[:, :widest]
         seen = np.where(np.take_along_axis(mask, order, axis=1), order + first_row, -1)
@@ -138,15 +143,16 @@ class BlockAttention:
     """Attention of a flat batch in which whole blocks see whole blocks; a `KeyValues` for [T, heads, head_dim].
 
     Each block's keys are gathered, so that all blocks attend in one batched product of one shape whatever the samples
-    are. Written out as products and a softmax: with so few keys its backward takes half the time of
-    `scaled_dot_product_attention` on a CPU.
+    are. Written out as products and a softmax on a CPU: with so few keys its backward takes half the time of
+    `scaled_dot_product_attention`, which a GPU gets.
     """
 
     def __init__(self, visible: Tensor, block_length: int, dtype: torch.dtype) -> None:
         """`visible` [R, W] as in `Batch`."""
         self.block_length = block_length
+        self.fused = visible.is_cuda
         self.seen = visible.clamp(min=0).flatten()
-        bias = torch.zeros(visible.shape, dtype=dtype).masked_fill_(visible < 0, -torch.inf)
+        bias = torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill_(visible < 0, -torch.inf)
         self.bias = bias.repeat_interleave(block_length, dim=1)[:, None, None]
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:  # noqa: ARG002
@@ -155,11 +161,21 @@ class BlockAttention:
         blocks, share = tokens // self.block_length, heads // kv_heads
         query = (query * size**-0.5).view(blocks, self.block_length, kv_heads, share, size).permute(0, 2, 3, 1, 4)
         query = query.reshape(blocks * kv_heads, share * self.block_length, size)
-        scores = torch.bmm(query, self._gather(key, blocks).mT).view(blocks, kv_heads, share * self.block_length, -1)
-        shares = (scores + self.bias).softmax(dim=-1).flatten(0, 1)
-        out = torch.bmm(shares, self._gather(value, blocks))
+        attended = self._fused if self.fused else self._written_out
+        out = attended(query, self._gather(key, blocks), self._gather(value, blocks), kv_heads)
         out = out.view(blocks, kv_heads, share, self.block_length, size).permute(0, 3, 1, 2, 4)
         return out.reshape(tokens, heads, size)
+
+    def _written_out(self, query: Tensor, key: Tensor, value: Tensor, kv_heads: int) -> Tensor:
+        """Queries [R * kv_heads, Q, d], scaled, on keys and values [R * kv_heads, S, d] -> [R * kv_heads, Q, d]."""
+        scores = torch.bmm(query, key.mT).unflatten(0, (-1, kv_heads))
+        return torch.bmm((scores + self.bias).softmax(dim=-1).flatten(0, 1), value)
+
+    def _fused(self, query: Tensor, key: Tensor, value: Tensor, kv_heads: int) -> Tensor:
+        """As `_written_out`, without scores in memory."""
+        query, key, value = (x.unflatten(0, (-1, kv_heads)) for x in (query, key, value))
+        bias = self.bias.to(query.dtype).expand(-1, kv_heads, query.shape[2], -1)
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=bias, scale=1.0).flatten(0, 1)
 
     def _gather(self, x: Tensor, blocks: int) -> Tensor:
         """[T, kv_heads, d] -> [R * kv_heads, W * block_length, d]: what each block sees."""
@@ -179,13 +195,14 @@ def masked_logits(
     model: LLaDA2Model, batch: Batch, policy: RoutingPolicy, experts: ExpertExecutor, block_length: int
 ) -> Tensor:
     """Logits [M, vocab] at the batch's masked tokens. The last layer's feed-forward runs on noisy blocks only."""
-    tokens = torch.from_numpy(batch.tokens)
+    device = model.lm_head.weight.device
+    tokens = torch.from_numpy(batch.tokens).to(device)
     hidden = model.model.word_embeddings(tokens)
     forward = Forward(
         info=ForwardInfo(Phase.SCORE),
-        positions=torch.from_numpy(batch.positions),
-        block_ids=torch.arange(len(tokens)) // block_length,
-        key_values=BlockAttention(torch.from_numpy(batch.visible), block_length, hidden.dtype),
+        positions=torch.from_numpy(batch.positions).to(device),
+        block_ids=torch.arange(len(tokens), device=device) // block_length,
+        key_values=BlockAttention(torch.from_numpy(batch.visible).to(device), block_length, hidden.dtype),
         policy=policy,
         experts=experts,
     )
@@ -196,10 +213,10 @@ def masked_logits(
         hidden = layer(hidden, angles, forward)
     hidden = hidden + last.attention(last.input_layernorm(hidden), angles, forward.key_values)
     rows = last_layer_rows(batch, block_length)
-    hidden = hidden.index_select(0, torch.from_numpy(rows))
+    hidden = hidden.index_select(0, torch.from_numpy(rows).to(device))
     normed = last.post_attention_layernorm(hidden)
-    hidden = hidden + last.mlp(normed, torch.arange(len(rows)) // block_length, policy, experts)
-    at_masked = padded(np.searchsorted(rows, batch.masked), 128)
+    hidden = hidden + last.mlp(normed, torch.arange(len(rows), device=device) // block_length, policy, experts)
+    at_masked = padded(np.searchsorted(rows, batch.masked), 128).to(device)
     return model.logits(model.model.norm(hidden.index_select(0, at_masked)))[: len(batch.masked)]
 
 

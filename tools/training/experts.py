@@ -60,7 +60,7 @@ def bucket_height(rows: int) -> int:
 
 def make_layout(experts: Tensor, num_experts: int) -> Layout:
     """Lay out the choices `experts` [T, k] (-1: none)."""
-    choices = experts.shape[1]
+    choices, device = experts.shape[1], experts.device
     flat = experts.flatten()
     flat = flat.where(flat >= 0, num_experts)
     order = flat.to(torch.int32).argsort(stable=True)
@@ -70,22 +70,23 @@ def make_layout(experts: Tensor, num_experts: int) -> Layout:
     ranked = loads.sort(descending=True, stable=True)
     used = int((ranked.values > 0).sum())
     heights, buckets = ranked.values[:used].tolist(), []
-    base = torch.zeros(num_experts + 1, dtype=torch.int64)
+    base = torch.zeros(num_experts + 1, dtype=torch.int64, device=device)
     size = 0
     first = 0
     while first < used:
         count = min(BUCKETS[min(len(buckets), len(BUCKETS) - 1)], used - first)
         height = bucket_height(heights[first])
         buckets.append(Bucket(first, count, size, height))
-        base[ranked.indices[first : first + count]] = size + torch.arange(count) * height
+        base[ranked.indices[first : first + count]] = size + torch.arange(count, device=device) * height
         size += count * height
         first += count
     base[num_experts] = size
     in_order = flat[order]
-    places = torch.arange(flat.numel()) - starts[in_order]
+    places = torch.arange(flat.numel(), device=device) - starts[in_order]
     places = base[in_order] + places.masked_fill_(in_order == num_experts, 0)
     slots = torch.empty_like(flat).scatter_(0, order, places)
-    tokens = torch.zeros(size + 1, dtype=torch.int64).scatter_(0, places, order.div(choices, rounding_mode="floor"))
+    tokens = torch.zeros(size + 1, dtype=torch.int64, device=device)
+    tokens.scatter_(0, places, order.div(choices, rounding_mode="floor"))
     return Layout(ranked.indices[:used], buckets, slots.view_as(experts), tokens[:size], size, loads)
 
 
@@ -167,26 +168,67 @@ class _RunExperts(torch.autograd.Function):
         )
 
 
-class TrainableExperts(nn.Module):
-    """All routed experts of a model as parameters; an `ExpertExecutor`.
-
-    `loads` holds, after a forward, how many tokens each layer sent to each expert.
-    """
+class LayerExperts(nn.Module):
+    """The routed experts of one layer. Its forward computes, so that whoever shards modules can gather it just then."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         count, width, hidden = config.num_experts, config.moe_intermediate_size, config.hidden_size
-        keys = [str(layer) for layer in config.moe_layers]
-        self.width = width
-        self.gate_up = nn.ParameterDict({key: nn.Parameter(torch.empty(count, 2 * width, hidden)) for key in keys})
-        self.down = nn.ParameterDict({key: nn.Parameter(torch.empty(count, hidden, width)) for key in keys})
-        self.loads: dict[int, Tensor] = {}
-        self.last_experts: dict[int, Tensor] = {}
+        self.count = count
+        self.gate_up = nn.Parameter(torch.empty(count, 2 * width, hidden))
+        """[E, 2I, H]: gate over up."""
+        self.down = nn.Parameter(torch.empty(count, hidden, width))
+        """[E, H, I]"""
+        self.last_experts: Tensor | None = None
+        """[T, k] of the last forward."""
+        self.loads: Tensor | None = None
+        """[E]: how many tokens the last forward sent to each expert."""
+
+    def forward(self, hidden: Tensor, experts: Tensor, weights: Tensor) -> Tensor:
+        """[T, H] -> [T, H]: the sum of the experts [T, k] by their weights [T, k].
+
+        Under autocast in its dtype, as a linear layer would.
+        """
+        layout = make_layout(experts, self.count)
+        self.last_experts, self.loads = experts, layout.loads
+        kind = hidden.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
+        out: Tensor = _RunExperts.apply(hidden.to(dtype), weights, self.gate_up.to(dtype), self.down.to(dtype), layout)
+        return out
+
+
+class TrainableExperts(nn.Module):
+    """All routed experts of a model as parameters; an `ExpertExecutor`."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.width = config.moe_intermediate_size
+        self.layers = nn.ModuleDict({str(layer): LayerExperts(config) for layer in config.moe_layers})
+
+    @property
+    def gate_up(self) -> dict[str, nn.Parameter]:
+        """[E, 2I, H] by layer."""
+        return {layer: experts.gate_up for layer, experts in self.layers.items()}
+
+    @property
+    def down(self) -> dict[str, nn.Parameter]:
+        """[E, H, I] by layer."""
+        return {layer: experts.down for layer, experts in self.layers.items()}
+
+    @property
+    def loads(self) -> dict[int, Tensor]:
+        """[E] by layer: how many tokens the last forward sent to each expert."""
+        return {int(layer): experts.loads for layer, experts in self.layers.items() if experts.loads is not None}
+
+    @property
+    def last_experts(self) -> dict[int, Tensor]:
+        """[T, k] by layer: where the last forward went."""
+        return {int(key): layer.last_experts for key, layer in self.layers.items() if layer.last_experts is not None}
 
     def weights(self, layer: int, expert: int) -> ExpertWeights:
         """One expert's matrices, as `ResidentExperts` and the export want them."""
-        both = self.gate_up[str(layer)][expert]
-        return ExpertWeights(both[: self.width], both[self.width :], self.down[str(layer)][expert])
+        both = self.layers[str(layer)].gate_up[expert]
+        return ExpertWeights(both[: self.width], both[self.width :], self.layers[str(layer)].down[expert])
 
     def begin(self, info: ForwardInfo) -> None:
         """Nothing to do."""
@@ -196,9 +238,5 @@ class TrainableExperts(nn.Module):
 
     def run(self, layer: int, hidden: Tensor, decision: RoutingDecision) -> Tensor:
         """See `ExpertExecutor`."""
-        key = str(layer)
-        layout = make_layout(decision.experts, self.down[key].shape[0])
-        self.loads[layer] = layout.loads
-        self.last_experts[layer] = decision.experts
-        out: Tensor = _RunExperts.apply(hidden, decision.weights, self.gate_up[key], self.down[key], layout)
+        out: Tensor = self.layers[str(layer)](hidden, decision.experts, decision.weights)
         return out

@@ -54,6 +54,18 @@ class Network(nn.Module):
         self.model = LLaDA2Model(config)
         self.experts = TrainableExperts(config)
 
+    def forward(self, batch: Batch, policy: RoutingPolicy, block_length: int) -> Tensor:
+        """Logits [M, vocab] float32 at the batch's masked tokens."""
+        return masked_logits(self.model, batch, policy, self.experts, block_length)
+
+    def named_weights(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Every parameter, by the name and in the order that training checkpoints, seeds and exports know it by."""
+        for name, parameter in self.model.named_parameters():
+            yield f"model.{name}", parameter
+        for kind, by_layer in (("gate_up", self.experts.gate_up), ("down", self.experts.down)):
+            for layer, parameter in by_layer.items():
+                yield f"experts.{kind}.{layer}", parameter
+
     def routers(self) -> Iterator[tuple[int, Any]]:
         """(layer, router) of every MoE layer."""
         for index, layer in enumerate(self.model.layers):
@@ -74,7 +86,7 @@ class Network(nn.Module):
 def initialise(network: Network, seed: int) -> None:
     """Random weights: matrices by fan-in, those that write to the residual stream a fifth of that, norms at one."""
     generator = torch.Generator().manual_seed(seed)
-    for name, parameter in network.named_parameters():
+    for name, parameter in network.named_weights():
         if parameter.dim() == 1:
             parameter.fill_(1.0)
             continue
@@ -100,13 +112,13 @@ class Trainer:
         self.config, self.policy, self.options = config, policy, options
         self.network = Network(config).cast(dtype)
         self.steps = 0
-        self.adopt(dict(self.network.named_parameters()))
+        self.adopt(dict(self.network.named_weights()))
 
     @torch.no_grad()
     def adopt(self, weights: Mapping[str, Tensor]) -> None:
         """Start from these weights, named as in `Network`, with fresh masters, average and optimisers."""
-        self.masters = {name: weights[name].detach().float().clone() for name, _ in self.network.named_parameters()}
-        for name, parameter in self.network.named_parameters():
+        self.masters = {name: weights[name].detach().float().clone() for name, _ in self.network.named_weights()}
+        for name, parameter in self.network.named_weights():
             parameter.copy_(self.masters[name])
         self.average = {n: m.clone() for n, m in self.masters.items()}
         for name, master in self.masters.items():
@@ -124,14 +136,14 @@ class Trainer:
         """Start from random weights."""
         scratch = Network(self.config)
         initialise(scratch, seed)
-        self.adopt(dict(scratch.named_parameters()))
+        self.adopt(dict(scratch.named_weights()))
 
     def step(self, batch: Batch, factor: float, block_length: int = 32) -> StepReport:
         """One update at `factor` times the peak learning rates.
 
         Raises `FloatingPointError` if the loss or its gradient isn't finite, before any weight is changed.
         """
-        logits = masked_logits(self.network.model, batch, self.policy, self.network.experts, block_length)
+        logits = self.network(batch, self.policy, block_length)
         loss, accuracy = denoising_loss(logits, batch)
         if not torch.isfinite(loss):
             raise FloatingPointError(f"step {self.steps}: the loss is {loss.item()}")
@@ -143,7 +155,7 @@ class Trainer:
     @torch.no_grad()
     def _update(self, factor: float) -> None:
         grads = []
-        for name, parameter in self.network.named_parameters():
+        for name, parameter in self.network.named_weights():
             grad = parameter.grad if parameter.grad is not None else torch.zeros_like(parameter)
             self.masters[name].grad = grad.float()
             grads.append(self.masters[name].grad)
@@ -156,7 +168,7 @@ class Trainer:
             for group in optimiser.param_groups:
                 group["lr"] = peak * factor
             optimiser.step()
-        for name, parameter in self.network.named_parameters():
+        for name, parameter in self.network.named_weights():
             parameter.copy_(self.masters[name])
             self.masters[name].grad = None
         decay = min(self.options.ema, (self.steps + 1) / (self.steps + 10))
@@ -192,7 +204,7 @@ class Trainer:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from a `state_dict`."""
         self.steps = state["steps"]
-        for name, parameter in self.network.named_parameters():
+        for name, parameter in self.network.named_weights():
             self.masters[name].copy_(state["masters"][name])
             self.average[name].copy_(state["average"][name])
             parameter.copy_(self.masters[name])

@@ -12,6 +12,7 @@ from offload_engine.evaluate.arithmetic.tale import Accept, DeadEndError, Tale
 
 
 def anything(_value: int) -> bool:
+    """Any running value will do."""
     return True
 
 
@@ -21,14 +22,17 @@ def term(value: int) -> bool:
 
 
 def losable(value: int) -> bool:
+    """A value from which some can be taken and some left."""
     return 2 <= value <= LARGEST_TERM
 
 
 def factor(value: int) -> bool:
+    """A value that a product may go on from."""
     return 2 <= value <= LARGEST_FACTOR
 
 
 def divisible(value: int) -> bool:
+    """A value that a division may go on from."""
     return bool(divisors(value))
 
 

@@ -72,10 +72,12 @@ class Who:
 
     @property
     def obj(self) -> str:
+        """The person as an object: him, her, a name."""
         return self._form(OBJECT)
 
     @property
     def poss(self) -> str:
+        """The person's: his, her, a name with its apostrophe."""
         return self._form(POSSESSIVE)
 
     @property
@@ -96,6 +98,7 @@ class Clause:
     """Whether it must be a sentence of its own."""
 
     def full(self) -> str:
+        """The clause with its subject."""
         return f"{self.subject} {self.text}" if self.subject else self.text
 
 
@@ -141,9 +144,11 @@ class Tale:
     # --- draws -------------------------------------------------------------------------------------------------
 
     def chance(self, probability: float) -> bool:
+        """True with this probability."""
         return self.rng.random() < probability
 
     def any(self, choices: Sequence[T]) -> T:
+        """One of the choices, each as likely."""
         return choices[int(self.rng.random() * len(choices))]
 
     def pick(self, accept: Accept, low: int = 1, high: int = LARGEST_TERM) -> int:
@@ -257,9 +262,11 @@ class Tale:
     # --- text --------------------------------------------------------------------------------------------------
 
     def fact(self, subject: Who | None, text: str) -> None:
+        """Adds a clause that says how things are."""
         self.clauses.append(Clause(subject, text))
 
     def event(self, subject: Who | None, text: str) -> None:
+        """Adds a clause that says what happens."""
         self.clauses.append(Clause(subject, text, event=True))
 
     def aux(self, subject: Who | None = None, many: bool = False) -> str:

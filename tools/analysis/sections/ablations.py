@@ -1,0 +1,227 @@
+"""Tables 3 and 4, Fig. 6, and the options that spare transfers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from tools.analysis import paper
+from tools.analysis.evaluations import Evaluated
+from tools.analysis.figures import BLUE, GREEN, GREY, INK, ORANGE, Drawn, finish, panels
+from tools.analysis.runs import Run, des_seq, des_vote, dmoe, of_block_length, options, original, top_p_ablation
+from tools.analysis.sections.comparison import COLUMNS, our_cells, paper_cells, paper_columns
+from tools.analysis.sections.content import Content, Data, lacking, run_numbers
+from tools.analysis.tables import NOTHING, Table, change, interval, number, percent
+
+
+def table_3(data: Data) -> Content:
+    """The cumulative probability p."""
+    parts, numbers, missing = [], {}, []
+    for task in data.study.tasks:
+        rows, collected = [], []
+        for run in top_p_ablation(data.study.effort):
+            found = data.need(task, run) if run == original() else data.find(task, run)
+            if found is None:
+                missing.append(lacking(task, run))
+                continue
+            theirs = paper.ORIGINAL if run == original() else paper.TABLE_3[run.routing["top_p"]]
+            rows.append([run.label, *our_cells(data, task, found), *paper_cells(theirs, task)])
+            collected.append(run_numbers(data, task, found))
+        ours = frozenset(range(1, len(rows)))
+        caption = f"Table 3. The threshold p on {task}, one distilled model"
+        parts.append(Table(caption, (*COLUMNS, *paper_columns(task)), rows, ours, len(COLUMNS)))
+        numbers[task] = collected
+    text = (
+        "A larger p lets more experts into the coreset. The model was distilled with one p and evaluated with all of "
+        "them; the "
+        "paper's rows are its model trained with p = 0.6."
+    )
+    return Content([text, *parts], numbers, missing)
+
+
+def table_4(data: Data) -> Content:
+    """Block lengths."""
+    parts: list[str | Table] = []
+    numbers, missing = {}, []
+    for task in data.study.tasks:
+        rows: list[list[str]] = []
+        collected, ours = [], set()
+        for length in sorted(data.study.effort.block_lengths, reverse=True):
+            pair = of_block_length(length)
+            reference, theirs = pair[0], paper.TABLE_4.get(length)
+            if data.find(task, reference) is None:
+                missing.append(lacking(task, reference))
+                continue
+            for place, run in enumerate(pair):
+                found = data.find(task, run)
+                if found is None:
+                    missing.append(lacking(task, run))
+                    continue
+                if place:
+                    ours.add(len(rows))
+                beside = paper_cells(theirs[place] if theirs else None, task, theirs[0] if theirs else paper.ORIGINAL)
+                rows.append([f"{length} tokens, {run.label}", *our_cells(data, task, found, reference), *beside])
+                collected.append(run_numbers(data, task, found, reference))
+        if rows:
+            caption = f"Table 4. Block lengths on {task}; kept: against the original routing at the same length"
+            columns = ("Block", *COLUMNS[1:], *paper_columns(task))
+            parts += [_saved_by_length(task, collected), Table(caption, columns, rows, frozenset(ours), len(COLUMNS))]
+            numbers[task] = collected
+    return Content(parts, numbers, missing)
+
+
+def _saved_by_length(task: str, rows: Sequence[dict[str, Any]]) -> str:
+    saved = [
+        f"{percent(row['unique_experts_reduction']['reduction'])} with blocks of {row['block_length']}"
+        for row in rows
+        if row["routing"]["routing"] == "dmoe"
+    ]
+    return (
+        f"dMoE saves {', '.join(saved)} tokens on {task}." if saved else f"Only the original routing was run on {task}."
+    )
+
+
+def figure_6(data: Data) -> Content:
+    """Accuracy against distinct experts."""
+    effort, parts, numbers, missing = data.study.effort, [], {}, []
+    lines: dict[str, list[Run]] = {
+        "dMoE": [dmoe(top_p) for top_p in effort.top_ps],
+        "DES-V": [des_vote(beta) for beta in effort.betas],
+        "DES-S": [des_seq(k) for k in effort.des_ks],
+    }
+    for place, task in enumerate(data.study.tasks):
+        before = data.need(task, original())
+        found = {
+            name: [one for run in runs if (one := data.find(task, run)) is not None] for name, runs in lines.items()
+        }
+        missing += [lacking(task, run) for runs in lines.values() for run in runs if data.find(task, run) is None]
+        parts.append(_trade_off(f"fig6-{place}" if place else "fig6", task, before, found))
+        numbers[task] = {
+            "original": _point(before),
+            **{name: [_point(one) for one in line] for name, line in found.items()},
+        }
+    return Content(parts, numbers, missing)
+
+
+def _point(one: Evaluated) -> dict[str, Any]:
+    strict = one.summary["strict"]
+    return {"run": one.run.name, "unique_experts": one.unique} | {
+        key: strict[key] for key in ("accuracy", "low", "high")
+    }
+
+
+def _trade_off(name: str, task: str, before: Evaluated, lines: dict[str, list[Evaluated]]) -> Drawn:
+    colours = {"dMoE": ORANGE, "DES-V": BLUE, "DES-S": GREEN}
+    with panels(2, height=3.4) as (figure, (ours, theirs)):
+        for label, line in lines.items():
+            points = sorted((_point(one) for one in line), key=lambda point: float(point["unique_experts"]))
+            if points:
+                _line(ours, points, label, colours[label])
+        _line(ours, [_point(before)], "original", GREY)
+        ours.set_title(f"ours, {task}")
+        for label, rows in _papers_lines().items():
+            xs, ys = zip(*sorted(row.of(paper.MEAN) for row in rows), strict=True)
+            theirs.plot(xs, ys, marker="o", color=colours.get(label, GREY), label=label)
+        theirs.set_title("paper, mean of its four benchmarks")
+        for axes in (ours, theirs):
+            axes.set_xlabel("unique experts per block and layer")
+            axes.set_ylabel("accuracy %")
+            axes.set_xlim(left=0)
+            axes.legend(loc="lower right", labelcolor=INK)
+        said = "; ".join(
+            f"{label} " + ", ".join(f"{percent(one.accuracy)} at {one.unique:.0f}" for one in line)
+            for label, line in lines.items()
+            if line
+        )
+        return finish(
+            figure,
+            name,
+            f"Fig. 6. Accuracy against distinct experts on {task}, with 95 % intervals, and the paper's tables drawn "
+            f"alike.",
+            f"Two line charts of accuracy against unique experts. Ours: {said}; original {percent(before.accuracy)} at "
+            f"{before.unique:.0f}. The paper's dMoE line lies above its DES line.",
+        )
+
+
+def _line(axes: Any, points: Sequence[dict[str, Any]], label: str, colour: str) -> None:
+    accuracy = [100 * point["accuracy"] for point in points]
+    below = [100 * (point["accuracy"] - point["low"]) for point in points]
+    above = [100 * (point["high"] - point["accuracy"]) for point in points]
+    axes.errorbar(
+        [point["unique_experts"] for point in points],
+        accuracy,
+        [below, above],
+        marker="o",
+        color=colour,
+        capsize=2,
+        label=label,
+    )
+
+
+def _papers_lines() -> dict[str, list[paper.Row]]:
+    return {
+        "dMoE": list(paper.TABLE_3.values()),
+        "DES-V": [paper.TABLE_2["des-vote"], paper.TABLE_2["des-vote-matched"]],
+        "DES-S": [paper.TABLE_2["des-seq"], paper.TABLE_2["des-seq-matched"]],
+        "original": [paper.ORIGINAL],
+    }
+
+
+def transfer_options(data: Data) -> Content:
+    """Cache-aware and held coresets: what they spare, and what they cost."""
+    facts, parts, numbers, missing = data.facts("distilled"), [], {}, []
+    for task in data.study.tasks:
+        plain, *others = options(data.study.effort)
+        found = data.need(task, plain)
+        moved = found.summary["bytes_moved"] / found.summary["n"]
+        rows, collected = [], []
+        for run in (plain, *others):
+            one = data.find(task, run)
+            if one is None:
+                missing.append(lacking(task, run))
+                continue
+            summary, strict = one.summary, one.summary["strict"]
+            each, paired = summary["bytes_moved"] / summary["n"], data.against_original(task, one, plain)["strict"]
+            rows.append(
+                [
+                    run.label,
+                    number(each / 1e6, 2),
+                    NOTHING if run == plain else change(each, moved) if moved else NOTHING,
+                    percent(summary["hit_rate"]),
+                    number(one.unique),
+                    number(100 * strict["accuracy"]),
+                    interval(strict["low"], strict["high"]),
+                    NOTHING if run == plain or not paired["kept"] else number(100 * paired["kept"]["lower_bound"], 2),
+                ]
+            )
+            collected.append(
+                {**run_numbers(data, task, one, plain), "bytes_moved_per_answer": each, "hit_rate": summary["hit_rate"]}
+            )
+        slots = found.saved.about["plan"]["slots"]
+        parts.append(
+            Table(
+                f"Options of dMoE on {task} behind a cache of {slots} of {facts['all_experts']} experts",
+                (
+                    "Routing",
+                    "MB moved / answer",
+                    "Change",
+                    "Hit rate",
+                    "Unique experts",
+                    "Accuracy %",
+                    "95 % interval",
+                    "Kept of plain dMoE, at least %",
+                ),
+                rows,
+                notes=[
+                    "Ours; the paper has no such rows. The cache is too small on purpose, so that there is something "
+                    "to spare."
+                ],
+            )
+        )
+        numbers[task] = collected
+    text = (
+        "A cache-aware coreset counts votes for experts that are in fast memory (1 + bonus)-fold; a held coreset is "
+        "chosen "
+        "once for several denoising steps of its block."
+    )
+    return Content([text, *parts], numbers, missing)

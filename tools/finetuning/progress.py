@@ -1,0 +1,74 @@
+"""What a run says while it goes: a line per step in log.jsonl for programs, fewer on stderr for people."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from tools.finetuning.tuner import StepReport
+from tools.training.checkpoint import write_aside
+
+
+@dataclass
+class Progress:
+    """The reports since the last line on stderr, and the log that has them all."""
+
+    log: Path
+    steps: int
+    """Of the whole run."""
+    first_step: int
+    every: int = 10
+    began: float = field(default_factory=time.monotonic)
+    since: float = field(default_factory=time.monotonic)
+    shown: float = field(default_factory=time.monotonic)
+    reports: list[StepReport] = field(default_factory=list)
+
+    def start(self) -> None:
+        """Take from the log what a run that was cut off did after the checkpoint this one goes on with."""
+        if not self.log.exists():
+            return
+        lines = self.log.read_bytes().splitlines(keepends=True)[: self.first_step]
+        write_aside(self.log, b"".join(lines))
+
+    def add(self, step: int, report: StepReport, rate: float) -> None:
+        """Note the step numbered `step` from 0."""
+        now = time.monotonic()
+        line = {
+            "step": step,
+            "loss": report.loss,
+            "accuracy": report.accuracy,
+            "gradient_norm": report.norm,
+            "tokens": report.tokens,
+            "masked_tokens": report.masked,
+            "lr": rate,
+            "tokens_per_s": round(report.tokens / (now - self.since)),
+        }
+        with self.log.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+        self.since = now
+        self.reports.append(report)
+        if (step + 1) % self.every == 0 or step + 1 == self.steps:
+            self._show(step + 1, rate, now)
+
+    def _show(self, done: int, rate: float, now: float) -> None:
+        masked = max(1, sum(report.masked for report in self.reports))
+        loss = sum(report.loss * report.masked for report in self.reports) / masked
+        accuracy = sum(report.accuracy * report.masked for report in self.reports) / masked
+        speed = sum(report.tokens for report in self.reports) / (now - self.shown)
+        left = (self.steps - done) * (now - self.began) / max(1, done - self.first_step)
+        print(
+            f"step {done}/{self.steps}  loss {loss:.4f}  accuracy {accuracy:.4f}  lr {rate:.2e}  "
+            f"{speed:.0f} tokens/s  {_clock(left)} left",
+            file=sys.stderr,
+            flush=True,
+        )
+        self.reports, self.shown = [], now
+
+
+def _clock(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}"
