@@ -20,6 +20,7 @@ from offload_engine.errors import UsageError
 from offload_engine.evaluate.tasks import ARITHMETIC
 from tools.analysis import measurements, report
 from tools.analysis.evaluations import carry_out_all, load
+from tools.analysis.figures import require_matplotlib
 from tools.analysis.runs import dmoe, matched_des_vote
 from tools.analysis.sections import BY_NAME, SECTIONS, Section
 from tools.analysis.study import QUICK_SAMPLES, TIGHT_SHARE, Study, check
@@ -96,7 +97,7 @@ def _study(options: dict[str, Any]) -> Study:
     return study
 
 
-@click.command(cls=ReportingCommand, help=__doc__)
+@click.command(cls=ReportingCommand, help=(__doc__ or "").replace("    python", "\b\n    python"))
 @click.option("--model", metavar="MODEL", help="The distilled checkpoint.  [default: the built-in model]")
 @click.option("--base", metavar="MODEL", help="What it was distilled from.  [default: the same model]")
 @click.option("--task", multiple=True, metavar="TASK", help=f"May be given several times.  [default: {ARITHMETIC}]")
@@ -126,6 +127,7 @@ def _study(options: dict[str, Any]) -> Study:
 @click.option("--quick", is_flag=True, help="A handful of problems and repetitions, to try it out.")
 def main(**options: Any) -> None:
     """See the module."""
+    require_matplotlib()
     sections, study = chosen(options["only"]), _study(options)
     if not options["report_only"]:
         gather(study, sections, options["jobs"])

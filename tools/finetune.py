@@ -62,7 +62,9 @@ COUNT = click.IntRange(min=1)
 @click.option("--routing", default="dmoe", show_default=True, help="Routing policy to train under.")
 @click.option("--top-p", type=click.FloatRange(0, 1, min_open=True), default=0.6, show_default=True)
 @click.option("--min-experts", type=COUNT, default=12, show_default=True, help="dMoE's smallest coreset.")
-@click.option("--original-share", type=FRACTION, default=0.0, show_default=True, help="Of micro-batches.")
+@click.option(
+    "--original-share", type=FRACTION, default=0.0, show_default=True, help="Of micro-batches; routed as before."
+)
 @click.option("--dtype", type=click.Choice(["bfloat16", "float32"]), default="bfloat16", show_default=True)
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
 @click.option("--device", default=None, help="cpu or cuda.  [default: cuda where there is one]")
@@ -78,6 +80,8 @@ def main(**options: Any) -> int:
     device = options.pop("device") or ("cuda" if torch.cuda.is_available() else "cpu")
     resume = options.pop("resume")
     with processes(device) as among:
+        if among.first:
+            print(f"reading {options['model']} and {options['data']}", file=sys.stderr, flush=True)
         run = build_run(Settings(**options), among, resume=resume)
         if among.first:
             print(run.describe(), file=sys.stderr, flush=True)

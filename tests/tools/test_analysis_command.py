@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -88,6 +89,14 @@ def test_a_command_makes_the_same_study_again(tmp_path: Path, monkeypatch: pytes
     assert words[-2:] == ["--only", "fig6"]
     call(*words[3:-2], "--report-only")
     assert seen[1] == study
+
+
+def test_without_matplotlib_nothing_is_begun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _name: None)
+    result = call("--out", tmp_path / "out", "--quick")
+    assert result.exit_code == 2
+    assert "figures need matplotlib" in result.output
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.fixture

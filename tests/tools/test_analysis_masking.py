@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -11,10 +12,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from offload_engine.core import RoutingDecision
 from offload_engine.engine import Engine
 from tests.reference_model import ReferenceModel
 from tests.tools.analysis_engine import CONFIG, MASK, open_tiny, reference
-from tools.analysis import masking
+from tools.analysis import masking, seam
 from tools.analysis.masking import Case, Masked, block_cases, effects, losses, mask_block, token_cases
 
 BLOCK = 8
@@ -84,12 +86,30 @@ def test_a_case_says_the_routers_weight(engine: Engine, masked: Masked) -> None:
         )
 
 
-def test_rows_of_a_batch_do_not_touch_each_other(engine: Engine, masked: Masked) -> None:
-    decisions = losses(engine, masked, [None])[1]
-    cases = token_cases(decisions, masked, 5, SCALE, random.Random(3))
-    together = losses(engine, masked, [None, *cases])[0]
-    for row, case in enumerate([None, *cases]):
-        torch.testing.assert_close(losses(engine, masked, [case])[0][0], together[row], rtol=1e-4, atol=1e-5)
+@pytest.mark.parametrize("routing", [{"routing": "original"}, {"routing": "dmoe", "top_p": 0.4, "min_experts": 4}])
+def test_rows_of_a_batch_do_not_touch_each_other(engine: Engine, masked: Masked, routing: dict[str, Any]) -> None:
+    with seam.routed(engine, **routing):
+        decisions = losses(engine, masked, [None])[1]
+        cases = token_cases(decisions, masked, 5, SCALE, random.Random(3))
+        together = losses(engine, masked, [None, *cases])[0]
+        for row, case in enumerate([None, *cases]):
+            torch.testing.assert_close(losses(engine, masked, [case])[0][0], together[row], rtol=1e-4, atol=1e-5)
+
+
+def test_every_row_votes_for_blocks_of_its_own(engine: Engine, masked: Masked, monkeypatch: pytest.MonkeyPatch) -> None:
+    policy, seen = seam.routing_policy(engine), []
+
+    def recording(logits: Tensor, bias: Tensor | None, block_ids: Tensor) -> RoutingDecision:
+        seen.append(block_ids.view(3, -1))
+        return policy(logits, bias, block_ids)
+
+    monkeypatch.setattr(masking.seam, "routing_policy", lambda _engine: recording)
+    losses(engine, masked, [None, None, None])
+    blocks = -(-len(masked.ids) // BLOCK)
+    for ids in seen:
+        assert [row.unique().tolist() for row in ids] == [
+            list(range(row * blocks, (row + 1) * blocks)) for row in range(3)
+        ]
 
 
 def test_cases_that_do_not_fit_at_once_are_split(

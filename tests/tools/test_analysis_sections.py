@@ -42,8 +42,8 @@ def test_table_2_counts_what_dmoe_saves_and_keeps(tmp_path: Path) -> None:
     assert ours["Kept %"] == "93.75"
     assert 70 < float(ours["Kept, at least %"]) < 93.75
     assert ours["Tokens / step"] == "7.50"
-    assert ours["paper (mean of 4): experts"] == "16.6"
-    assert ours["paper: kept %"] == f"{paper.ACCURACY_KEPT}"
+    assert ours["paper, mean of 4: experts"] == "16.6"
+    assert ours["kept %"] == f"{paper.ACCURACY_KEPT}"
     assert cells(content, "Original")["Change"] == "–"
     (lesson,) = [part for part in content.parts if isinstance(part, str)]
     assert "75.0 % fewer" in lesson
@@ -109,7 +109,7 @@ def test_table_4_compares_at_the_same_block_length(tmp_path: Path) -> None:
     ours = cells(content, "16 tokens, dMoE (p = 0.6)")
     assert ours["Change"] == "−50.0 %"
     assert ours["Kept %"] == "100.00"
-    assert ours["paper: kept %"] == "99.79"
+    assert ours["kept %"] == "99.79"
     assert "the evaluation original-block8 on tiny-arithmetic" in content.missing
 
 
@@ -154,6 +154,7 @@ def test_masking_reports_the_correlation_of_its_points(tmp_path: Path) -> None:
     weights, rises = [point[3] for point in points], [point[4] for point in points]
     assert content.numbers["token"]["r"] == pytest.approx(statistics.correlation(weights, rises))
     assert content.numbers["token"]["problems"] == 20
+    assert content.numbers["token"]["unmoved"] == pytest.approx(1 / 80)
     row = cells(content, "expert left out for one token")
     assert row["Pearson r"] == f"{content.numbers['token']['r']:.3f}"
 

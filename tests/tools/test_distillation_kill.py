@@ -103,9 +103,9 @@ def test_a_run_killed_again_and_again_makes_the_same_dataset(tmp_path: Path) -> 
 
 @pytest.mark.slow
 def test_workers_die_with_their_parent_and_the_run_is_gone_on_with(tmp_path: Path) -> None:
-    command = ["-m", "tools.arithmetic_problems", "--n", "120", "--seed", "5"]
+    command = ["-m", "tools.arithmetic_problems", "--n", "60", "--seed", "5"]
     (tmp_path / "p.jsonl").write_bytes(subprocess.check_output([sys.executable, *command], cwd=ROOT))
-    options = ["--prompts", tmp_path / "p.jsonl", "--routing", "original", "--gpu-mem", "1GB", "--shard-size", 40]
+    options = ["--prompts", tmp_path / "p.jsonl", "--routing", "original", "--gpu-mem", "1GB", "--shard-size", 20]
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     with started("-m", "tools.self_distil", *options, "--out", whole) as process:
         assert process.wait(240) == 0

@@ -213,6 +213,9 @@ def test_pads_behind_the_answer_are_in_the_loss() -> None:
 
 def test_accumulation_equals_one_big_batch(source: Path) -> None:
     data, results = dataset(12), []
+    start = {
+        name: weight.detach() for name, weight in load_network(CONFIG, Checkpoint.open(source), ALONE).named_weights()
+    }
     for micro_batch in (6, 4, 1):
         network = load_network(CONFIG, Checkpoint.open(source), ALONE)
         batches = Batches(data, seed=0, batch=6, micro_batch=micro_batch, block_length=BLOCK)
@@ -225,8 +228,9 @@ def test_accumulation_equals_one_big_batch(source: Path) -> None:
         for mine, other in zip(whole, reports, strict=True):
             assert mine.loss == pytest.approx(other.loss, rel=1e-4)
             assert mine.masked == other.masked
-        for name, weight in weights.items():
-            torch.testing.assert_close(weight, theirs[name], rtol=1e-3, atol=1e-4)
+        apart = sum(float((weight - theirs[name]).norm()) for name, weight in weights.items())
+        moved = sum(float((weight - start[name]).norm()) for name, weight in weights.items())
+        assert apart < 1e-3 * moved
 
 
 def test_padding_to_the_block_leaves_out_nothing_but_blocks_of_pads() -> None:
@@ -370,8 +374,8 @@ def test_training_in_bfloat16_learns_and_routes_in_float32(network: Network) -> 
     assert torch.equal(inside, F.linear(hidden, router.weight))
     with step.autocast:
         low = network(batches[0], policy, BLOCK)
-    torch.testing.assert_close(low, network(batches[0], policy, BLOCK), rtol=0.1, atol=0.3)
-    assert not torch.equal(low, network(batches[0], policy, BLOCK))
+    high = network(batches[0], policy, BLOCK)
+    assert 0 < (low - high).norm() < 0.1 * high.norm()
 
 
 @pytest.mark.parametrize("where", ["loss", "gradient"])

@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import html
+import importlib.util
 import io
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import matplotlib as mpl
+from offload_engine.errors import UsageError
 
-mpl.use("agg")
-
-import matplotlib.pyplot as plt
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 INK = "#010203"
 """Stands for the page's text colour."""
@@ -81,21 +80,27 @@ class Drawn:
         (directory / f"{self.name}.png").write_bytes(self.png)
 
 
+def require_matplotlib() -> None:
+    """Raises `UsageError` where it isn't installed: better now than after hours of evaluations."""
+    if importlib.util.find_spec("matplotlib") is None:
+        raise UsageError("figures need matplotlib, which isn't installed; pip install 'offload-engine[eval]'")
+
+
 @contextmanager
-def panels(
-    count: int, *, height: float = 3.2, width: float = 7.2, share_y: bool = False
-) -> Iterator[tuple[Figure, Sequence[Axes]]]:
-    """A figure of `count` panels side by side, `width` x `height` inches; closed afterwards."""
+def panels(count: int, *, height: float = 3.2, width: float = 7.2) -> Iterator[tuple[Figure, Sequence[Axes]]]:
+    """A figure of `count` panels side by side, `width` x `height` inches."""
+    import matplotlib as mpl
+    from matplotlib.figure import Figure
+
     with mpl.rc_context(_STYLE):
-        figure, axes = plt.subplots(1, count, figsize=(width, height), sharey=share_y, squeeze=False)
-        try:
-            yield figure, list(axes[0])
-        finally:
-            plt.close(figure)
+        figure = Figure(figsize=(width, height))  # without pyplot there is no window system to ask for, nor to close
+        yield figure, list(figure.subplots(1, count, squeeze=False)[0])
 
 
 def finish(figure: Figure, name: str, caption: str, alt: str) -> Drawn:
     """Draw it, the same bytes for the same data."""
+    import matplotlib as mpl
+
     with mpl.rc_context({**_STYLE, "svg.hashsalt": name}):
         svg, png = io.StringIO(), io.BytesIO()
         figure.savefig(svg, format="svg", transparent=True, metadata={"Date": None})

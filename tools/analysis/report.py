@@ -17,7 +17,7 @@ from tools.analysis.runs import dmoe, original
 from tools.analysis.sections import SECTIONS, Section
 from tools.analysis.sections.content import Content, Data, MissingError
 from tools.analysis.study import Study
-from tools.analysis.tables import Table, number, percent
+from tools.analysis.tables import Table, number, percent, unbroken
 
 TITLE = "Learnable block experts: what was measured"
 STYLE = (Path(__file__).parent / "report.css").read_text(encoding="utf-8")
@@ -149,7 +149,7 @@ def _lack(study: Study, section: Section, content: Content) -> str:
 
 def _marked(text: str) -> str:
     """Escaped, with `code` between backticks."""
-    return re.sub(r"`([^`]+)`", r"<code>\1</code>", html.escape(text))
+    return re.sub(r"`([^`]+)`", r"<code>\1</code>", unbroken(text))
 
 
 def _write_text(path: Path, text: str) -> None:
@@ -195,8 +195,8 @@ def _facts(data: Data) -> list[tuple[str, str]]:
                 (
                     f"{role.capitalize()} model",
                     f"{one['name']}: {one['parameters'] / 1e6:.1f} million parameters, {len(one['moe_layers'])} MoE "
-                    f"layers of "
-                    f"{one['num_experts']} experts, {one['top_k']} per token, {one['dtype']} ({one['fingerprint']})",
+                    f"layers of {one['num_experts']} experts, {one['top_k']} per token, {one['dtype']} "
+                    f"({one['fingerprint']})",
                 )
             )
     facts.append(("Task", ", ".join(f"{task} ({_size(data, task)})" for task in study.tasks)))
@@ -224,20 +224,17 @@ def _size(data: Data, task: str) -> str:
 def _limits(study: Study) -> list[str]:
     limits = [
         "The paper's numbers are LLaDA2.0-mini's (16 billion parameters) on public benchmarks; they stand beside "
-        "ours to compare "
-        "the shape of the results, not their size.",
+        "ours to compare the shape of the results, not their size.",
         "Each evaluation is one greedy run: its intervals cover the choice of problems, not another training or "
         "another seed.",
         "Latencies are those of this CPU engine, which steps one prompt at a time, and of a machine that may have "
-        "had other "
-        "work; routings alternate within a run, and ranges are given. They say nothing of a GPU.",
+        "had other work; routings alternate within a run, and ranges are given. They say nothing of a GPU.",
     ]
     if study.tasks == (ARITHMETIC,):
         limits.insert(
             0,
             "This is a tiny model on generated arithmetic. Its problems come from the generator that made its "
-            "training data, "
-            "with another seed; what holds here need not hold for a model of any use.",
+            "training data, with another seed; what holds here need not hold for a model of any use.",
         )
     if not study.has_base:
         limits.append('No base model was given, so "base" is the same model under other routings.')

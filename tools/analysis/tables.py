@@ -42,14 +42,15 @@ class Table:
         body = []
         for number, row in enumerate(self.rows):
             mark = ' class="ours"' if number in self.ours else ""
-            first = f'<th scope="row">{html.escape(row[0])}</th>'
+            first = f'<th scope="row">{unbroken(row[0])}</th>'
             rest = "".join(self._cell("td", place, text) for place, text in enumerate(row[1:], start=1))
             body.append(f"<tr{mark}>{first}{rest}</tr>")
-        notes = "".join(f'<p class="note">{html.escape(note)}</p>' for note in self.notes)
+        notes = "".join(f'<p class="note">{unbroken(note)}</p>' for note in self.notes)
         caption = html.escape(self.caption)
         return (
-            f'<div class="table"><div class="scroll" tabindex="0" role="region" aria-label="{caption}">'
-            f"<table><caption>{caption}</caption><thead><tr>{head}</tr></thead>"
+            f'<div class="table"><p class="caption">{caption}</p>'
+            f'<div class="scroll" tabindex="0" role="region" aria-label="{caption}">'
+            f'<table aria-label="{caption}"><thead><tr>{head}</tr></thead>'
             f"<tbody>{''.join(body)}</tbody></table></div>{notes}</div>"
         )
 
@@ -64,6 +65,11 @@ class Table:
 
 def _line(cells: Sequence[str]) -> str:
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+
+
+def unbroken(text: str) -> str:
+    """Escaped for HTML, with no line break before a unit or beside an equals sign."""
+    return html.escape(text).replace(" = ", "\u00a0=\u00a0").replace(" %", "\u00a0%")
 
 
 def number(value: float | None, places: int = 1) -> str:

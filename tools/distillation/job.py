@@ -31,11 +31,12 @@ def make_dataset(
     with _own(directory):
         manifest = read_manifest(directory)
         done: dict[int, Receipt] = {}
-        if manifest is not None and (manifest["shards"] or (directory / WORK).is_dir()):
+        if manifest is not None and (manifest["shards"] or any(directory.rglob("shard-*"))):
             refuse_other_settings(directory, manifest, settings)
             done = _finished(directory, manifest, shards)
         todo = [shard for shard in shards if shard.index not in done]
         if todo or manifest is None or not manifest["complete"]:
+            (directory / WORK).mkdir(exist_ok=True)
             write_manifest(directory, settings, _in_order(done), complete=False)
             done |= _answer(directory, todo, done, answer)
             write_manifest(directory, settings, _in_order(done), complete=True)

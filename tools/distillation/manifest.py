@@ -12,7 +12,7 @@ from typing import Any
 import offload_engine
 from offload_engine.config import brief
 from offload_engine.errors import UsageError
-from tools.distillation.shards import Receipt, write_aside
+from tools.distillation.shards import WORK, Receipt, write_aside
 
 MANIFEST = "manifest.json"
 FORMAT = 1
@@ -41,7 +41,7 @@ def write_manifest(directory: Path, settings: Settings, receipts: Sequence[Recei
         "counts": counts_of(receipts),
         "shards": [asdict(receipt) for receipt in receipts],
     }
-    write_aside(directory / MANIFEST, json.dumps(manifest, indent=1, ensure_ascii=False).encode() + b"\n")
+    write_aside(directory, MANIFEST, json.dumps(manifest, indent=1, ensure_ascii=False).encode() + b"\n")
 
 
 def counts_of(receipts: Sequence[Receipt]) -> dict[str, Any]:
@@ -65,7 +65,8 @@ def read_manifest(directory: Path) -> dict[str, Any] | None:
     try:
         manifest: Any = json.loads(path.read_bytes())
     except FileNotFoundError:
-        strange = next((one.name for one in sorted(directory.iterdir()) if not one.name.startswith(".")), None)
+        strange = next((one.name for one in sorted(directory.iterdir()) if one.name != WORK), None)
+        strange = strange or next((f"{WORK}/{one.name}" for one in (directory / WORK).glob("shard-*")), None)
         if strange is None:
             return None
         raise UsageError(f"{directory}: holds {strange!r} but no {MANIFEST}; choose an empty --out") from None

@@ -28,7 +28,7 @@ Record = dict[str, Any]
 """A kept answer as the dataset has it, or `{"id": …, "dropped": reason}`."""
 
 WORK = "work"
-"""Folder of journals and receipts; gone once the dataset is complete."""
+"""Folder of journals, receipts and files half-written; gone once the dataset is complete."""
 DROPPED_PREFIX = b'{"dropped": '
 """How the journal's line of a dropped prompt begins."""
 
@@ -99,9 +99,11 @@ def is_whole(directory: Path, receipt: Receipt) -> bool:
         return False
 
 
-def write_aside(path: Path, content: bytes) -> None:
-    """Put `content` at `path` in one step that outlasts a power cut: a reader sees the old file or the new one."""
-    aside = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.part")
+def write_aside(directory: Path, name: str, content: bytes) -> None:
+    """Put `content` at `directory / name` in one step that outlasts a power cut: a reader sees the old file or the new
+    one. It is written in the working folder, which takes what a kill leaves of it along when it goes.
+    """
+    path, aside = directory / name, directory / WORK / f"aside.{uuid.uuid4().hex[:12]}"
     try:
         with aside.open("wb") as file:
             file.write(content)
@@ -149,6 +151,6 @@ def _commit(directory: Path, shard: Shard, records: Sequence[Record]) -> Receipt
         dropped=dict(sorted(Counter(record["dropped"] for record in records if "dropped" in record).items())),
         sha256=hashlib.sha256(content).hexdigest(),
     )
-    write_aside(directory / receipt.file, content)
-    write_aside(directory / WORK / f"{shard.name}.json", json.dumps(asdict(receipt)).encode())
+    write_aside(directory, receipt.file, content)
+    write_aside(directory, f"{WORK}/{shard.name}.json", json.dumps(asdict(receipt)).encode())
     return receipt

@@ -78,12 +78,12 @@ class Dataset:
     def add(self, prompt: list[int], answer: list[int], overlong: Overlong, where: str) -> None:
         """Take in one sample; `where` names it."""
         total, length = len(prompt) + len(answer), self.shape.length
-        if total > length and overlong is Overlong.ERROR:
+        if total > length and overlong == Overlong.ERROR:
             raise UsageError(
                 f"{where}: {total} tokens ({len(prompt)} of them the prompt's), wanted at most --length {length}; "
                 "train with a larger --length, or with --overlong cut or drop"
             )
-        if len(prompt) >= length or (total > length and overlong is Overlong.DROP):
+        if len(prompt) >= length or (total > length and overlong == Overlong.DROP):
             self.dropped += 1
             return
         self.cut += total > length

@@ -94,7 +94,8 @@ class FastCoreset:
         shape = self.exact.shape
         groups, per_group = shape.n_group, shape.num_experts // shape.n_group
         if groups == 1 or shape.topk_group >= groups:
-            return tuple(inside.topk(shape.top_k, dim=-1))
+            ranked = inside.topk(shape.top_k, dim=-1)
+            return ranked.values, ranked.indices
         grouped = inside.view(-1, groups, per_group)
         first = grouped.amax(dim=-1, keepdim=True)
         second = grouped.masked_fill(grouped == first, -torch.inf).amax(dim=-1)

@@ -33,8 +33,7 @@ def table_3(data: Data) -> Content:
         numbers[task] = collected
     text = (
         "A larger p lets more experts into the coreset. The model was distilled with one p and evaluated with all of "
-        "them; the "
-        "paper's rows are its model trained with p = 0.6."
+        "them; the paper's rows are its model trained with p = 0.6."
     )
     return Content([text, *parts], numbers, missing)
 
@@ -137,7 +136,7 @@ def _trade_off(name: str, task: str, before: Evaluated, lines: dict[str, list[Ev
             figure,
             name,
             f"Fig. 6. Accuracy against distinct experts on {task}, with 95 % intervals, and the paper's tables drawn "
-            f"alike.",
+            "alike.",
             f"Two line charts of accuracy against unique experts. Ours: {said}; original {percent(before.accuracy)} at "
             f"{before.unique:.0f}. The paper's dMoE line lies above its DES line.",
         )
@@ -221,7 +220,6 @@ def transfer_options(data: Data) -> Content:
         numbers[task] = collected
     text = (
         "A cache-aware coreset counts votes for experts that are in fast memory (1 + bonus)-fold; a held coreset is "
-        "chosen "
-        "once for several denoising steps of its block."
+        "chosen once for several denoising steps of its block."
     )
     return Content([text, *parts], numbers, missing)

@@ -67,7 +67,7 @@ def paper_cells(row: paper.Row | None, task: str, before: paper.Row = paper.ORIG
 def paper_columns(task: str) -> tuple[str, str, str]:
     """Headings of `paper_cells`."""
     column = paper.column(task)
-    return f"paper ({column}): experts", "paper: accuracy %", "paper: kept %"
+    return f"paper, {column}: experts", "accuracy %", "kept %"
 
 
 def table_2(data: Data) -> Content:
@@ -109,13 +109,12 @@ def _notes(data: Data) -> list[str]:
     )
     return [
         f"{models} Kept: accuracy relative to the base model under original routing on the same problems; at least: "
-        f"the "
-        "one-sided 95 % bound. Unique experts: distinct experts chosen over a block, mean over MoE layers, denoising "
-        "forwards and problems.",
+        "the one-sided 95 % bound. Unique experts: distinct experts chosen over a block, mean over MoE layers, "
+        "denoising forwards and problems.",
         "DES-S* and DES-V* are DES at about the compression of dMoE: k = 1 is as far down as DES-Seq goes, and DES-V* "
         "keeps as many experts as dMoE (p = 0.6) was measured to use. The paper does not state the k of its one "
-        "DES-S row; "
-        "it stands beside our largest.",
+        "DES-S row; it stands beside our largest. Its row p = 0.5 is a second model, trained with that p; ours is one "
+        "model throughout.",
     ]
 
 

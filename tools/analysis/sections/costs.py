@@ -35,7 +35,7 @@ def figure_5a(data: Data) -> Content:
     ]
     table = Table(
         f"Fig. 5a in numbers. Expert memory of one denoising forward on {task}, all {len(facts['moe_layers'])} MoE "
-        f"layers",
+        "layers",
         ("Routing", "MB", "Change"),
         rows,
         frozenset(place for place, name in enumerate(sizes) if name.startswith("dmoe")),
@@ -86,7 +86,7 @@ def figure_5b(data: Data) -> Content:
             "ms / step",
             "Speed-up",
             "range",
-            f"{labels['tight']}: ms / answer",
+            f"cache of {slots}: ms / answer",
             "ms / step",
             "Speed-up",
             "range",
@@ -96,10 +96,10 @@ def figure_5b(data: Data) -> Content:
         frozenset(place for place, run in enumerate(runs) if run.name.startswith("dmoe")),
         notes=[
             f"First columns: {labels['whole']}. Speed-up: time of the original routing's round over this routing's, "
-            f"on the "
-            "same prompts in the same minute; range: least and most of all rounds. Prefill and commit are in it.",
+            "on the same prompts in the same minute; range: least and most of all rounds. Prefill and commit are in "
+            "it.",
             f"The paper's first version: {paper.SPEED_UP[0]} to {paper.SPEED_UP[1]} times as fast, end to end, on an "
-            f"H100.",
+            "H100.",
         ],
     )
     ours = {cache: one[OURS] for cache, one in numbers.items()}

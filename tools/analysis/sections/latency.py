@@ -38,19 +38,17 @@ def components(data: Data) -> Content:
         frozenset(place for place, bar in enumerate(bars) if bar["routing"].startswith("dMoE")),
         notes=[
             f"a: {caches['whole']}; b: {caches['tight']}. MoE is router, experts, shared experts and waiting for "
-            f"transfers; "
-            "attention includes its projections and the KV cache; other is embedding, norms, dense layers, head and "
-            "sampling. "
-            f"Medians of rounds of {data.study.effort.prompts} answers, after a warm-up. The engine steps one prompt "
-            f"at a "
-            "time, so there is no batch size to vary; the paper's two panels are two frameworks on a GPU.",
+            "transfers; attention includes its projections and the KV cache; other is embedding, norms, dense "
+            f"layers, head and sampling. Medians of rounds of {data.study.effort.prompts} answers, after a warm-up. "
+            "The engine steps one prompt at a time, so there is no batch size to vary; the paper's two panels are "
+            "two frameworks on a GPU.",
         ],
     )
     share = [bar["moe"] / bar["total"] for bar in bars if not bar["routing"].startswith("dMoE")]
     text = (
         f"Under the original routing MoE takes {percent(min(share), 0)} to {percent(max(share), 0)} of a denoising "
-        f"step, "
-        "attention and everything else the rest. The paper finds that MoE dominates, too, without printing shares."
+        "step, attention and everything else the rest. The paper finds that MoE dominates, too, without printing "
+        "shares."
     )
     return Content([text, _bars(bars, caches), table], {"bars": bars})
 
@@ -120,10 +118,8 @@ def moe_latency(data: Data) -> Content:
         rows,
         notes=[
             "Made-up routings: the same hidden states, every token with its k experts, all together exactly so many "
-            "distinct "
-            "ones; fitted to the median latency of each number of experts. Real steps: every MoE layer of every "
-            "denoising "
-            "step under the original routing, fitted to all points.",
+            "distinct ones; fitted to the median latency of each number of experts. Real steps: every MoE layer of "
+            "every denoising step under the original routing, fitted to all points.",
         ],
     )
     line = lines["whole", "swept"]
