@@ -41,7 +41,8 @@ def train(
     given: Path, out: Path, processes: int, *flags: str, program: Sequence[str] = ("-m", "tools.finetune")
 ) -> subprocess.CompletedProcess[str]:
     launcher = [*LAUNCHER, f"--nproc-per-node={processes}"]
-    shape = "--length 32 --block-length 8 --batch 4 --lr 1e-3 --final-lr 1e-4 --steps 5 --min-experts 6 --threads 1"
+    shape = "--length 32 --block-length 8 --batch 4 --steps 5 --lr 1e-3 --final-lr 1e-4 --min-experts 6 --threads 1"
+    shape += " --teacher-share 0.3"
     command = [sys.executable, *(launcher if processes > 1 else []), *program, *shape.split()]
     paths = ["--model", str(given / "base"), "--data", str(given / "data"), "--out", str(out), "--dtype", "float32"]
     return subprocess.run(

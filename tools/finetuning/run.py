@@ -27,7 +27,7 @@ from tools.finetuning.parallel import Processes
 from tools.finetuning.progress import Progress
 from tools.finetuning.saves import Saves
 from tools.finetuning.settings import Settings
-from tools.finetuning.tuner import StepReport, Tuner
+from tools.finetuning.tuner import StepReport, Teacher, Tuner
 from tools.finetuning.weights import Published, distilled_config, export, load_network
 from tools.training.routing import training_policy
 
@@ -151,8 +151,11 @@ def build_run(settings: Settings, processes: Processes, *, resume: bool) -> Run:
         processes=processes,
     )
     recorded = settings.recorded(dataset, processes)
+    original = training_policy("original", config, options)
+    if settings.teacher_share:
+        frozen = load_network(config, checkpoint, processes).requires_grad_(False)
+        tuner.learn_from(Teacher(frozen, original, settings.teacher_share))
     if last is not None:
         tuner.load_state_dict(saves.load(last, recorded))
     settings.out.mkdir(parents=True, exist_ok=True)
-    original = training_policy("original", config, options)
     return Run(settings, recorded, source.directory, config, tuner, batches, original, saves, processes)

@@ -45,6 +45,7 @@ class Settings:
     top_p: float = 0.6
     min_experts: int = 12
     original_share: float = 0.0
+    teacher_share: float = 0.0
     dtype: str = "bfloat16"
     seed: int = 0
     shard_size: str = "4GB"

@@ -45,7 +45,7 @@ class StepReport:
     """What a step says of itself, over all processes."""
 
     loss: float
-    """Mean cross-entropy over the step's masked tokens."""
+    """Mean over the step's masked tokens: cross-entropy, and the divergence from a teacher at its share."""
     accuracy: float
     """Share of the masked tokens that the argmax gets right."""
     norm: float
@@ -54,6 +54,22 @@ class StepReport:
     """Tokens in the loss."""
     tokens: int
     """Positions computed: of [noisy | clean], those that the loss depends on."""
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """The model as it was, under the routing it was made for, to learn distributions from and not answers alone."""
+
+    network: Network
+    policy: RoutingPolicy
+    share: float
+    """Of the loss: this much is Kullback-Leibler divergence from the teacher, the rest cross-entropy."""
+
+    def divergence(self, logits: Tensor, batch: Batch, block_length: int) -> Tensor:
+        """Sum over the masked tokens of KL(teacher || student), for the student's `logits` [M, vocab] float32."""
+        with torch.no_grad():
+            wanted = self.network(batch, self.policy, block_length).log_softmax(dim=-1)
+        return F.kl_div(logits.log_softmax(dim=-1), wanted, reduction="sum", log_target=True)
 
 
 class Tuner:
@@ -70,19 +86,29 @@ class Tuner:
         processes: Processes = ALONE,
     ) -> None:
         """`network` in float32; `dtype` is what its products are computed in, routers' excepted."""
+        self.teacher: Teacher | None = None
         self.network, self.policy, self.options = network, policy, options
         self.block_length, self.processes = block_length, processes
         self.steps = 0
         kind = processes.device.type
         self.autocast = torch.autocast(kind, dtype=dtype, enabled=dtype != torch.float32)
-        for _, router in network.routers():  # in float32, as the engine routes
-            router.forward = torch.autocast(kind, enabled=False)(router.forward)
+        self._route_in_float32(network)
         weights = [weight for _, weight in network.named_weights()]
         groups = [
             {"params": [w for w in weights if w.dim() > 1], "weight_decay": options.weight_decay},
             {"params": [w for w in weights if w.dim() == 1], "weight_decay": 0.0},
         ]
         self.adam = torch.optim.AdamW(groups, lr=options.lr, betas=(0.9, 0.999), fused=True)
+
+    def learn_from(self, teacher: Teacher) -> None:
+        """Take the teacher's part of the loss in."""
+        self._route_in_float32(teacher.network)
+        self.teacher = teacher
+
+    def _route_in_float32(self, network: Network) -> None:
+        """Keep autocast out of the routers, as the engine does."""
+        for _, router in network.routers():
+            router.forward = torch.autocast(self.processes.device.type, enabled=False)(router.forward)
 
     def step(self, batches: Iterable[Batch], policies: Iterable[RoutingPolicy]) -> StepReport:
         """One update from this process's micro-batches, each under its policy.
@@ -111,6 +137,10 @@ class Tuner:
             logits = self.network(batch, policy, self.block_length)
         targets = torch.from_numpy(batch.targets).to(logits.device)
         total = F.cross_entropy(logits, targets, reduction="sum")
+        if self.teacher is not None:
+            with self.autocast:
+                divergence = self.teacher.divergence(logits, batch, self.block_length)
+            total = total * (1 - self.teacher.share) + divergence * self.teacher.share
         (total * scale).backward()
         right = (logits.detach().argmax(dim=-1) == targets).sum()
         return torch.stack((total.detach().double(), right.double())).cpu()
