@@ -1,35 +1,41 @@
-# `make run` and `make test` set up everything they need in .venv.
+# `make run` and `make test` set up everything they need in .venv; the tests need a good deal more than the program.
 PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+DEV := $(VENV)/.installed-dev
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
 .PHONY: run test check lint types format clean
 
 run: $(STAMP)
 	$(BIN)/dmoe-run --gpu-mem 8GB examples/prompt.txt
 
-test: $(STAMP)
+test: $(DEV)
 	$(BIN)/python -m pytest
 
 check: lint types
 
-lint: $(STAMP)
+lint: $(DEV)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-types: $(STAMP)
+types: $(DEV)
 	$(BIN)/mypy
 
-format: $(STAMP)
+format: $(DEV)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
 # torch goes in alone and pinned first: resolved together with the rest it may be taken as a CUDA build of several GB.
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	$(PIP) torch
+	$(PIP) -e .
+	touch $@
+
+$(DEV): $(STAMP)
+	$(PIP) -e '.[dev]'
 	touch $@
 
 clean:
