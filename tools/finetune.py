@@ -70,8 +70,9 @@ COUNT = click.IntRange(min=1)
     type=FRACTION,
     default=0.0,
     show_default=True,
-    help="Of the loss: divergence from the model as it was, under original routing.",
+    help="Of the loss: divergence from the teacher, under original routing.",
 )
+@click.option("--teacher", help="Another checkpoint to learn from.  [default: --model]")
 @click.option("--dtype", type=click.Choice(["bfloat16", "float32"]), default="bfloat16", show_default=True)
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
 @click.option("--device", default=None, help="cpu or cuda.  [default: cuda where there is one]")

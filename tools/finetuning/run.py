@@ -30,6 +30,7 @@ from tools.finetuning.settings import Settings
 from tools.finetuning.tuner import StepReport, Teacher, Tuner
 from tools.finetuning.weights import Published, distilled_config, export, load_network
 from tools.training.routing import training_policy
+from tools.training.trainer import Network
 
 CHECKPOINTS, LOG, MODEL = "checkpoints", "log.jsonl", "model"
 
@@ -153,9 +154,22 @@ def build_run(settings: Settings, processes: Processes, *, resume: bool) -> Run:
     recorded = settings.recorded(dataset, processes)
     original = training_policy("original", config, options)
     if settings.teacher_share:
-        frozen = load_network(config, checkpoint, processes).requires_grad_(False)
+        frozen = teacher_network(settings, config, checkpoint, processes)
         tuner.learn_from(Teacher(frozen, original, settings.teacher_share))
     if last is not None:
         tuner.load_state_dict(saves.load(last, recorded))
     settings.out.mkdir(parents=True, exist_ok=True)
     return Run(settings, recorded, source.directory, config, tuner, batches, original, saves, processes)
+
+
+def teacher_network(settings: Settings, config: ModelConfig, checkpoint: Checkpoint, processes: Processes) -> Network:
+    """The model that is learned from, frozen: the one that is trained, or one of its kind."""
+    if settings.teacher is not None:
+        source = find_source(EngineConfig(model=settings.teacher))
+        if source.config.vocab_size != config.vocab_size:
+            raise UsageError(
+                f"--teacher {settings.teacher} has a vocabulary of {source.config.vocab_size}, --model one of "
+                f"{config.vocab_size}; wanted the same, since its distributions are learned"
+            )
+        config, checkpoint = source.config, Checkpoint.open(source.directory)
+    return load_network(config, checkpoint, processes).requires_grad_(False)

@@ -46,6 +46,7 @@ class Settings:
     min_experts: int = 12
     original_share: float = 0.0
     teacher_share: float = 0.0
+    teacher: str | None = None
     dtype: str = "bfloat16"
     seed: int = 0
     shard_size: str = "4GB"
