@@ -22,13 +22,7 @@ from offload_engine.decode.block_diffusion import BlockDiffusionDecoder, Decodin
 from offload_engine.decode.events import step_event
 from offload_engine.decode.kv_cache import PrefixCache
 from offload_engine.decode.threads import compute_threads
-from offload_engine.errors import (
-    EngineClosedError,
-    MemoryBudgetError,
-    PromptError,
-    TokenizerError,
-    UsageError,
-)
+from offload_engine.errors import EngineClosedError, MemoryBudgetError, PromptError, TokenizerError, UsageError
 from offload_engine.experts.cache import Occupancy
 from offload_engine.experts.observe import ObservedExperts, TraceRecorder
 from offload_engine.memory import MemoryPlan, score_bytes
@@ -191,7 +185,7 @@ class Engine:
             return self._answer(cast("Prompt", prompt), params, raw)
         prompts = cast("list[Prompt]", prompt)
         for one in prompts:  # refused as a whole or not at all
-            self._check_fits(self._encode(one, raw), params or SamplingParams())
+            self.prepare(one, params, raw=raw)
         return [self._answer(one, params, raw) for one in prompts]
 
     def stream(
@@ -207,10 +201,13 @@ class Engine:
         `cancelled` is asked after every step; once it says so the answer ends with what was decided. Errors in the
         arguments are raised by this call, not by the first event.
         """
-        params = params or SamplingParams()
+        return self._events(self.prepare(prompt, params, raw=raw), params or SamplingParams(), cancelled)
+
+    def prepare(self, prompt: Prompt, params: SamplingParams | None = None, *, raw: bool = False) -> list[int]:
+        """The token ids that `stream` would begin with; raises what it would raise of these arguments."""
         ids = self._encode(prompt, raw)
-        self._check_fits(ids, params)
-        return self._events(ids, params, cancelled)
+        self._check_fits(ids, params or SamplingParams())
+        return ids
 
     def logits(self, token_ids: Sequence[int], *, block_length: int = 32) -> Tensor:
         """[T, vocab] float32: one block-causal forward over the whole sequence, no cache.
@@ -301,11 +298,9 @@ class Engine:
                 raise PromptError(
                     f"{self._parts.source.directory}: no tokenizer.json, so prompts must be token ids, not text"
                 )
-            return (
-                self.tokenizer.encode_text(prompt)
-                if raw
-                else self.tokenizer.encode_chat([Message(role="user", content=prompt)])
-            )
+            if raw:
+                return self.tokenizer.encode_text(prompt)
+            return self.tokenizer.encode_chat([Message(role="user", content=prompt)])
         vocab = self.model_config.vocab_size
         ids: list[int] = prompt.tolist() if hasattr(prompt, "tolist") else list(prompt)  # of a tensor or an array
         for place, token in enumerate(ids):
@@ -331,11 +326,9 @@ class Engine:
         room = self._decoder.positions(length)
         if len(ids) >= room:
             longest = self.model_config.max_position_embeddings
-            way_out = (
-                f"set max_context higher (the model has {longest} positions)"
-                if plan.context < longest
-                else "shorten it"
-            )
+            way_out = "shorten it"
+            if plan.context < longest:
+                way_out = f"set max_context higher (the model has {longest} positions; gpu_mem must hold them)"
             raise PromptError(
                 f"the prompt has {len(ids)} tokens, but the context holds {room} with the answer in whole blocks of "
                 f"{length}; {way_out}"

@@ -9,6 +9,7 @@ needed), DIR/report.json, DIR/tables.md and DIR/figures/. Stopped, it goes on wh
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from offload_engine.evaluate.tasks import ARITHMETIC
 from tools.analysis import measurements, report
 from tools.analysis.evaluations import carry_out_all, load
 from tools.analysis.figures import require_matplotlib
-from tools.analysis.runs import dmoe, matched_des_vote
+from tools.analysis.matching import search
 from tools.analysis.sections import BY_NAME, SECTIONS, Section
 from tools.analysis.study import QUICK_SAMPLES, TIGHT_SHARE, Study, check
 
@@ -40,12 +41,11 @@ def gather(study: Study, sections: Sequence[Section], jobs: int) -> None:
 
 
 def _match_compression(study: Study, jobs: int) -> None:
-    """Evaluate DES-Vote with as many experts as dMoE was found to use, task by task."""
+    """Evaluate DES-Vote with coresets that should use as many experts as dMoE was found to, task by task."""
     experts = measurements.model_facts(study)["base"]["num_experts"]
     for task in study.tasks:
-        ours = load(study, task, dmoe(0.6))
-        assert ours is not None
-        carry_out_all(study, [matched_des_vote(ours.unique, experts)], jobs, tasks=[task])
+        while (following := search(partial(load, study, task), experts).following) is not None:
+            carry_out_all(study, [following], jobs, tasks=[task])
 
 
 def chosen(only: str | None) -> list[Section]:
@@ -111,7 +111,7 @@ def _study(options: dict[str, Any]) -> Study:
 @click.option("--report-only", is_flag=True, help="Run nothing; report what there is.")
 @click.option("--markdown", type=click.Path(path_type=Path, dir_okay=False), help="Write the tables here, too.")
 @click.option("--config", type=click.Path(path_type=Path), metavar="FILE", help="TOML preset of the engine.")
-@click.option("--gpu-mem", callback=_size, metavar="SIZE", help="Budget of fast memory, as in dmoe-run.")
+@click.option("--gpu-mem", callback=_size, metavar="SIZE", help="Budget of fast memory of each engine.")
 @click.option("--threads", type=int, help="Compute threads, as in dmoe-run.")
 @click.option("--dtype", help="What is computed in, as in dmoe-run.")
 @click.option(

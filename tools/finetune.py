@@ -1,7 +1,7 @@
 """Fine-tune a LLaDA2-MoE checkpoint on its own answers under block-level routing (REFERENCE §4).
 
 python -m tools.finetune --model offload_engine/assets/tiny --data runs/answers --out runs/distilled --length 160
-torchrun --nproc-per-node 8 -m tools.finetune --model DIR --data runs/answers --out runs/distilled
+torchrun --nproc-per-node 4 -m tools.finetune --model DIR --data runs/answers --out runs/distilled
 """
 
 from __future__ import annotations
@@ -17,8 +17,9 @@ import click
 import torch
 
 from offload_engine.cli.errors import ReportingCommand
+from offload_engine.cli.options import common_options
 from tools.finetuning.dataset import Overlong
-from tools.finetuning.parallel import processes
+from tools.finetuning.parallel import known_device, processes
 from tools.finetuning.run import build_run
 from tools.finetuning.settings import Settings
 
@@ -31,6 +32,7 @@ COUNT = click.IntRange(min=1)
 @click.option("--data", type=click.Path(path_type=Path), required=True, help="Dataset of `tools.self_distil`.")
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Directory of the run.")
 @click.option("--resume", is_flag=True, help="Go on from the last checkpoint in --out, with the same options.")
+@click.option("--export", is_flag=True, help="Make OUT/model of the last checkpoint in --out, without training on.")
 @click.option("--length", type=COUNT, default=1024, show_default=True, help="Tokens of a sample, cut or padded.")
 @click.option("--overlong", type=click.Choice([*Overlong]), default=Overlong.CUT, show_default=True)
 @click.option(
@@ -79,20 +81,30 @@ COUNT = click.IntRange(min=1)
 @click.option("--threads", type=COUNT, help="CPU threads of a process.")
 @click.option("--shard-size", default="4GB", show_default=True, help="Largest safetensors file of the result.")
 @click.option("--log-every", type=COUNT, default=10, show_default=True, help="Steps.")
-@click.option("--save-minutes", type=click.FloatRange(0), default=5.0, show_default=True)
+@click.option(
+    "--save-minutes",
+    type=click.FloatRange(0),
+    default=5.0,
+    show_default=True,
+    help="Between checkpoints; each has 12 bytes per parameter, and the one before stays until it is whole.",
+)
+@common_options
 def main(**options: Any) -> int:
     """Train on a dataset of answers; the result is a checkpoint in OUT/model."""
     threads = options.pop("threads")
     if threads:
         torch.set_num_threads(threads)
-    device = options.pop("device") or ("cuda" if torch.cuda.is_available() else "cpu")
-    resume = options.pop("resume")
+    device = known_device(options.pop("device"))
+    resume, export = options.pop("resume"), options.pop("export")
     with processes(device) as among:
         if among.first:
             print(f"reading {options['model']} and {options['data']}", file=sys.stderr, flush=True)
-        run = build_run(Settings(**options), among, resume=resume)
+        run = build_run(Settings(**options), among, resume=resume or export)
         if among.first:
             print(run.describe(), file=sys.stderr, flush=True)
+        if export:
+            run.export()
+            return 0
         return run.train()
 
 

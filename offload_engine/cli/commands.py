@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
 from offload_engine.cli.errors import ReportingCommand, ReportingGroup
 from offload_engine.cli.options import (
@@ -75,7 +76,7 @@ def plan(as_json: bool, **options: Any) -> None:
     "--n", "count", type=click.INT, metavar="N", help="Only the first N samples.  [default: all; 1000 if generated]"
 )
 @click.option("--seed", type=click.INT, metavar="N", help="Seed of generated problems.  [default: 2]")
-@click.option("--subject", metavar="TEXT", help="mmlu: the subject.  [default: high_school_mathematics]")
+@click.option("--subject", metavar="TEXT", help="mmlu: the subject, or all.  [default: high_school_mathematics]")
 @click.option("--data", type=_PATH, metavar="FILE", help="JSON lines or parquet of the dataset.  [default: the hub's]")
 @click.option(
     "--out", type=_PATH, metavar="DIR", help="Keep every answer here; a run that was cut off goes on from there."
@@ -100,8 +101,10 @@ def evaluation(**options: Any) -> int:
     if params.temperature > 0 and params.seed is None:  # what is measured should be measurable again
         params = params.model_copy(update={"seed": 0})
     as_json, compare, answers = options["as_json"], options["compare"], options["grade_only"]
-    if sum(given is not None for given in (compare, answers, options["out"])) > 1:
-        raise UsageError("--out, --grade-only and --compare exclude each other; give one of them")
+    if compare is not None:
+        _refuse_beside("--compare", {"compare"})
+    elif answers is not None:
+        _refuse_beside("--grade-only", {"grade_only", "task"})
     if compare is not None:
         from offload_engine.cli.grade import show_comparison
 
@@ -120,6 +123,15 @@ def evaluation(**options: Any) -> int:
         raise UsageError(f"--task is missing; there are {', '.join(NAMES)} (and mmlu:SUBJECT)")
     task = make_task(options["task"], n=options["count"], **wanted)
     return run_task(config, Request(task=task, params=params, out=options["out"], as_json=as_json))
+
+
+def _refuse_beside(option: str, allowed: set[str]) -> None:
+    """Refuse what else was given on the command line, and would be ignored; `allowed` are parameters' names."""
+    context = click.get_current_context()
+    for parameter in context.command.params:
+        given = context.get_parameter_source(parameter.name or "") is ParameterSource.COMMANDLINE
+        if given and parameter.name not in allowed | {"as_json", "debug"}:
+            raise UsageError(f"{parameter.opts[0]} has no effect beside {option}; leave one of them out")
 
 
 @click.group("dmoe", cls=ReportingGroup, context_settings=_SETTINGS, no_args_is_help=False)

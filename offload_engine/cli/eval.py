@@ -45,18 +45,20 @@ def run_task(config: EngineConfig, request: Request) -> int:
         if engine.tokenizer is None:
             raise UsageError(f"{config.model}: has no tokenizer.json, and tasks are text")
         announce(engine, whole_plan=False)
+        for notice in request.task.notices:
+            note(notice)
         settings, facts = run_folder_settings(engine, request.task, request.params), about(engine)
         with _recorder(request.out, settings, facts) as recorder:
             samples = request.task.samples
             with evaluation_progress(len(samples), recorder.done) as show:
                 for record in evaluate(engine, request.task, request.params, recorder, cancelled=interrupted):
                     show(record)
+            if len(recorder.done) < len(samples):
+                note(_interruption(request, len(recorder.done)))
+                return INTERRUPTED
             summary = summarise(settings, facts, recorder.records())
-            if isinstance(recorder, RunFolder) and not interrupted():
+            if isinstance(recorder, RunFolder):
                 recorder.summarise(summary)
-    if interrupted():
-        note(_interruption(request, len(recorder.done)))
-        return INTERRUPTED
     output.line(json.dumps(summary) if request.as_json else table(summary))
     return 0
 

@@ -46,6 +46,10 @@ class _Tally:
         return f"{100 * self.right / self.done:.1f} % right"
 
     def line(self) -> str:
+        if not self.done:
+            return "no answers"
+        if self.done == self._first:
+            return f"{self.done}/{self.total} answers, {self.accuracy}"
         rate = (self.done - self._first) / max(time.monotonic() - self._began, 1e-9)
         left = round((self.total - self.done) / rate)
         return f"{self.done}/{self.total} answers, {self.accuracy}, {rate:.1f}/s, {left // 60}:{left % 60:02} left"
@@ -83,4 +87,4 @@ def _bar(tally: _Tally) -> Iterator[Show]:
             progress.update(task, completed=tally.done, description=tally.accuracy)
 
         yield show
-    note(tally.line() if tally.done else "no answers")
+    note(tally.line())

@@ -27,6 +27,8 @@ def compare(a: SavedRun, b: SavedRun) -> dict[str, Any]:
     each with a 95 % interval, `kept` also with its one-sided 95 % lower bound (methods: `statistics`). Of unique
     experts the reduction, 1 - B/A, with its interval, and ratios B/A of what the runs took.
 
+    `wanted` are the samples that each run was to answer; it is incomplete where that isn't `n`.
+
     Raises `UsageError` unless both answered the same samples, naming the first difference.
     """
     pairs = _matched(a, b)
@@ -35,6 +37,7 @@ def compare(a: SavedRun, b: SavedRun) -> dict[str, Any]:
         "a": str(a.directory),
         "b": str(b.directory),
         "n": len(pairs),
+        "wanted": [a.settings.get("n"), b.settings.get("n")],
         "settings": {
             name: [flatten(a.settings).get(name), flatten(b.settings).get(name)]
             for name in dict.fromkeys([*flatten(a.settings), *flatten(b.settings)])
@@ -48,7 +51,7 @@ def compare(a: SavedRun, b: SavedRun) -> dict[str, Any]:
 
 
 def paired_accuracy(pairs: Paired) -> dict[str, Any]:
-    """The paired comparison of two accuracies; `kept` is None where one of them is 0."""
+    """The paired comparison of two accuracies; `kept` is None where A's is 0."""
     difference, both, above = (
         accuracy_difference(pairs),
         accuracy_ratio(pairs),
@@ -69,7 +72,7 @@ def paired_accuracy(pairs: Paired) -> dict[str, Any]:
 
 def comparison_table(result: dict[str, Any]) -> str:
     """A comparison as a person reads it, one line per thing."""
-    rows = [("A", result["a"]), ("B", result["b"]), ("samples", str(result["n"]))]
+    rows = [("A", result["a"]), ("B", result["b"]), ("samples", _samples(result))]
     rows += [(name, f"{one} -> {other}") for name, (one, other) in result["settings"].items()]
     for kind in ("strict", "soft"):
         rows += _accuracy_rows(kind, result[kind])
@@ -86,6 +89,15 @@ def comparison_table(result: dict[str, Any]) -> str:
     rows.append(("B / A", ", ".join(ratios) or "n/a"))
     wide = max(len(name) for name, _ in rows)
     return "\n".join(f"{name:<{wide}}  {value}" for name, value in rows)
+
+
+def _samples(result: dict[str, Any]) -> str:
+    short = [
+        f"{name} is not complete: {result['n']} of {wanted}"
+        for name, wanted in zip("AB", result["wanted"], strict=True)
+        if wanted is not None and wanted != result["n"]
+    ]
+    return f"{result['n']} ({', '.join(short)})" if short else str(result["n"])
 
 
 def _accuracy_rows(kind: str, result: dict[str, Any]) -> list[tuple[str, str]]:

@@ -6,7 +6,9 @@ answer can be read from is wrong, never an error.
 
 from __future__ import annotations
 
+import math
 import re
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from offload_engine.errors import UsageError
@@ -16,7 +18,12 @@ _FLAT_BOX = re.compile(r"\\boxed\{([^}]*)\}")
 _BOXED_NUMBER = re.compile(r"[0-9.]+")
 _LAST_NUMBER = re.compile(r"\b[0-9]+\.?[0-9]*\b", re.ASCII)
 _BOXED_LETTER = re.compile(r"\b([A-Z0-9])\b", re.ASCII)
-_ANSWER_LINE = re.compile(r"^\W*answer\W*:\W*([A-J])\b", re.ASCII | re.IGNORECASE | re.MULTILINE)
+_STRICT_LINE = r"^[^\w\n]*answer[^\w\n]*:[^\w\n]*({labels})(?!(?:[ \t]+|['-])?\w)"
+"""The letter stands alone: "Answer: a number" names none."""
+_SOFT_LINE = r"\banswer[^\w\n]*:(?:[^\w\n]|\\(?:boxed|text\w*|math\w+)\{{)*({labels})(?!(?:[ \t]+|['-])?\w)"
+"""Also "Final answer: B" and ``Answer: \\boxed{B}``."""
+LETTERS, DIGITS = "ABCDEFGHIJ", "123456789"
+"""What choices are called where nobody says so."""
 
 
 class Grade(NamedTuple):
@@ -29,7 +36,10 @@ class Grade(NamedTuple):
 
 def gold_number(gold: str) -> float:
     """The number after the last ``####``, or of the whole text without one; commas removed. Raises `ValueError`."""
-    return float(gold.rpartition("####")[2].strip().replace(",", ""))
+    number = float(gold.rpartition("####")[2].strip().replace(",", ""))
+    if not math.isfinite(number):
+        raise ValueError(f"{number} is no answer")
+    return number
 
 
 def grade_number(generation: str, gold: str) -> Grade:
@@ -64,26 +74,28 @@ def grade_maths(generation: str, gold: str) -> Grade:
     return Grade(False, equal_maths(generation, gold))
 
 
-def grade_boxed_letter(generation: str, gold: str) -> Grade:
+def grade_boxed_letter(generation: str, gold: str, labels: Sequence[str] = ()) -> Grade:
     r"""ARC-C: the last ``\boxed{}`` holds the letter of the right choice and nothing else (``\text{B}`` is B).
 
     Soft also accepts a box that holds that letter as a word of its own, and no other (``B) iron``, ``(B)``), and,
-    without a box, a line "Answer: B".
+    without a box, a line "Answer: B". `labels` are what the choices are called; letters or digits unless given.
     """
     box = last_box(generation)
     if box is None:
-        return Grade(False, _last_answer_line(generation) == gold)
-    content = _unwrapped(box)
-    strict = content == gold
-    return Grade(strict, strict or _BOXED_LETTER.findall(content) == [gold])
+        return Grade(False, _last_label(_SOFT_LINE, generation, gold, labels) == gold)
+    return _boxed_grade(box, gold)
 
 
-def grade_answer_line(generation: str, gold: str) -> Grade:
-    r"""MMLU: the last line "Answer: X" names the right letter. Soft also accepts a boxed letter where no line does."""
-    letter = _last_answer_line(generation)
-    if letter is not None:
-        return Grade(letter == gold, letter == gold)
-    return Grade(False, last_box(generation) is not None and grade_boxed_letter(generation, gold).soft)
+def grade_answer_line(generation: str, gold: str, labels: Sequence[str] = ()) -> Grade:
+    r"""MMLU: the last line "Answer: X" names the right letter.
+
+    Soft also accepts, in the last line that has one, "Final answer: X" and ``Answer: \boxed{X}`` (``\text{X}``), and
+    a boxed letter where no line names one. `labels` as in `grade_boxed_letter`.
+    """
+    strict = _last_label(_STRICT_LINE, generation, gold, labels) == gold
+    named, box = _last_label(_SOFT_LINE, generation, gold, labels), last_box(generation)
+    boxed_right = named is None and box is not None and _boxed_grade(box, gold).soft
+    return Grade(strict, strict or named == gold or boxed_right)
 
 
 def last_box(text: str) -> str | None:
@@ -118,9 +130,18 @@ def _unwrapped(box: str) -> str:
     return _unwrapped(found[1]) if found else box.strip()
 
 
-def _last_answer_line(text: str) -> str | None:
-    letters = _ANSWER_LINE.findall(text)
-    return letters[-1].upper() if letters else None
+def _boxed_grade(box: str, gold: str) -> Grade:
+    content = _unwrapped(box)
+    strict = content == gold
+    return Grade(strict, strict or _BOXED_LETTER.findall(content) == [gold])
+
+
+def _last_label(line: str, text: str, gold: str, labels: Sequence[str]) -> str | None:
+    """Which of the choices the last `line` of that pattern names, in capitals."""
+    of_a_choice = labels or (DIGITS if gold.isdigit() else LETTERS)
+    pattern = line.format(labels="|".join(map(re.escape, of_a_choice)))
+    found = re.findall(pattern, text, re.IGNORECASE | re.MULTILINE)
+    return found[-1].upper() if found else None
 
 
 def _is_number(text: str, wanted: float) -> bool:

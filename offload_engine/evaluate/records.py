@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,12 +18,23 @@ from typing import Any, Final, Protocol, Self
 
 from offload_engine.config import brief
 from offload_engine.errors import OffloadError, UsageError
-from offload_engine.evaluate.rows import json_rows
+from offload_engine.evaluate.rows import Row, json_rows
 
 RUN, RECORDS, SUMMARY = "run.json", "records.jsonl", "summary.json"
 FORMAT: Final = 1
 REQUIRED = ("id", "gold", "generation", "strict", "soft")
 """Fields without which a line is no record."""
+_NUMBER: Final = (int, float)
+_TYPES: Final[dict[str, tuple[tuple[type, ...], str]]] = {
+    **dict.fromkeys(("id", "gold", "generation", "prompt", "finish_reason"), ((str,), "a text")),
+    **dict.fromkeys(("strict", "soft"), ((bool,), "true or false")),
+    "unique_experts": ((*_NUMBER, type(None)), "a number or null"),
+    **dict.fromkeys(("tokens", "steps", "seconds", "bytes_moved", "stall_seconds", "blocks"), (_NUMBER, "a number")),
+    **dict.fromkeys(("hits", "late", "misses", "peak_bytes"), (_NUMBER, "a number")),
+    **dict.fromkeys(("forwards", "unique_by_layer"), ((dict,), "an object of numbers")),
+    **dict.fromkeys(("unique_by_forward", "unique_mid_by_forward"), ((list,), "a list of numbers")),
+}
+"""What is computed with, as Python reads it, and as a person would say it."""
 
 Record = dict[str, Any]
 
@@ -117,8 +128,8 @@ class RunFolder:
         self.done[record["id"]] = bool(record["strict"])
 
     def records(self) -> list[Record]:
-        """See `Recorder`."""
-        return list(_records(self.directory / RECORDS))
+        """See `Recorder`. Raises `UsageError` that names the line of a record that can't be summed up."""
+        return list(_records(self.directory / RECORDS, tuple(_TYPES)))
 
     def summarise(self, summary: dict[str, Any]) -> None:
         """Write `summary.json`, and make sure that all records are on the disk."""
@@ -188,16 +199,36 @@ def _read_settings(directory: Path) -> dict[str, Any]:
     return saved
 
 
-def _records(path: Path) -> Iterator[Record]:
+def _records(path: Path, required: Sequence[str] = REQUIRED) -> Iterator[Record]:
     """Whole lines; a last one that its writer didn't finish is left out."""
     seen: set[str] = set()
-    for row in json_rows(path, _whole_lines(path)):
-        for field in REQUIRED:
-            row.value(field)
-        if row.values["id"] in seen:
-            raise row.error(f"sample {row.values['id']!r} was answered before; the file is damaged")
-        seen.add(row.values["id"])
-        yield row.values
+    try:
+        for row in json_rows(path, _whole_lines(path)):
+            for field in required:
+                if field not in row.values:
+                    row.value(field)
+            _check_types(row)
+            if row.values["id"] in seen:
+                raise row.error(f"sample {row.values['id']!r} was answered before")
+            seen.add(row.values["id"])
+            yield row.values
+    except UsageError as error:
+        raise UsageError(f"{error}; the file is damaged: remove that line, and the same run asks again") from None
+
+
+def _check_types(row: Row) -> None:
+    for field, (kinds, wanted) in _TYPES.items():
+        if field not in row.values:
+            continue
+        value = row.values[field]
+        inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+        if not _is_of(value, kinds) or not all(_is_of(one, _NUMBER) for one in inner):
+            raise row.error(f"field {field!r} is {brief(value)}; wanted {wanted}")
+
+
+def _is_of(value: object, kinds: tuple[type, ...]) -> bool:
+    """As JSON has it: true is no number."""
+    return isinstance(value, kinds) and (not isinstance(value, bool) or bool in kinds)
 
 
 def _whole_lines(path: Path) -> Iterator[bytes]:

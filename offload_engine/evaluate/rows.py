@@ -27,15 +27,17 @@ class Row:
         """A complaint about this row."""
         return UsageError(f"{self.where}: {complaint}")
 
-    def value(self, field: str) -> Any:
+    def value(self, field: str, wanted: str = "a value") -> Any:
         """The field's value; raises `UsageError` where it is absent or null."""
-        if self.values.get(field) is None:
+        if field in self.values and self.values[field] is None:
+            raise self.error(f"field {field!r} is null; wanted {wanted}")
+        if field not in self.values:
             raise self.error(f"no field {field!r}; found {', '.join(map(repr, self.values)) or 'none'}")
         return self.values[field]
 
     def text(self, field: str) -> str:
         """The field's text; raises `UsageError` for anything else, and for none."""
-        value = self.value(field)
+        value = self.value(field, "a text")
         if not isinstance(value, str) or not value.strip():
             raise self.error(f"field {field!r} is {brief(value)}; wanted a text")
         return value

@@ -31,8 +31,13 @@ def evaluate(
 
     `cancelled` is asked after every denoising step; an answer it cuts off is not kept. With a temperature, sample
     number i is drawn with seed `params.seed` + i, so that a run taken up again goes on as it would have.
+
+    Raises `PromptError` before the first answer where one of these samples can't be asked, naming its place.
     """
     recorder = recorder or Memory()
+    for sample in task.samples:
+        if sample.id not in recorder.done:
+            _check(engine, sample, params)
     for index, sample in enumerate(task.samples):
         if cancelled():
             return
@@ -41,7 +46,7 @@ def evaluate(
         answer = _answer(engine, sample, _params_of(params, index), cancelled)
         if answer is None:
             return
-        record = {"index": index, **answer, **task.grade(answer["generation"], sample.gold)._asdict()}
+        record = {"index": index, **answer, **task.grade(answer["generation"], sample.gold, sample.labels)._asdict()}
         recorder.append(record)
         yield record
 
@@ -69,17 +74,23 @@ def about(engine: Engine) -> dict[str, Any]:
     }
 
 
+def _check(engine: Engine, sample: Sample, params: SamplingParams) -> None:
+    try:
+        engine.prepare(sample.prompt, params)
+    except PromptError as error:
+        if sample.where is None:
+            raise PromptError(f"sample {sample.id}: {error}") from None
+        raise PromptError(f"{sample.where}: {error}, or remove the line") from None
+
+
 def _answer(engine: Engine, sample: Sample, params: SamplingParams, cancelled: Callable[[], bool]) -> Record | None:
     """What there is to know of one answer but its grade; None if it was cut off."""
     unique = _UniqueExperts(engine)
     completion: Completion | None = None
-    try:
-        for event in engine.stream(sample.prompt, params, cancelled=cancelled):
-            if event.kind == "step":
-                unique.note()
-            completion = event.completion
-    except PromptError as error:
-        raise PromptError(f"sample {sample.id}: {error}") from None
+    for event in engine.stream(sample.prompt, params, cancelled=cancelled):
+        if event.kind == "step":
+            unique.note()
+        completion = event.completion
     assert completion is not None
     if completion.finish_reason == CANCELLED:
         return None

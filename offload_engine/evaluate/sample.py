@@ -18,3 +18,7 @@ class Sample:
     """As the dataset publishes it, or as its grader reads it."""
     tags: dict[str, str | int] = field(default_factory=dict)
     """What answers may be grouped by, such as a kind or a level of difficulty."""
+    labels: tuple[str, ...] = ()
+    """Of a multiple choice: what the choices are called."""
+    where: str | None = None
+    """The place in a dataset, ``FILE:LINE``; None: it was generated."""

@@ -99,17 +99,17 @@ def accuracy_ratio(pairs: Paired, z: float = Z) -> Interval | None:
     """Bonett and Price's hybrid Wilson interval of accuracy B / A (Statistics in Medicine 25, 2006, p. 3039;
     recommended by Fagerland, Lydersen and Laake, 33, 2014, p. 2850).
 
-    `z` is the normal quantile: `Z` for 95 % between both ends, `Z_ONE_SIDED` for 95 % above the lower. None where one
-    run has nothing right.
+    `z` is the normal quantile: `Z` for 95 % between both ends, `Z_ONE_SIDED` for 95 % above the lower. None where A
+    has nothing right.
     """
     a, b = pairs.right_a, pairs.right_b
     n = pairs.both + pairs.only_a + pairs.only_b  # what neither gets right says nothing of the ratio
-    if a == 0 or b == 0:
+    if a == 0:
         return None
     joint = math.sqrt((pairs.only_a + pairs.only_b + 2) / ((a + 1) * (b + 1)))
     apart = sum(math.sqrt((1 - (right + 1) / (n + 2)) / (right + 1)) for right in (a, b))
     of_a, of_b = (_score(right, n, z * joint / apart) for right in (a, b))
-    return Interval(of_b.low / of_a.high, of_b.high / of_a.low)
+    return Interval(max(0.0, of_b.low) / of_a.high, of_b.high / of_a.low)
 
 
 def mean_ratio(values_a: Sequence[float], values_b: Sequence[float]) -> tuple[float, Interval]:

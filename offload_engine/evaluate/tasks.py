@@ -38,8 +38,12 @@ class Task(Protocol):
     def settings(self) -> dict[str, Any]:
         """What decides which samples there are, ready for `json.dumps`."""
 
-    def grade(self, generation: str, gold: str) -> Grade:
-        """Judge one answer."""
+    @property
+    def notices(self) -> Sequence[str]:
+        """What the user should know of the samples."""
+
+    def grade(self, generation: str, gold: str, labels: Sequence[str] = ()) -> Grade:
+        """Judge one answer; `labels` are the sample's."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,12 +52,14 @@ class GradedSamples:
 
     name: str
     samples: Sequence[Sample]
-    grader: Callable[[str, str], Grade]
+    grader: Callable[..., Grade]
+    """Takes an answer and the gold one, and the labels of a sample that has some."""
     settings: dict[str, Any] = field(default_factory=dict)
+    notices: Sequence[str] = ()
 
-    def grade(self, generation: str, gold: str) -> Grade:
+    def grade(self, generation: str, gold: str, labels: Sequence[str] = ()) -> Grade:
         """See `Task`."""
-        return self.grader(generation, gold)
+        return self.grader(generation, gold, labels) if labels else self.grader(generation, gold)
 
 
 def make_task(
@@ -62,8 +68,9 @@ def make_task(
     """The task called `name` (``mmlu:SUBJECT`` is ``mmlu`` of that subject) with its first `n` samples.
 
     `n` None: all of a dataset, 1000 generated problems. `seed` is for generated tasks, `data` (a JSONL or parquet
-    file; None: the hub's copy) and `subject` for datasets. Raises `UsageError` for what doesn't exist or doesn't fit
-    together, and for a dataset that can't be read, naming file and line.
+    file; None: the hub's copy) for datasets, `subject` for mmlu (None: high_school_mathematics; "all": every one).
+    Raises `UsageError` for what doesn't exist or doesn't fit together, for a dataset that can't be read, naming file
+    and line, and where a package is missing that grades the answers.
     """
     name, _, inline = name.partition(":")
     subject = inline or subject
@@ -79,9 +86,11 @@ def make_task(
         return arithmetic_task(GENERATED if n is None else n, EVALUATION_SEED if seed is None else seed)
     if seed is not None:
         raise UsageError(f"seed is {seed}, but the samples of {name} come from a file in its order; leave seed out")
-    samples, origin = dataset_samples(DATASETS[name], data=data, subject=subject, n=n)
-    settings = {"task": name, "subject": subject, **origin, "n": len(samples), "seed": None}
-    return GradedSamples(name, samples, DATASETS[name].grade, settings)
+    dataset = DATASETS[name]
+    dataset.ready()
+    found = dataset_samples(dataset, data=data, subject=subject, n=n)
+    settings = {"task": name, **found.origin, "n": len(found.samples), "seed": None}
+    return GradedSamples(name, found.samples, dataset.grade, settings, found.notices)
 
 
 def arithmetic_task(n: int, seed: int) -> GradedSamples:
@@ -101,11 +110,14 @@ def arithmetic_task(n: int, seed: int) -> GradedSamples:
 
 
 def grader_of(name: str) -> Callable[[str, str], Grade]:
-    """How answers of the task called `name` are graded."""
+    """How answers of the task called `name` are graded. Raises `UsageError` where they can't be."""
     name = name.partition(":")[0]
     if name not in NAMES:
         raise unknown_task(name)
-    return grade_number if name == ARITHMETIC else DATASETS[name].grade
+    if name == ARITHMETIC:
+        return grade_number
+    DATASETS[name].ready()
+    return DATASETS[name].grade
 
 
 def unknown_task(name: str) -> UsageError:

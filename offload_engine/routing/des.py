@@ -3,7 +3,7 @@
 Both take a token's local best, not group-limited, to find the block's coreset, and both then let the checkpoint's own
 group-limited top-k choose inside it, as the paper's comparison must have done: an expert of the coreset is in some
 token's local best, so a plain top-k inside would use every one of them, always floor(beta * E), while its DES-Vote
-rows vary around a smaller number (Table 2: 36.8 to 37.0, 12.9 to 13.2).
+rows vary around a smaller number (Table 2: 36.8 to 37.0, 12.9 to 13.0).
 """
 
 from __future__ import annotations

@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import signal
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from offload_engine.evaluate.runner import evaluate
 from tests.cli.command_line import complaint, dmoe_command, process
 
 QUICK = ["--gpu-mem", "4GB", "--max-context", "512", "--max-new-tokens", "96"]
@@ -112,7 +114,13 @@ def test_saved_answers_are_graded(tmp_path: Path):
         (["--task", "gsm8k", "--data", "absent.jsonl"], 2, "absent.jsonl: can't be read (No such file or directory)"),
         (["--task", "tiny-arithmetic", "--model", "absent"], 3, "absent: no such model directory"),
         (["--task", "tiny-arithmetic", "--gpu-mem", "1KB"], 4, "1.00 KB"),
-        (["--task", "tiny-arithmetic", "--out", "x", "--grade-only", "y"], 2, "exclude each other"),
+        (["--out", "x", "--grade-only", "y"], 2, "--out has no effect beside --grade-only; leave one of them out"),
+        (["--grade-only", "x", "--n", "3"], 2, "--n has no effect beside --grade-only"),
+        (["--grade-only", "x", "--data", "y"], 2, "--data has no effect beside --grade-only"),
+        (["--grade-only", "x", "--compare", "a", "b"], 2, "--grade-only has no effect beside --compare"),
+        (["--compare", "a", "b", "--task", "zzz"], 2, "--task has no effect beside --compare"),
+        (["--compare", "a", "b", "--routing", "dmoe"], 2, "--routing has no effect beside --compare"),
+        (["--compare", "a", "b", "--sample-seed", "1"], 2, "--sample-seed has no effect beside --compare"),
         (["--grade-only", "absent.jsonl"], 2, "absent.jsonl: can't be read"),
         (["--grade-only", "absent.jsonl", "--task", "gsm"], 2, "did you mean 'gsm8k'?"),
         (["--compare", "absent", "absent"], 2, "absent: holds no run.json"),
@@ -129,6 +137,30 @@ def test_a_task_needs_a_tokenizer(mute: Path):
     result = dmoe_command(*SUMS, "--model", mute)
     assert result.exit_code == 2
     assert "has no tokenizer.json, and tasks are text" in complaint(result)
+
+
+def test_ctrl_c_after_the_last_answer_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    from offload_engine.cli import eval as evaluation
+
+    def interrupted_at_the_end(*args: Any, **options: Any) -> Iterator[Any]:
+        yield from evaluate(*args, **options)
+        signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(evaluation, "evaluate", interrupted_at_the_end)
+    result = dmoe_command(*SUMS, "--out", tmp_path / "run", "--json")
+    assert result.exit_code == 0, result.stderr
+    assert json.loads(result.stdout)["complete"] is True
+    assert (tmp_path / "run" / "summary.json").exists()
+
+
+def test_a_line_too_long_is_named_before_anything_is_asked(tmp_path: Path):
+    path = tmp_path / "data.jsonl"
+    rows = [{"question": text, "answer": "#### 4"} for text in ("2 + 2?", "apples " * 900)]
+    path.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    result = dmoe_command("eval", "--task", "gsm8k", "--data", path, *QUICK, "--out", tmp_path / "run")
+    assert result.exit_code == 2
+    assert complaint(result).startswith(f"{path}:2: the prompt has ")
+    assert (tmp_path / "run" / "records.jsonl").read_bytes() == b""
 
 
 @pytest.mark.parametrize("kept", [True, False])

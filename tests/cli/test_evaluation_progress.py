@@ -41,6 +41,23 @@ def test_answers_of_an_earlier_run_count_for_accuracy_but_not_for_speed(clock, c
     ]
 
 
+@pytest.mark.parametrize("live", [True, False])
+@pytest.mark.parametrize(
+    ("before", "told"),
+    [
+        ({"a": True, "b": False}, "2/2 answers, 50.0 % right"),
+        ({"a": True}, "1/2 answers, 100.0 % right"),
+        ({}, "no answers"),
+    ],
+)
+def test_nothing_new_is_no_division_by_zero(capsys, monkeypatch, live: bool, before: dict[str, bool], told: str):
+    monkeypatch.setattr(progress, "stderr_is_live", lambda: live)
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    with evaluation_progress(2, before):
+        pass
+    assert not live or capsys.readouterr().err.splitlines()[-1].endswith(told)
+
+
 def test_a_terminal_gets_a_bar_and_the_last_line(capsys, monkeypatch):
     monkeypatch.setattr(progress, "stderr_is_live", lambda: True)
     monkeypatch.setenv("FORCE_COLOR", "1")

@@ -73,6 +73,33 @@ def test_runs_without_counts_or_right_answers_are_compared_as_far_as_they_go():
     assert "strict" in comparison_table(result)
 
 
+def test_of_a_run_with_nothing_right_nothing_is_kept():
+    kept = compare(run("a", "xx.." * 10), run("b", "...." * 10))["strict"]["kept"]
+    assert kept["ratio"] == kept["low"] == kept["lower_bound"] == 0
+    assert 0 < kept["high"] < 0.5
+
+
+def test_kept_comes_with_the_bound_of_95_percent_above():
+    strict = compare(A, B)["strict"]
+    bound = accuracy_ratio(Paired(both=180, only_a=20, only_b=20, neither=20), 1.6448536269514722)
+    assert bound is not None
+    assert strict["kept"]["lower_bound"] == bound.low
+
+
+def test_incomplete_runs_are_said_to_be():
+    result = compare(run("a", "xxx", n=3), run("b", "xx.", n=9))
+    assert result["wanted"] == [3, 9]
+    assert "samples         3 (B is not complete: 3 of 9)\n" in comparison_table(result)
+    assert "complete" not in comparison_table(compare(A, B))
+
+
+def test_the_same_sample_must_have_the_same_gold_answer():
+    other = run("b", "xx")
+    other.records[1]["gold"] = "2"
+    with pytest.raises(UsageError, match="sample '1' has another gold in a than in b"):
+        compare(run("a", "xx"), other)
+
+
 def test_runs_of_other_samples_are_refused_naming_the_first():
     with pytest.raises(UsageError, match="sample '2' is in a but not in b; they have 3 and 2 answers; finish both"):
         compare(run("a", "xxx"), run("b", "xx"))

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from offload_engine.errors import UsageError
+from offload_engine.evaluate import maths, maths_worker
 from offload_engine.evaluate.grading import (
     Grade,
     grade_answer_line,
@@ -85,6 +89,64 @@ def test_maths(text: str, gold: str, grade: Grade):
     assert grade_maths(text, gold) == grade
 
 
+@pytest.fixture
+def worker() -> Iterator[maths._Worker]:
+    pytest.importorskip("math_verify")
+    made = maths._Worker()
+    yield made
+    made.close()
+
+
+def test_maths_is_judged_in_another_process_of_limited_memory(worker: maths._Worker):
+    assert worker.judge(r"\boxed{0.5}", r"\boxed{\frac12}")
+    assert worker._process is not None
+    process = psutil.Process(worker._process.pid)
+    assert process.pid != os.getpid()
+    if hasattr(process, "rlimit"):
+        assert process.rlimit(psutil.RLIMIT_AS)[0] == maths_worker.MEMORY
+    assert worker.judge(r"\boxed{0.5}", r"\boxed{\frac12}")
+    assert worker._process.pid == process.pid, "one process for all answers"
+    worker.close()
+    assert not process.is_running()
+
+
+def test_a_grader_that_dies_is_replaced(worker: maths._Worker):
+    assert worker.judge(r"\boxed{0.5}", r"\boxed{\frac12}")
+    first = worker._process
+    assert first is not None
+    first.kill()
+    assert worker.judge(r"\boxed{0.5}", r"\boxed{\frac12}") is False, "as an answer that kills it would be"
+    assert worker.judge(r"\boxed{0.5}", r"\boxed{\frac12}")
+    assert worker._process is not first
+
+
+def test_a_grader_that_is_busy_too_long_is_killed(
+    worker: maths._Worker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    slow = Path(maths_worker.__file__).read_text().replace("HARD_SECONDS = 20", "HARD_SECONDS = 0.2")
+    slow = slow.replace("import parse, verify", "import verify\n        parse = lambda *_, **__: pow(7, 10**8)")
+    (tmp_path / "slow.py").write_text(slow)
+    monkeypatch.setattr(maths, "_PROGRAM", tmp_path / "slow.py")
+    assert worker.judge(r"\boxed{0.5}", r"\boxed{\frac12}") is False
+    assert worker._process is None
+
+
+def test_an_enormous_number_takes_none_of_this_processs_memory():
+    pytest.importorskip("math_verify")
+    before = psutil.Process().memory_info().rss
+    assert grade_maths(r"\boxed{2^{10^{12}}}", "5") == WRONG
+    assert psutil.Process().memory_info().rss - before < 10 * 2**20
+    assert grade_maths(r"\boxed{5.0}", "5") == RIGHT
+
+
+def test_a_grader_that_cannot_start_says_why(worker: maths._Worker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(maths, "_PROGRAM", tmp_path / "worker.py")
+    for text, complaint in (("print('\"no sympy\"')", r"can't be used \(no sympy\)"), ("1/0", "died as it started")):
+        (tmp_path / "worker.py").write_text(text)
+        with pytest.raises(UsageError, match=complaint):
+            worker.judge("1", "1")
+
+
 def test_maths_without_math_verify_names_the_extra(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(sys.modules, "math_verify", None)
     with pytest.raises(UsageError, match=r"pip install 'offload-engine\[eval\]'"):
@@ -121,6 +183,18 @@ def test_boxed_letters(text: str, grade: Grade):
         ("Answer: (B)", RIGHT),
         ("Answer: B\nAnswer: C", WRONG),
         ("Answer: Because", WRONG),
+        ("Answer: a number.\nAnswer:\n\nB is not it", WRONG),
+        ("Answer: B) the second", RIGHT),
+        ("Answer: B. It is 4", RIGHT),
+        ("**Answer:** b", RIGHT),
+        ("Answer: B\nAnswer: a better one", RIGHT),
+        ("Answer:\nB", WRONG),
+        (r"Answer: \boxed{B}", SOFT),
+        (r"Answer: $\boxed{\text{B}}$", SOFT),
+        (r"Answer: \text{B}", SOFT),
+        ("Final Answer: B", SOFT),
+        ("Answer: C\nFinal answer: B", SOFT),
+        ("Final Answer: C", WRONG),
         (r"\boxed{B}", SOFT),
         (r"Answer: C \boxed{B}", WRONG),
         ("The answer is B.", WRONG),
@@ -129,6 +203,14 @@ def test_boxed_letters(text: str, grade: Grade):
 )
 def test_answer_lines(text: str, grade: Grade):
     assert grade_answer_line(text, "B") == grade
+
+
+def test_only_the_rows_own_labels_are_labels():
+    text = "Answer: B\nAnswer: E"
+    assert grade_answer_line(text, "B", "ABCD") == RIGHT
+    assert grade_answer_line(text, "B", "ABCDE") == grade_answer_line(text, "B") == WRONG
+    assert grade_boxed_letter("Answer: 3", "3", ("1", "2", "3")) == grade_boxed_letter("Answer: 3", "3") == SOFT
+    assert grade_boxed_letter("Answer: 3", "B", ("1", "2", "3")) == WRONG
 
 
 @pytest.mark.parametrize(
@@ -157,7 +239,9 @@ def test_saved_answers_that_cannot_be_graded_are_named_by_line(tmp_path: Path):
     cases = {
         '{"generation": "7"}': r"answers.jsonl:2: no field 'gold'; found 'generation'",
         '{"generation": 7, "gold": "7"}': r"answers.jsonl:2: field 'generation' is 7; wanted a text",
-        '{"generation": "7", "gold": "seven"}': r"answers.jsonl:2: the gold answer 'seven' holds no number",
+        '{"generation": "7", "gold": "seven"}': r":2: the gold answer 'seven' holds no number .*; name .*--task",
+        '{"generation": "7", "gold": "nan"}': r"answers.jsonl:2: the gold answer 'nan' holds no number",
+        '{"generation": null, "gold": "7"}': r"answers.jsonl:2: field 'generation' is null; wanted a text",
         '["7"]': r"answers.jsonl:2: found \['7'\]; wanted a JSON object",
         "{": r"answers.jsonl:2: not JSON \(.*\); wanted one JSON object per line",
     }

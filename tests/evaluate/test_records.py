@@ -16,7 +16,7 @@ from offload_engine.evaluate.records import RunFolder, read_run, write_json
 SETTINGS = {"task": "sums", "n": 3, "sampling": {"steps": 32, "stop": ("a",)}, "engine": {"gpu_mem": "auto"}}
 
 
-def record(name: str, **fields: Any) -> dict[str, Any]:
+def record(name: Any, **fields: Any) -> dict[str, Any]:
     return {"id": name, "gold": "1", "generation": "", "strict": False, "soft": True} | fields
 
 
@@ -91,11 +91,30 @@ def test_damaged_folders(tmp_path: Path):
     for line, complaint in (
         ("nonsense", r"records.jsonl:2: not JSON"),
         ('{"id": "x"}', r"records.jsonl:2: no field 'gold'"),
-        (lines[0], r"records.jsonl:2: sample 'a' was answered before"),
+        (lines[0], r"records.jsonl:2: sample 'a' was answered before; the file is damaged: remove that line"),
+        (
+            json.dumps(record("c", strict="yes")),
+            r"records.jsonl:2: field 'strict' is 'yes'; wanted true or false; the file",
+        ),
+        (json.dumps(record(7)), r"records.jsonl:2: field 'id' is 7; wanted a text"),
+        (json.dumps(record("c", unique_experts="9")), r"field 'unique_experts' is '9'; wanted a number or null"),
+        (json.dumps(record("c", tokens=True)), r"field 'tokens' is True; wanted a number"),
+        (json.dumps(record("c", unique_by_forward=[1, None])), r"is \[1, None\]; wanted a list of numbers"),
+        (json.dumps(record("c", forwards=[])), r"field 'forwards' is \[\]; wanted an object of numbers"),
     ):
         (tmp_path / "records.jsonl").write_text("\n".join([lines[0], line, lines[1], ""]))
         with pytest.raises(UsageError, match=complaint):
             RunFolder(tmp_path, SETTINGS)
+
+
+def test_a_record_that_cannot_be_summed_up_is_named(tmp_path: Path):
+    with RunFolder(tmp_path, SETTINGS) as folder:
+        folder.append(record("a"))
+        with pytest.raises(
+            UsageError, match=r"records.jsonl:1: no field 'prompt'.*: remove that line, and the same run"
+        ):
+            folder.records()
+    assert len(read_run(tmp_path).records) == 1, "what others wrote may lack what is only summed up"
 
 
 def test_two_processes_cannot_write_the_same_run(tmp_path: Path):

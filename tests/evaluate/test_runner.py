@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import defaultdict
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -13,6 +15,7 @@ from offload_engine.core import Phase, SamplingParams
 from offload_engine.engine import Engine
 from offload_engine.errors import PromptError
 from offload_engine.evaluate.fingerprint import PIECE, PIECES, fingerprint
+from offload_engine.evaluate.grading import Grade
 from offload_engine.evaluate.records import Memory, Record, RunFolder, read_run
 from offload_engine.evaluate.runner import about, evaluate, run_folder_settings
 from offload_engine.evaluate.summary import middle_layer, summarise, table
@@ -122,6 +125,40 @@ def test_a_prompt_too_long_is_named(engine: Engine):
         list(evaluate(engine, task, PARAMS))
 
 
+def test_a_line_too_long_is_refused_before_the_first_answer(engine: Engine):
+    long = replace(TASK.samples[1], prompt="apples " * 900, where="data.jsonl:2")
+    task, memory = replace(TASK, samples=[TASK.samples[0], long]), Memory()
+    with pytest.raises(PromptError) as refused:
+        list(evaluate(engine, task, PARAMS, memory))
+    assert re.fullmatch(
+        r"data\.jsonl:2: the prompt has \d{3,} tokens, but the context holds 512 with the answer in whole blocks "
+        r"of 32; set max_context higher \(the model has \d+ positions; gpu_mem must hold them\), or remove the line",
+        str(refused.value),
+    )
+    assert memory.records() == []
+    memory.done = {long.id: False}
+    assert len(list(evaluate(engine, task, PARAMS, memory))) == 1, "what was answered before isn't asked again"
+
+
+def test_a_samples_place_is_no_part_of_its_record(engine: Engine):
+    placed = [replace(sample, where=f"/somewhere/data.jsonl:{n}") for n, sample in enumerate(TASK.samples[:1], 1)]
+    [record] = evaluate(engine, replace(TASK, samples=placed), PARAMS)
+    assert "somewhere" not in json.dumps(record)
+
+
+def test_a_samples_choices_reach_its_grader(engine: Engine):
+    told: list[tuple[str, ...]] = []
+
+    def grader(_generation: str, _gold: str, labels: tuple[str, ...] = ()) -> Grade:
+        told.append(labels)
+        return Grade(True, True)
+
+    sample = TASK.samples[0]
+    samples = [replace(sample, labels=("A", "B")), replace(sample, id="other")]
+    list(evaluate(engine, replace(TASK, samples=samples, grader=grader), PARAMS))
+    assert told == [("A", "B"), ()]
+
+
 def test_a_summary_is_the_sum_of_its_records(engine: Engine, records: list[Record]):
     summary = summarise(run_folder_settings(engine, TASK, PARAMS), about(engine), records)
     assert (summary["n"], summary["complete"]) == (5, True)
@@ -142,6 +179,33 @@ def test_a_summary_is_the_sum_of_its_records(engine: Engine, records: list[Recor
     assert f"{100 * summary['strict']['accuracy']:.2f} % ({summary['strict']['right']} of 5" in shown
     assert "original (k 8)" in shown
     assert summarise(run_folder_settings(engine, TASK, PARAMS), about(engine), records[:3])["complete"] is False
+
+
+def made_record(**fields: Any) -> Record:
+    """A record of numbers that tell apart what they are summed with."""
+    return {
+        "strict": True,
+        "soft": True,
+        "finish_reason": "eos",
+        "unique_experts": 6.0,
+        "unique_by_layer": {"1": 6.0},
+        "unique_by_forward": [6.0],
+        "unique_mid_by_forward": [6],
+        "forwards": {"denoise": 1},
+        **dict.fromkeys(("tokens", "steps", "blocks", "seconds", "stall_seconds", "hits", "late", "misses"), 0),
+        **dict.fromkeys(("bytes_moved", "peak_bytes"), 0),
+    } | fields
+
+
+def test_rates_are_of_totals_and_variation_is_over_all_forwards():
+    records = [
+        made_record(tokens=10, seconds=1.0, hits=6, late=1, misses=1, unique_by_forward=[2.0, 4.0, 6.0]),
+        made_record(tokens=90, seconds=3.0, hits=0, late=3, misses=9, unique_by_forward=[8.0]),
+    ]
+    summary = summarise({"n": 2}, {"moe_layers": [1]}, records)
+    assert summary["tokens_per_second"] == 25.0, "not the mean of 10 and 30"
+    assert summary["hit_rate"] == 6 / 20, "late is no hit, and it is of all requests"
+    assert summary["unique_experts_cv"] == pytest.approx(5**0.5 / 5), "of 2, 4, 6, 8 together"
 
 
 def test_an_empty_run_has_a_summary(engine: Engine):
@@ -170,5 +234,10 @@ def test_the_fingerprint_is_of_content_not_of_place(tmp_path: Path):
     assert one == checkpoint("two", weights)
     changed = {checkpoint(f"byte-{at}", weights[:at] + b"!" + weights[at + 1 :]) for at in (1, 100_000, 255_999)}
     assert len(changed | {one, checkpoint("config", weights, "[]"), checkpoint("longer", weights + b"\0")}) == 6
+    assert one != checkpoint("same-weights", weights, "{ }")
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        before = fingerprint(tmp_path / "two")
+        (tmp_path / "two" / name).write_text("{}")
+        assert fingerprint(tmp_path / "two") != before, name
     large = bytes(PIECE * (PIECES + 9))
     assert checkpoint("large", large) != checkpoint("tuned", b"\1" * len(large))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+from statistics import NormalDist
 
 import pytest
 from hypothesis import given
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 from offload_engine.evaluate.statistics import (
     Z_ONE_SIDED,
     Paired,
+    Z,
     accuracy_difference,
     accuracy_ratio,
     deviation,
@@ -73,6 +75,11 @@ def test_swapping_the_runs_mirrors_the_intervals(pairs: Paired):
     assert ratio == pytest.approx((1 / inverse.high, 1 / inverse.low))
     assert ratio.low <= pairs.right_b / pairs.right_a * (1 + 1e-12)
     assert ratio.high >= pairs.right_b / pairs.right_a * (1 - 1e-12)
+
+
+def test_the_quantiles_are_the_normal_distributions():
+    normal = NormalDist()
+    assert (normal.cdf(Z), normal.cdf(Z_ONE_SIDED)) == pytest.approx((0.975, 0.95), abs=1e-12)
 
 
 def test_one_sided_bounds_are_tighter_than_two_sided():

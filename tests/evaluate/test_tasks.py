@@ -64,7 +64,8 @@ def write_parquet(path: Path, *rows: dict[str, Any]) -> Path:
 @pytest.mark.parametrize("write", [write_lines, write_parquet])
 def test_published_fields_become_prompts_and_right_answers_are_right(tmp_path: Path, name: str, write: Any):
     row, prompt, right = CASES[name]
-    task = make_task(name, data=write(tmp_path / "data", row))
+    subject = "sums" if name == "mmlu" else None
+    task = make_task(name, data=write(tmp_path / "data", row), subject=subject)
     [sample] = task.samples
     assert sample.prompt == prompt
     assert task.grade(right, sample.gold) == Grade(True, True)
@@ -101,30 +102,72 @@ def test_generated_problems_are_those_of_their_seed():
 def test_subjects(tmp_path: Path):
     row = CASES["mmlu"][0]
     path = write_lines(tmp_path / "all.jsonl", row, row | {"subject": "logic"}, row | {"subject": "sums"})
-    assert len(make_task("mmlu", data=path).samples) == 3
+    assert len(make_task("mmlu:all", data=path).samples) == 3
     for named in (make_task("mmlu:sums", data=path), make_task("mmlu", subject="sums", data=path)):
         assert [sample.id for sample in named.samples] == ["0", "2"]
         assert named.settings["subject"] == "sums"
-    with pytest.raises(UsageError, match=r"all.jsonl: no rows of subject 'cooking'; there are logic, sums"):
+        assert named.notices == ()
+    with pytest.raises(UsageError, match=r"all.jsonl: no rows of subject 'cooking'; there are logic, sums; name one"):
         make_task("mmlu:cooking", data=path)
-    untold = {key: value for key, value in row.items() if key != "subject"}
-    assert len(make_task("mmlu:sums", data=write_lines(tmp_path / "one.jsonl", untold)).samples) == 1
-    assert make_task("mmlu", data=write_lines(tmp_path / "letter.jsonl", row | {"answer": "C"})).samples[0].gold == "C"
+    with pytest.raises(UsageError, match=r"no rows of subject 'high_school_mathematics'; there are logic, sums"):
+        make_task("mmlu", data=path)
+    path = write_lines(path, row, row | {"subject": "high_school_mathematics", "answer": "C"})
+    task = make_task("mmlu", data=path)
+    assert [(sample.id, sample.gold, sample.labels) for sample in task.samples] == [("1", "C", tuple("ABCD"))]
+    assert task.settings["subject"] == "high_school_mathematics"
+
+
+def test_a_file_that_tells_no_subject_is_taken_whole_and_said_so(tmp_path: Path):
+    untold = {key: value for key, value in CASES["mmlu"][0].items() if key != "subject"}
+    path = write_lines(tmp_path / "one.jsonl", untold)
+    for name, subject in (("mmlu", None), ("mmlu:sums", "sums")):
+        task = make_task(name, data=path)
+        assert len(task.samples) == 1
+        assert task.settings["subject"] == subject
+        [notice] = task.notices
+        assert "one.jsonl: no row has a field 'subject', so all of them are taken" in notice
+
+
+def test_samples_know_their_place_and_their_choices(tmp_path: Path):
+    arc = CASES["arc-c"][0]
+    path = write_lines(tmp_path / "data.jsonl", "", arc)
+    task = make_task("arc-c", data=path)
+    [sample] = task.samples
+    assert sample.where == f"{path}:2"
+    assert sample.labels == ("A", "B")
+    assert str(path) not in json.dumps(task.settings | {"data": None})
+    assert task.grade("Answer: B\nAnswer: C", sample.gold, sample.labels).soft, "C is none of the choices"
+    assert not task.grade("Answer: B\nAnswer: A", sample.gold, sample.labels).soft
+
+
+def test_math500_needs_its_grader_when_the_task_is_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    path = write_lines(tmp_path / "data.jsonl", CASES["math500"][0])
+    monkeypatch.setitem(sys.modules, "math_verify", None)
+    for attempt in (lambda: make_task("math500", data=path), lambda: grader_of("math500")):
+        with pytest.raises(
+            UsageError, match=r"math-verify, which isn't installed; pip install 'offload-engine\[eval\]'"
+        ):
+            attempt()
 
 
 @pytest.mark.parametrize(
     ("name", "change", "complaint"),
     [
-        ("gsm8k", {"question": None}, "no field 'question'; found 'question', 'answer'"),
+        ("gsm8k", {"question": None}, "field 'question' is null; wanted a text"),
         ("gsm8k", {"question": " "}, "field 'question' is ' '; wanted a text"),
         ("gsm8k", {"answer": 4}, "field 'answer' is 4; wanted a text"),
-        ("gsm8k", {"answer": "four"}, "field 'answer' has no number after '####'"),
-        ("gsm8k", {"answer": "#### four"}, "field 'answer' has no number after '####'"),
-        ("math500", {"answer": None}, "no field 'answer'"),
-        ("arc-c", {"choices": ["wood"]}, "'choices' should hold lists 'text' and 'label' of equal length"),
-        ("arc-c", {"choices": {"text": ["a", "b"], "label": ["A"]}}, "'choices' should hold lists 'text' and 'label'"),
+        ("gsm8k", {"answer": "four"}, "field 'answer' has no number after '####'; found 'four'"),
+        ("gsm8k", {"answer": "x" * 50 + "#### four"}, "has no number after '####'; found '...xxxxx"),
+        ("gsm8k", {"answer": "#### nan"}, "field 'answer' has no number after '####'; found '#### nan'"),
+        ("math500", {"answer": None}, "field 'answer' is null; wanted a text"),
+        ("arc-c", {"choices": ["wood"]}, "'choices' is ['wood']; wanted lists 'text' and 'label' of equal length"),
+        (
+            "arc-c",
+            {"choices": {"text": ["a", "b"], "label": ["A"]}},
+            "'label': ['A']}; wanted lists 'text' and 'label'",
+        ),
         ("arc-c", {"answerKey": "E"}, "field 'answerKey' is 'E', which is none of the labels A, B"),
-        ("mmlu", {"choices": "ab"}, "field 'choices' should be a list of 2 to 10 texts"),
+        ("mmlu", {"choices": "ab"}, "field 'choices' is 'ab'; wanted a list of 2 to 10 texts"),
         ("mmlu", {"answer": 4}, "field 'answer' is 4; wanted 0 to 3 or one of ABCD"),
         ("mmlu", {"answer": True}, "field 'answer' is True; wanted 0 to 3 or one of ABCD"),
     ],
@@ -133,7 +176,7 @@ def test_a_bad_row_is_named_by_file_and_line(tmp_path: Path, name: str, change: 
     good = CASES[name][0] | ({"id": "Mercury_0"} if name == "arc-c" else {"unique_id": "0"})
     path = write_lines(tmp_path / "data.jsonl", good, "", CASES[name][0] | change)
     with pytest.raises(UsageError) as refused:
-        make_task(name, data=path)
+        make_task(name, data=path, subject="all" if name == "mmlu" else None)
     assert str(refused.value).startswith(f"{path}:3: ")
     assert complaint in str(refused.value)
 

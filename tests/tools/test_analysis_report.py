@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.tools.analysis_data import MadeUp, evaluated
-from tools.analysis import figures, report, runs
+from tests.tools.analysis_data import FACTS, MadeUp, evaluated
+from tools.analysis import figures, measurements, report, runs
 from tools.analysis.sections import SECTIONS
 from tools.analysis.study import Study
 from tools.analysis.tables import Table, change, interval, number, percent
@@ -105,7 +105,7 @@ def test_the_page_needs_nothing_else(made: report.Report) -> None:
     assert all(len(label) > 40 for label in labels)
     assert ("meta", "name", "viewport") in page.attributes
     assert "prefers-color-scheme: dark" in page.text
-    assert "a tiny model on generated arithmetic" in page.text
+    assert "This is a tiny model (7.0 million parameters) on generated arithmetic" in page.text
     for figure in made.drawn:
         assert (made.study.out / "figures" / f"{figure.name}.svg").read_text().startswith("<?xml")
         assert (made.study.out / "figures" / f"{figure.name}.png").read_bytes().startswith(b"\x89PNG")
@@ -117,6 +117,26 @@ def test_the_headline_says_what_was_saved_and_kept(made: report.Report) -> None:
     assert "keeps 93.75 % of the accuracy (80.0 % to 75.0 %, 20 problems, paired)" in text
     bound = made.numbers["tiny-arithmetic"]["strict"]["kept"]["lower_bound"]
     assert f"at least {100 * bound:.2f} % with 95 % confidence" in text
+
+
+def test_the_json_says_when_and_on_what_each_measurement_was_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(measurements.MEASUREMENTS, "masking", lambda _study: {"token": [], "block": []})
+    study = Study(model=None, base=None, out=tmp_path, n=5)
+    made = measurements.ensure(study, "masking")
+    found = report.as_dict(report.Report(study, [], [], {}, [], []))["measurements"]
+    assert found == {"masking": {"date": made["date"], "machine": measurements.machine()}}
+
+
+def test_a_large_model_is_not_called_tiny(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    facts = {**FACTS, "parameters": 16_000_000_000}
+    data = MadeUp(tmp_path, [], {"model": {"base": facts, "distilled": facts}})
+    monkeypatch.setattr(report, "Data", lambda _study: data)
+    monkeypatch.setattr(report, "_facts", lambda _data: [])
+    text = report.build(data.study).limits[0]
+    assert "a model (16,000.0 million parameters)" in text
+    assert "tiny model" not in text
 
 
 def test_markdown_and_json_have_the_same_tables(made: report.Report, tmp_path: Path) -> None:

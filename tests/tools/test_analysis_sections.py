@@ -7,11 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from offload_engine.evaluate.statistics import wilson
 from tests.tools.analysis_data import FACTS, SAMPLES, MadeUp, evaluated
 from tools.analysis import paper, runs
+from tools.analysis.evaluations import Evaluated
 from tools.analysis.figures import Drawn
+from tools.analysis.matching import ATTEMPTS, search
 from tools.analysis.sections import ablations, comparison, costs, latency, observations
 from tools.analysis.sections.content import Content, MissingError
 from tools.analysis.study import Effort
@@ -55,7 +59,7 @@ def test_table_2_marks_our_rows_and_names_those_that_are_missing(tmp_path: Path)
     (table,) = tables(content)
     assert [table.rows[place][0] for place in table.ours] == ["dMoE (p = 0.6)"]
     assert "the evaluation top-4 on tiny-arithmetic" in content.missing
-    assert "the evaluation des-vote-matched on tiny-arithmetic" in content.missing
+    assert "the evaluation des-vote-keep25 on tiny-arithmetic" in content.missing
     assert len(content.missing) + len(table.rows) == len(runs.main_comparison(Effort())) + 1
 
 
@@ -64,22 +68,68 @@ def test_without_the_original_there_is_nothing_to_compare_with(tmp_path: Path) -
         comparison.table_2(MadeUp(tmp_path, [OURS]))
 
 
-def test_des_vote_is_held_to_as_many_experts_as_dmoe_uses(tmp_path: Path) -> None:
-    rows = comparison.rows_of_table_2(Effort(), MadeUp(tmp_path, [ORIGINAL, OURS]), "tiny-arithmetic")
-    (matched,) = [run for run in rows if run.name == runs.MATCHED]
-    assert matched.routing == {"routing": "des-vote", "des_beta": 25 / 256}
-    unknown = comparison.rows_of_table_2(Effort(), MadeUp(tmp_path, [ORIGINAL]), "tiny-arithmetic")
-    assert runs.MATCHED not in [run.name for run in unknown]
+def matched_row(tmp_path: Path, *made: Evaluated) -> list[runs.Run]:
+    rows = comparison.rows_of_table_2(Effort(), MadeUp(tmp_path, [ORIGINAL, *made]), "tiny-arithmetic")
+    return [run for run in rows if run.name.startswith(runs.MATCHED)]
+
+
+def test_des_vote_gets_a_coreset_of_which_as_many_are_used_as_by_dmoe(tmp_path: Path) -> None:
+    """A coreset of 25 uses 20 and one of 38 uses 33: 25 should be used of one of 30, and are, once it is 31."""
+    known = [evaluated(runs.des_vote(0.10), 9, 20.0), evaluated(runs.des_vote(0.15), 9, 33.0)]
+    assert matched_row(tmp_path, *known) == [], "dMoE's own count isn't known"
+    (guessed,) = matched_row(tmp_path, OURS, *known)
+    assert guessed.routing == {"routing": "des-vote", "des_beta": 30 / 256}
+    first = evaluated(guessed, 9, 24.5)
+    step = search(MadeUp(tmp_path, [OURS, *known, first]).finder, 256)
+    assert step.best == first, "the nearest until there is a better one"
+    assert step.following == runs.matched_des_vote(31, 256)
+    enough = evaluated(step.following, 9, 25.5)
+    assert search(MadeUp(tmp_path, [OURS, *known, first, enough]).finder, 256) == (enough, None)
+    assert matched_row(tmp_path, OURS, *known, first, enough) == [enough.run]
+
+
+@given(st.floats(1, 250), st.floats(0.3, 1.0), st.floats(0, 0.4))
+def test_the_search_ends_and_finds_no_fewer_experts_than_dmoe(target: float, share: float, bend: float) -> None:
+    """Whatever share of a coreset is used, as long as it rises with the coreset's size."""
+
+    def find(run: runs.Run) -> Evaluated | None:
+        if run.name == runs.OURS:
+            return evaluated(run, 9, target)
+        keep = runs.coreset_of(run.routing["des_beta"], 256)
+        asked.append(run.name)
+        return evaluated(run, 9, share * keep * (1 - bend * keep / 256))
+
+    asked: list[str] = []
+    found = search(find, 256)
+    assert found.best is not None
+    assert found.following is None
+    assert len({name for name in asked if name.startswith(runs.MATCHED)}) <= ATTEMPTS
+    possible = share * 256 * (1 - bend)
+    if bend == 0 and target <= possible:
+        assert found.best.unique >= target - 1e-6
+        assert found.best.unique - target < share + 1e-6, "more experts than it takes"
+
+
+def test_the_lesson_says_which_of_the_two_keeps_more(tmp_path: Path) -> None:
+    for right, word in ((10, "which is less"), (15, "as much"), (16, "which is more")):
+        made = [ORIGINAL, OURS, evaluated(runs.matched_des_vote(25, 256), right, 25.0)]
+        text = comparison.table_2(MadeUp(tmp_path, made)).parts[-1]
+        assert f"DES-Vote with 25.0 experts (dMoE: 25.0) keeps {100 * right / 16:.2f} %, {word}" in str(text)
+
+
+def test_nothing_is_called_saved_that_is_not(tmp_path: Path) -> None:
+    more = evaluated(runs.dmoe(0.6), 15, 110.0)
+    assert "10.0 % more experts" in str(comparison.table_2(MadeUp(tmp_path, [ORIGINAL, more])).parts[-1])
 
 
 def test_an_accuracy_of_nothing_keeps_nothing(tmp_path: Path) -> None:
-    content = comparison.table_2(MadeUp(tmp_path, [ORIGINAL, evaluated(runs.dmoe(0.6), 0, 25.0)]))
+    content = comparison.table_2(MadeUp(tmp_path, [evaluated(runs.original(), 0, 100.0), OURS]))
     assert cells(content, "dMoE (p = 0.6)")["Kept %"] == "–"
 
 
 def test_expert_memory_is_the_bytes_of_distinct_experts_in_all_layers(tmp_path: Path) -> None:
     content = costs.figure_5a(MadeUp(tmp_path, [ORIGINAL, OURS]))
-    assert content.numbers["bytes"] == {"original": 3 * 100 * 1000, "dmoe-p0.6": 3 * 25 * 1000}
+    assert content.numbers["tiny-arithmetic"] == {"original": 3 * 100 * 1000, "dmoe-p0.6": 3 * 25 * 1000}
     assert cells(content, "dMoE (p = 0.6)") == {"Routing": "dMoE (p = 0.6)", "MB": "0.07", "Change": "−75.0 %"}
     assert isinstance(content.parts[0], Drawn)
 
@@ -93,8 +143,8 @@ def test_speed_is_compared_round_by_round(tmp_path: Path) -> None:
     data = MadeUp(tmp_path, [])
     names = [run.name for run in costs.compared(data.study)]
     others = {name: rounds([1.0, 1.0, 1.0]) for name in names}
-    one = {"prompts": 2, "slots": {"base": 768}, "rounds": {**others, "original": rounds([2.0, 4.0, 40.0])}}
-    data.results["speed"] = {"whole": one, "tight": {**one, "slots": {"base": 77}}}
+    one = {"prompts": 2, "slots": 768, "rounds": {**others, "original": rounds([2.0, 4.0, 40.0])}}
+    data.results["speed"] = {"whole": one, "tight": {**one, "slots": 77}}
     speed = costs.figure_5b(data).numbers["whole"]["dmoe-p0.6"]
     assert (speed["speed_up"], speed["least"], speed["most"]) == (4.0, 2.0, 40.0)
     assert speed["answer_ms"] == 500.0
@@ -169,7 +219,9 @@ def test_moe_latency_is_fitted(tmp_path: Path) -> None:
     swept = [(unique, 0.5 + 0.02 * unique + noise) for unique in (8, 100, 200) for noise in (0.0, 0.0, 9.0)]
     real = [(unique, 1.0 + 0.03 * unique) for unique in (40, 50, 60)]
     data = MadeUp(
-        tmp_path, [], {"moe-latency": {cache: {"swept": swept, "real": real} for cache in ("whole", "tight")}}
+        tmp_path,
+        [],
+        {"moe-latency": {cache: {"slots": 9, "swept": swept, "real": real} for cache in ("whole", "tight")}},
     )
     numbers = latency.moe_latency(data).numbers
     assert numbers["whole-swept"]["slope"] == pytest.approx(0.02), "an outlier moved the median"
@@ -180,13 +232,65 @@ def test_moe_latency_is_fitted(tmp_path: Path) -> None:
 def test_components_are_shares_of_their_total(tmp_path: Path) -> None:
     def bar(cache: str, routing: str, moe: float) -> dict[str, Any]:
         parts = {"moe": moe, "attention": 2.0, "other": 1.0, "total": moe + 3.0}
-        return {"cache": cache, "routing": routing, "block_length": 32, **parts}
+        return {"cache": cache, "slots": 77, "routing": routing, "block_length": 32, **parts}
 
     bars = [bar(cache, *one) for cache in ("whole", "tight") for one in (("Original", 7.0), ("dMoE (p = 0.6)", 3.0))]
     content = latency.components(MadeUp(tmp_path, [], {"components": {"bars": bars}}))
     assert cells(content, "a: 32 tokens, Original")["MoE's share"] == "70.0 %"
     assert cells(content, "b: 32 tokens, dMoE (p = 0.6)")["MoE's share"] == "50.0 %"
-    assert str(content.parts[0]).startswith("Under the original routing MoE takes 70 % to 70 % of a denoising step")
+    assert str(content.parts[0]).startswith("Under the original routing MoE takes 70 % of a denoising step")
+
+
+@pytest.mark.parametrize(
+    ("moe", "said"),
+    [
+        ((7.0, 7.0), "it does here, too"),
+        ((2.0, 3.0), "here it never takes more than half"),
+        ((1.0, 9.0), "here it takes more than half in 1 of 2 settings"),
+    ],
+)
+def test_moe_is_said_to_dominate_only_where_it_does(tmp_path: Path, moe: tuple[float, float], said: str) -> None:
+    bars = [
+        {"cache": cache, "slots": 7, "routing": "Original", "block_length": 32, "moe": one, "total": one + 3.0}
+        | {"attention": 2.0, "other": 1.0}
+        for cache, one in zip(("whole", "tight"), moe, strict=True)
+    ]
+    content = latency.components(MadeUp(tmp_path, [], {"components": {"bars": bars}}))
+    assert said in str(content.parts[0])
+
+
+def test_latency_is_said_to_rise_only_where_it_does(tmp_path: Path) -> None:
+    rising, falling = ([(unique, 9.0 + sign * 0.01 * unique) for unique in (8, 100, 200)] for sign in (1, -1))
+    caches = {"whole": {"slots": 768, "swept": rising, "real": falling}}
+    caches["tight"] = {"slots": 77, "swept": falling, "real": falling}
+    drawn = latency.moe_latency(MadeUp(tmp_path, [], {"moe-latency": caches})).parts[1]
+    assert isinstance(drawn, Drawn)
+    assert drawn.alt.count("not rising") == 3
+    assert "made-up routings, cache of 768: rising, 10.0 µs per expert" in drawn.alt
+
+
+def test_a_sweep_of_single_points_is_still_a_sweep(tmp_path: Path) -> None:
+    """What is fitted depends on the kind of series, not on how its points look."""
+    swept = [(8, 1.0), (100, 2.0), (200, 3.0), (200, 3.0), (200, 99.0)]
+    caches = {cache: {"slots": 9, "swept": swept, "real": swept} for cache in ("whole", "tight")}
+    numbers = latency.moe_latency(MadeUp(tmp_path, [], {"moe-latency": caches})).numbers
+    assert numbers["whole-swept"]["slope"] == pytest.approx(0.0104, abs=1e-4)
+    assert numbers["whole-real"]["slope"] > 0.1
+
+
+@pytest.mark.parametrize(("top_p", "said"), [(0.5, "distilled with p = 0.5"), (None, "doesn't say")])
+def test_table_3_says_what_the_checkpoint_says(tmp_path: Path, top_p: float | None, said: str) -> None:
+    facts = {**FACTS, "distilled_top_p": top_p}
+    data = MadeUp(tmp_path, [ORIGINAL, OURS], {"model": {"base": FACTS, "distilled": facts}})
+    assert said in str(ablations.table_3(data).parts[0])
+
+
+def test_figure_6_counts_the_points_above_the_line(tmp_path: Path) -> None:
+    line = [evaluated(runs.des_vote(0.10), 4, 20.0), evaluated(runs.des_vote(0.15), 20, 40.0)]
+    ours = [evaluated(runs.dmoe(p), right, unique) for p, right, unique in ((0.6, 9, 25.0), (0.7, 9, 35.0))]
+    content = ablations.figure_6(MadeUp(tmp_path, [ORIGINAL, *line, *ours, evaluated(runs.dmoe(0.8), 20, 90.0)]))
+    assert content.numbers["tiny-arithmetic"]["dmoe_above"]["DES-V"] == {"above": 1, "of": 2}
+    assert "1 of the 2 dMoE settings that fall within DES-V's range" in str(content.parts[0])
 
 
 def test_the_papers_averages_are_those_it_prints() -> None:

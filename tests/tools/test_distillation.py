@@ -289,6 +289,10 @@ class TestTeacher:
         with pytest.raises(UsageError, match="leave --stop out"):
             make_teacher(EngineConfig(), SamplingParams(stop=("x",)), prompts(1))
 
+    def test_routing_that_looks_at_the_cache_is_refused(self) -> None:
+        with pytest.raises(UsageError, match=r"residency_bonus is 0.5, by which .*; leave --residency-bonus out"):
+            make_teacher(EngineConfig(routing="dmoe", residency_bonus=0.5), SamplingParams(), prompts(1))
+
     def test_a_sampled_answer_depends_on_its_own_prompt_alone(self) -> None:
         params = SamplingParams(temperature=4, seed=3, max_new_tokens=64)
         given = [Prompt(place, "", "What is 1 + 2?") for place in range(4)]
@@ -357,3 +361,10 @@ class TestCommand:
         result = run("--prompts", given, "--out", tmp_path / "out")
         assert result.exit_code == 2
         assert "begun with sampling.threshold = 0.5, but now it is 0.95" in result.output
+
+    def test_workers_of_a_cluster_do_not_each_take_a_machines_memory(self, tmp_path: Path) -> None:
+        given = problems(tmp_path / "p.jsonl", 2)
+        result = run("--prompts", given, "--out", tmp_path / "out", "--ray", "127.0.0.1:9", "--workers", 2)
+        assert result.exit_code == 2
+        assert "--gpu-mem is auto, but a cluster may put several workers on one machine" in result.output
+        assert not (tmp_path / "out").exists()

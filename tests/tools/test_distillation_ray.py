@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -10,13 +11,25 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import suppress
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 from click.testing import CliRunner
 
-from tools.distillation.shards import WORK
+from tools.distillation.on_ray import ATTEMPTS, Answerer
+from tools.distillation.prompts import Prompt
+from tools.distillation.shards import (
+    WORK,
+    begin_attempt,
+    cut,
+    forget_fruitless_attempts,
+    fruitless_attempts,
+    generate_shard,
+    line_of,
+)
 from tools.self_distil import main as self_distil
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -91,3 +104,73 @@ def test_a_cluster_that_is_not_there_is_refused_at_once(tmp_path: Path, ray_home
     assert done.returncode == 2
     assert "error: --ray 127.0.0.1:9: no cluster there" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+DYING = """
+import os, sys
+from pathlib import Path
+from types import SimpleNamespace
+from offload_engine.errors import OffloadError
+from tools.distillation.on_ray import answer_on_ray
+from tools.distillation.prompts import Prompt
+from tools.distillation.shards import cut
+
+class Dying:
+    config = SimpleNamespace(threads=1, gpu_mem=2**30)
+    def open(self):
+        os._exit(9)
+
+try:
+    list(answer_on_ray(Path(sys.argv[1]), Dying(), cut([Prompt(i, "", "") for i in range(1)], 1), 1, "local"))
+except OffloadError as error:
+    print(error)
+"""
+
+
+@pytest.mark.slow
+def test_workers_that_always_die_end_the_job(tmp_path: Path, ray_home: dict[str, str]) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "dying.py").write_text(DYING)
+    done = subprocess.run(
+        [sys.executable, tmp_path / "dying.py", tmp_path / "out"],
+        cwd=ROOT,
+        env={**ray_home, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        timeout=500,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"shard-0000\d got no further with 3 workers in turn: a worker was killed, perhaps", done.stdout)
+
+
+def test_attempts_are_counted_from_the_last_answer(tmp_path: Path) -> None:
+    [shard] = cut([Prompt(0, "", ""), Prompt(1, "", "")], 2)
+    assert fruitless_attempts(tmp_path, shard) == 0
+    journals = [begin_attempt(tmp_path, shard) for _ in range(3)]
+    assert fruitless_attempts(tmp_path, shard) == 3
+    journals[1].write_bytes(line_of({"dropped": "length", "id": 0}))
+    for number, journal in enumerate(journals):
+        os.utime(journal, (number, number))
+    assert fruitless_attempts(tmp_path, shard) == 1  # the third, which came after the second's answer
+    forget_fruitless_attempts(tmp_path, shard)
+    assert fruitless_attempts(tmp_path, shard) == 0
+    receipt = generate_shard(tmp_path, shard, lambda one: {"id": one.id}, begin_attempt(tmp_path, shard))
+    assert (receipt.kept, receipt.dropped) == (1, {"length": 1})
+    assert [path.name for path in (tmp_path / WORK).iterdir()] == ["shard-00000.json"]
+
+
+def test_a_worker_gives_a_shard_up_that_cost_others_their_lives(tmp_path: Path) -> None:
+    [shard] = cut([Prompt(0, "", "")], 1)
+    row = {"index": 0, "prompts": [asdict(prompt) for prompt in shard.prompts]}
+
+    class Teacher:
+        def open(self) -> Any:
+            raise MemoryError
+
+    answerer = Answerer(str(tmp_path), Teacher())  # type: ignore[arg-type]
+    for _ in range(ATTEMPTS):
+        with pytest.raises(MemoryError):  # as good as dead
+            answerer._outcome(row)
+    outcome = answerer._outcome(row)
+    assert outcome["error"] == "OffloadError"
+    assert "fewer --workers or a smaller --gpu-mem" in outcome["message"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -109,4 +110,17 @@ def test_shards_are_those_of_the_manifest(tmp_path: Path) -> None:
         shard.unlink()
     write(tmp_path)
     with pytest.raises(UsageError, match=r"holds no shard-\*.jsonl"):
+        load_dataset(tmp_path, SHAPE)
+
+
+def test_a_shard_that_is_not_the_one_listed_is_refused(tmp_path: Path) -> None:
+    write(tmp_path, [GOOD], [GOOD, GOOD])
+    shards = [
+        {"file": path.name, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
+        for path in sorted(tmp_path.glob("shard-*"))
+    ]
+    (tmp_path / "manifest.json").write_text(json.dumps({"complete": True, "shards": shards}))
+    assert len(load_dataset(tmp_path, SHAPE)) == 3
+    (tmp_path / "shard-00001.jsonl").write_text(json.dumps(GOOD) + "\n")  # a line is gone
+    with pytest.raises(UsageError, match=r"shard-00001.jsonl: has SHA-256 .*but manifest.json lists it with .*; copy"):
         load_dataset(tmp_path, SHAPE)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import hashlib
 import json
 import os
 import platform
@@ -11,7 +12,6 @@ import re
 import statistics
 import sys
 from collections.abc import Callable
-from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -28,11 +28,15 @@ from tools.analysis.components import answer_all
 from tools.analysis.runs import of_block_length
 from tools.analysis.speed import compare_speed
 from tools.analysis.study import BLOCK, Role, Study
+from tools.analysis.turns import take_turns
 
 Result = dict[str, Any]
 ROLES: tuple[Role, ...] = ("base", "distilled")
 CACHES = ("whole", "tight")
 """An expert cache as large as memory allows, and one that holds the study's `tight_share`."""
+
+SAY_EVERY = 20
+"""Problems between two lines that say how far the masking is."""
 
 
 def path_of(study: Study, name: str) -> Path:
@@ -44,8 +48,12 @@ def settings_of(study: Study, name: str) -> dict[str, Any]:
     """What the measurement's numbers depend on; a change makes it be done again."""
     facts = {"fingerprints": study.fingerprints, "longest": study.longest, "tight_share": study.tight_share}
     engine = study.config("base").model_dump(exclude={"model"})
-    measured = {} if name == "model" else {"effort": asdict(study.effort), "task": study.tasks[0]}
-    whole: dict[str, Any] = json.loads(json.dumps({"version": 1, **facts, "engine": engine, **measured}))
+    measured = {}
+    if name != "model":
+        prompts = study.prompts(max(study.effort.prompts, study.effort.mask_problems))  # what --n and --data leave
+        digest = hashlib.sha256(json.dumps(prompts).encode()).hexdigest()[:16]
+        measured = {"effort": asdict(study.effort), "task": study.tasks[0], "prompts": digest}
+    whole: dict[str, Any] = json.loads(json.dumps({"version": 2, **facts, "engine": engine, **measured}))
     return whole
 
 
@@ -98,49 +106,58 @@ def machine() -> dict[str, Any]:
 
 
 def _model(study: Study) -> Result:
+    """Opens every model alone as the measurements will, with both cache sizes: one that doesn't fit is refused before
+    hours of evaluations.
+    """
     facts: Result = {}
-    for role in ROLES:
+    for role in study.roles:
         with study.open(role) as engine:
-            config, plan = engine.model_config, engine.plan
-            facts[role] = {
-                "name": engine.config.model or "built-in",
-                "fingerprint": study.fingerprints[role],
-                "parameters": seam.parameters(engine),
-                "dtype": str(engine.dtype).removeprefix("torch."),
-                "threads": seam.threads(engine),
-                "moe_layers": list(config.moe_layers),
-                "num_experts": config.num_experts,
-                "top_k": config.num_experts_per_tok,
-                "expert_bytes": seam.expert_bytes(engine),
-                "slots": plan.slots,
-                "all_experts": plan.all_experts,
-                "tight_bytes": max(2, round(study.tight_share * plan.all_experts)) * plan.slab_bytes,
-                "distilled_top_p": config.distilled_top_p,
-            }
-    return facts
+            facts[role] = _facts(study, role, engine)
+        with study.open(role, expert_mem=facts[role]["tight_bytes"]):
+            pass
+    return {role: facts[study.played_by(role)] for role in ROLES}
+
+
+def _facts(study: Study, role: Role, engine: Engine) -> Result:
+    config, plan = engine.model_config, engine.plan
+    return {
+        "name": engine.config.model or "built-in",
+        "fingerprint": study.fingerprints[role],
+        "parameters": seam.parameters(engine),
+        "dtype": str(engine.dtype).removeprefix("torch."),
+        "threads": seam.threads(engine),
+        "moe_layers": list(config.moe_layers),
+        "num_experts": config.num_experts,
+        "top_k": config.num_experts_per_tok,
+        "expert_bytes": seam.expert_bytes(engine),
+        "slots": plan.slots,
+        "all_experts": plan.all_experts,
+        "tight_bytes": max(2, round(study.tight_share * plan.all_experts)) * plan.slab_bytes,
+        "distilled_top_p": config.distilled_top_p,
+    }
 
 
 def _components(study: Study) -> Result:
     """Fig. 2a and b: seconds per denoising forward by component, over block lengths, routings and cache sizes."""
-    effort, prompts = study.effort, study.prompts(study.effort.prompts)
+    prompts = study.prompts(study.effort.prompts)
+    runs = {run.name: run for length in study.effort.block_lengths for run in of_block_length(length)}
     found = []
-    settings = [(role, length) for role in ROLES for length in effort.block_lengths]
-    rng = random.Random(0)
+
+    def measure(engine: Engine, name: str) -> dict[str, float]:
+        run = runs[name]
+        with seam.routed(engine, **run.routing):
+            engine.generate(prompts[0], study.sampling(run.block_length))  # another routing filled the expert cache
+            return _per_forward(engine, prompts, study.sampling(run.block_length))
+
     for cache in CACHES:
-        rounds: dict[tuple[Role, int], list[dict[str, float]]] = {setting: [] for setting in settings}
-        with ExitStack() as stack:
-            engines = {role: stack.enter_context(study.open(role, **_cache(study, role, cache))) for role in ROLES}
-            for role, run in zip(ROLES, of_block_length(BLOCK), strict=True):
-                stack.enter_context(seam.routed(engines[role], **run.routing))
-            for number in range(effort.rounds + 1):
-                for role, length in rng.sample(settings, len(settings)):
-                    spent = _per_forward(engines[role], prompts, study.sampling(length))
-                    if number:  # the first round warms up
-                        rounds[role, length].append(spent)
-        for (role, length), spent_in in rounds.items():
-            label = of_block_length(length)[role == "distilled"].label
-            medians = {part: statistics.median(one[part] for one in spent_in) for part in spent_in[0]}
-            found.append({"cache": cache, "routing": label, "block_length": length, **medians})
+        options = {role: _cache(study, role, cache) for role in ROLES}
+        what = f"components, {cache} cache"
+        taken = take_turns(study, what, options, list(runs), lambda name: runs[name].role, measure)
+        for name, rounds in taken.rounds.items():
+            medians = {part: statistics.median(one[part] for one in rounds) for part in rounds[0]}
+            run = runs[name]
+            setting = {"cache": cache, "slots": taken.slots, "routing": run.label, "block_length": run.block_length}
+            found.append({**setting, **medians})
     return {"bars": found}
 
 
@@ -161,7 +178,7 @@ def _moe_latency(study: Study) -> Result:
     found: Result = {}
     for cache in CACHES:
         with study.open("base", routing="original", **_cache(study, "base", cache)) as engine:
-            config = engine.model_config
+            config, slots = engine.model_config, engine.plan.slots
             layer = middle_layer(config.moe_layers)
             hidden = moe_latency.hidden_states(engine, layer, prompts[0], study.sampling())
             counts = moe_latency.unique_counts(
@@ -170,8 +187,10 @@ def _moe_latency(study: Study) -> Result:
             swept = moe_latency.sweep(engine, layer, hidden, counts, repeats=effort.sweep_repeats)
             answer_all(engine, prompts[:2], study.sampling())
             real = [(call.unique, call.seconds) for call in answer_all(engine, prompts, study.sampling()).calls]
+        print(f"  moe-latency, {cache} cache: done", file=sys.stderr, flush=True)
         found[cache] = {
             "layer": layer,
+            "slots": slots,
             "swept": [(point.unique, 1000 * point.seconds) for point in swept],
             "real": [(unique, 1000 * seconds) for unique, seconds in real],
         }
@@ -195,12 +214,15 @@ def _masking(study: Study) -> Result:
                 cases = draw(decisions, masked, effort.mask_cases, scale, rng)
                 for (layer, expert, _tokens, weight), increase in masking.effects(engine, masked, cases):
                     found[kind].append((number, layer, expert, weight, increase))
+            if (number + 1) % SAY_EVERY == 0:
+                print(f"  masking: {number + 1} of {effort.mask_problems} problems", file=sys.stderr, flush=True)
     return found
 
 
 def _speed(study: Study) -> Result:
     """Fig. 5b."""
-    return {cache: compare_speed(study, {role: _cache(study, role, cache) for role in ROLES}) for cache in CACHES}
+    options = {cache: {role: _cache(study, role, cache) for role in ROLES} for cache in CACHES}
+    return {cache: compare_speed(study, cache, own) for cache, own in options.items()}
 
 
 MEASUREMENTS: dict[str, Callable[[Study], Result]] = {

@@ -12,13 +12,17 @@ from typing import Any
 from offload_engine.evaluate.records import write_json
 from offload_engine.evaluate.tasks import ARITHMETIC
 from tools.analysis import measurements, paper
+from tools.analysis.evaluations import differences, said
 from tools.analysis.figures import Drawn
 from tools.analysis.runs import dmoe, original
 from tools.analysis.sections import SECTIONS, Section
+from tools.analysis.sections.comparison import fewer
 from tools.analysis.sections.content import Content, Data, MissingError
 from tools.analysis.study import Study
 from tools.analysis.tables import Table, number, percent, unbroken
 
+TINY = 100_000_000
+"""Parameters below which a model is called tiny."""
 TITLE = "Learnable block experts: what was measured"
 STYLE = (Path(__file__).parent / "report.css").read_text(encoding="utf-8")
 
@@ -58,7 +62,7 @@ def build(study: Study) -> Report:
             content = Content([], missing=[str(error)])
         sections.append((section, content))
     headline, numbers = _headline(data)
-    return Report(study, _facts(data), headline, numbers, sections, _limits(study))
+    return Report(study, _facts(data), headline, numbers, sections, _limits(data))
 
 
 def write(report: Report, markdown: Path | None = None) -> None:
@@ -83,6 +87,7 @@ def as_dict(report: Report) -> dict[str, Any]:
         "title": TITLE,
         "command": report.study.command(),
         "facts": dict(report.facts),
+        "measurements": _made(report.study),
         "headline": report.numbers,
         "sections": {
             section.name: {
@@ -95,6 +100,12 @@ def as_dict(report: Report) -> dict[str, Any]:
         },
         "limits": report.limits,
     }
+
+
+def _made(study: Study) -> dict[str, Any]:
+    """When and on what each measurement was made."""
+    found = {name: measurements.load(study, name) for name in measurements.MEASUREMENTS}
+    return {name: {key: one[key] for key in ("date", "machine")} for name, one in found.items() if one is not None}
 
 
 def as_markdown(report: Report) -> str:
@@ -144,7 +155,23 @@ def _section(study: Study, section: Section, content: Content) -> str:
 def _lack(study: Study, section: Section, content: Content) -> str:
     many = len(content.missing)
     listed = ", ".join(content.missing[:4]) + (f" and {many - 4} more" if many > 4 else "")
+    other = _other_settings(study, section)
+    if other:
+        return (
+            f"Missing: {listed}. {study.out} holds evaluations with other settings ({other}): choose another --out, or "
+            "the settings they were made with"
+        )
     return f"Not run yet: {listed}. To make it: `{study.command(section.name)}`"
+
+
+def _other_settings(study: Study, section: Section) -> str:
+    """The first evaluation of `section` that is there and differs, and by what."""
+    for task in study.tasks:
+        for run in section.runs(study.effort):
+            found = differences(study, task, run)
+            if found:
+                return f"{run.name} on {task}: {said(found)}"
+    return ""
 
 
 def _marked(text: str) -> str:
@@ -160,29 +187,29 @@ def _write_text(path: Path, text: str) -> None:
 
 def _headline(data: Data) -> tuple[list[str], dict[str, Any]]:
     """What dMoE with p = 0.6 saves and keeps, task by task."""
-    said, numbers = [], {}
+    lines, numbers = [], {}
     for task in data.study.tasks:
         ours, before = data.find(task, dmoe(0.6)), data.find(task, original())
         if ours is None or before is None:
-            said.append(f"{task}: dMoE and the original routing have not both been evaluated yet.")
+            lines.append(f"{task}: dMoE and the original routing have not both been evaluated yet.")
             continue
         paired = data.against_original(task, ours)
         kept, unique = paired["strict"]["kept"], paired["unique_experts"]
         numbers[task] = paired
         text = (
             f"On {task}, dMoE with p = 0.6 uses {number(ours.unique)} experts per block and layer instead of "
-            f"{number(before.unique)}: {percent(unique['reduction'])} fewer. "
+            f"{number(before.unique)}: {fewer(unique['reduction']).removesuffix(' experts')}. "
         )
         if kept is None:
-            text += "One of the two got nothing right, so there is no accuracy to keep."
+            text += "The original routing got nothing right, so there is no accuracy to keep."
         else:
             text += (
                 f"It keeps {percent(kept['ratio'], 2)} of the accuracy ({percent(before.accuracy)} to "
                 f"{percent(ours.accuracy)}, {paired['n']} problems, paired), and at least "
                 f"{percent(kept['lower_bound'], 2)} with 95 % confidence."
             )
-        said.append(f"{text} The paper: {paper.EXPERTS_SAVED} % fewer, {paper.ACCURACY_KEPT} % kept.")
-    return said, numbers
+        lines.append(f"{text} The paper: {paper.EXPERTS_SAVED} % fewer, {paper.ACCURACY_KEPT} % kept.")
+    return lines, numbers
 
 
 def _facts(data: Data) -> list[tuple[str, str]]:
@@ -221,20 +248,21 @@ def _size(data: Data, task: str) -> str:
     return "all problems" if data.study.n is None else f"{data.study.n} problems"
 
 
-def _limits(study: Study) -> list[str]:
+def _limits(data: Data) -> list[str]:
+    study = data.study
     limits = [
         "The paper's numbers are LLaDA2.0-mini's (16 billion parameters) on public benchmarks; they stand beside "
         "ours to compare the shape of the results, not their size.",
         "Each evaluation is one greedy run: its intervals cover the choice of problems, not another training or "
         "another seed.",
         "Latencies are those of this CPU engine, which steps one prompt at a time, and of a machine that may have "
-        "had other work; routings alternate within a run, and ranges are given. They say nothing of a GPU.",
+        "had other work; models and routings take turns in rounds, and ranges are given. They say nothing of a GPU.",
     ]
     if study.tasks == (ARITHMETIC,):
         limits.insert(
             0,
-            "This is a tiny model on generated arithmetic. Its problems come from the generator that made its "
-            "training data, with another seed; what holds here need not hold for a model of any use.",
+            f"This is {_model_said(data)} on generated arithmetic. The problems come from the generator that makes the "
+            "built-in models' training data, with another seed; what holds here need not hold for other tasks.",
         )
     if not study.has_base:
         limits.append('No base model was given, so "base" is the same model under other routings.')
@@ -243,3 +271,12 @@ def _limits(study: Study) -> list[str]:
             "A quick run: a handful of problems and repetitions, enough to try the tools and for nothing else."
         )
     return limits
+
+
+def _model_said(data: Data) -> str:
+    """The model by its size, as far as that is known."""
+    try:
+        parameters = data.facts("distilled")["parameters"]
+    except MissingError:
+        return "a model"
+    return f"{'a tiny' if parameters < TINY else 'a'} model ({parameters / 1e6:,.1f} million parameters)"

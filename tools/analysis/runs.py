@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -9,7 +10,8 @@ from tools.analysis.study import BLOCK, Effort, Role
 
 BASELINE = "original"
 OURS = "dmoe-p0.6"
-MATCHED = "des-vote-matched"
+MATCHED = "des-vote-keep"
+"""Beginning of the names of the runs that try to match dMoE's compression."""
 
 
 @dataclass(frozen=True)
@@ -49,15 +51,15 @@ def des_vote(beta: float) -> Run:
     return Run(f"des-vote-b{beta:g}", f"DES-V (β = {beta:.2f})", "base", {"routing": "des-vote", "des_beta": beta})
 
 
-def matched_des_vote(unique_experts: float, num_experts: int) -> Run:
-    """DES-Vote with a coreset as large as the number of distinct experts that dMoE was measured to use."""
-    keep = max(1, round(unique_experts))
-    return Run(
-        MATCHED,
-        f"DES-V* (β = {keep / num_experts:.3f})",
-        "base",
-        {"routing": "des-vote", "des_beta": keep / num_experts},
-    )
+def coreset_of(beta: float, num_experts: int) -> int:
+    """Experts that DES-Vote's coreset holds (`RoutingOptions.des_beta`)."""
+    return math.floor(beta * num_experts + 1e-9)
+
+
+def matched_des_vote(keep: int, num_experts: int) -> Run:
+    """DES-Vote with a coreset of `keep` experts, chosen so that about as many are used as by dMoE."""
+    beta = keep / num_experts
+    return Run(f"{MATCHED}{keep}", f"DES-V* (β = {beta:.3f})", "base", {"routing": "des-vote", "des_beta": beta})
 
 
 def baselines(effort: Effort) -> list[Run]:

@@ -1,15 +1,12 @@
-"""End-to-end latency of routings, taken turn by turn in one run on the same prompts (paper §5.2, Fig. 5b).
+"""End-to-end latency of routings, taken turn by turn on the same prompts (paper §5.2, Fig. 5b).
 
-Timings drift with whatever else the machine does, so each round lets every routing answer all prompts once, in an order
-shuffled anew, and a routing is compared with the original one of its own round.
+In each round every routing answers all prompts once, and is compared with the original one of its own round.
 """
 
 from __future__ import annotations
 
-import random
 import time
 from collections.abc import Sequence
-from contextlib import ExitStack
 from typing import Any
 
 from offload_engine.core import SamplingParams
@@ -18,6 +15,7 @@ from tools.analysis import seam
 from tools.analysis.components import timed_components
 from tools.analysis.runs import Run, baselines, dmoe
 from tools.analysis.study import Role, Study
+from tools.analysis.turns import take_turns
 
 
 def compared(study: Study) -> list[Run]:
@@ -25,21 +23,21 @@ def compared(study: Study) -> list[Run]:
     return [*baselines(study.effort), dmoe(0.6), dmoe(0.5)]
 
 
-def compare_speed(study: Study, options: dict[Role, dict[str, Any]]) -> dict[str, Any]:
-    """Per routing and round, what answering all prompts once took; `options` are each model's own engine options."""
-    runs, effort = compared(study), study.effort
-    prompts, params = study.prompts(effort.prompts), study.sampling()
-    rounds: dict[str, list[dict[str, float]]] = {run.name: [] for run in runs}
-    rng = random.Random(0)
-    with ExitStack() as stack:
-        engines = {role: stack.enter_context(study.open(role, **options[role])) for role in options}
-        slots = {role: engine.plan.slots for role, engine in engines.items()}
-        for number in range(effort.rounds + 1):
-            for run in rng.sample(runs, len(runs)):
-                spent = _round(engines[run.role], run, prompts, params)
-                if number:  # the first round warms up
-                    rounds[run.name].append(spent)
-    return {"prompts": len(prompts), "slots": slots, "rounds": rounds}
+def compare_speed(study: Study, cache: str, options: dict[Role, dict[str, Any]]) -> dict[str, Any]:
+    """Per routing and round, what answering all prompts once took; `options` are each model's own engine options, and
+    `cache` is what they are called on stderr.
+    """
+    runs = {run.name: run for run in compared(study)}
+    prompts, params = study.prompts(study.effort.prompts), study.sampling()
+    taken = take_turns(
+        study,
+        f"speed, {cache} cache",
+        options,
+        list(runs),
+        lambda name: runs[name].role,
+        lambda engine, name: _round(engine, runs[name], prompts, params),
+    )
+    return {"prompts": len(prompts), "slots": taken.slots, "rounds": taken.rounds}
 
 
 def _round(engine: Engine, run: Run, prompts: Sequence[str], params: SamplingParams) -> dict[str, float]:

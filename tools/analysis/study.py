@@ -98,6 +98,15 @@ class Study:
         """Whether there is a base model apart from the distilled one."""
         return self.base is not None
 
+    @property
+    def roles(self) -> tuple[Role, ...]:
+        """The roles whose models differ: one where no base model was given."""
+        return ("base", "distilled") if self.has_base else ("distilled",)
+
+    def played_by(self, role: Role) -> Role:
+        """The one of `roles` whose model plays `role`."""
+        return role if self.has_base else "distilled"
+
     def checkpoint(self, role: Role) -> str | None:
         """The checkpoint that plays `role`; None is the built-in one."""
         return self.base if role == "base" and self.base is not None else self.model

@@ -19,6 +19,13 @@ from offload_engine.memory import auto_budget, available_memory
 from tools.distillation.shards import Receipt, Shard, generate_shard
 from tools.distillation.teacher import Answering, Teacher
 
+LOCAL = "local"
+"""The address of a Ray cluster that means: start one of this machine alone, for as long as the job takes."""
+WORKER_KILLED = (
+    "a worker was killed, perhaps for want of memory; run the same command again to go on, with fewer --workers or a "
+    "smaller --gpu-mem"
+)
+
 
 def answer_locally(directory: Path, teacher: Teacher, shards: Sequence[Shard], workers: int) -> Iterator[Receipt]:
     """The receipts of `shards` as they are put in place. Raises `OffloadError`s; a worker that dies is one."""
@@ -41,10 +48,7 @@ def answer_locally(directory: Path, teacher: Teacher, shards: Sequence[Shard], w
             for worker in multiprocessing.active_children():
                 worker.terminate()
             if isinstance(error, BrokenProcessPool):
-                raise OffloadError(
-                    "a worker was killed, perhaps for want of memory; run the same command again to go on, with "
-                    "fewer --workers or a smaller --gpu-mem"
-                ) from None
+                raise OffloadError(WORKER_KILLED) from None
             raise
 
 

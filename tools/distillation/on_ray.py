@@ -1,7 +1,8 @@
 """Shards answered by the workers of a Ray cluster, as a Ray Data pipeline over shard descriptors.
 
 Driver and workers meet in the dataset's directory, which all of them must see at the same path. Ray replaces a lost
-worker as often as it takes, and its shard goes on from the journal that it left.
+worker as often as it takes, and its shard goes on from the journal that it left; but where `ATTEMPTS` workers in turn
+were lost before they added a line to a shard, the job ends.
 """
 
 from __future__ import annotations
@@ -18,16 +19,23 @@ from typing import TYPE_CHECKING, Any
 
 from offload_engine import errors
 from offload_engine.errors import OffloadError, UsageError
-from tools.distillation.local import sharing_memory
+from tools.distillation.local import LOCAL, WORKER_KILLED, sharing_memory
 from tools.distillation.prompts import Prompt
-from tools.distillation.shards import Receipt, Shard, generate_shard
+from tools.distillation.shards import (
+    Receipt,
+    Shard,
+    begin_attempt,
+    forget_fruitless_attempts,
+    fruitless_attempts,
+    generate_shard,
+)
 from tools.distillation.teacher import Answering, Teacher
 
 if TYPE_CHECKING:
     import pyarrow
 
-LOCAL = "local"
-"""The address that means: start a cluster of one machine, this one, for as long as the job takes."""
+ATTEMPTS = 3
+"""Workers that a shard may cost without getting any further."""
 
 _OBJECT_STORE_BYTES = 100 * 2**20
 """Of a local cluster: only descriptors and receipts pass through it."""
@@ -47,6 +55,8 @@ def answer_on_ray(
     if not shards:
         return
     workers = min(workers, len(shards))
+    for shard in shards:
+        forget_fruitless_attempts(directory, shard)  # an earlier run's, which may have had less memory
     cores = teacher.config.threads or 1  # Ray has torch compute with as many threads as an actor has cores
     if address == LOCAL:
         teacher = sharing_memory(teacher, workers)
@@ -89,9 +99,12 @@ class Answerer:
     def _outcome(self, row: Mapping[str, Any]) -> Mapping[str, Any]:
         shard = Shard(row["index"], tuple(Prompt(**prompt) for prompt in row["prompts"]))
         try:
+            if (lost := fruitless_attempts(self._directory, shard)) >= ATTEMPTS:
+                raise OffloadError(f"{shard.name} got no further with {lost} workers in turn: {WORKER_KILLED}")
+            journal = begin_attempt(self._directory, shard)  # before anything that may cost this worker its life
             if self._answering is None:
                 self._answering = self._teacher.open()
-            return {"receipt": asdict(generate_shard(self._directory, shard, self._answering))}
+            return {"receipt": asdict(generate_shard(self._directory, shard, self._answering, journal))}
         except OffloadError as error:
             return {"error": type(error).__name__, "message": str(error)}
         except OSError as error:

@@ -10,8 +10,9 @@ from typing import Any
 from offload_engine.cli.terminal import note
 from offload_engine.config import EngineConfig
 from offload_engine.core import SamplingParams
+from offload_engine.errors import UsageError
 from tools.distillation.job import make_dataset
-from tools.distillation.local import answer_locally
+from tools.distillation.local import LOCAL, answer_locally
 from tools.distillation.prompts import read_prompts, refuse_unusable
 from tools.distillation.shards import Receipt, Shard, cut
 from tools.distillation.teacher import make_teacher
@@ -33,9 +34,18 @@ class Request:
     ray: str | None = None
     """Address of a Ray cluster; None: this machine, without Ray."""
 
+    def check(self) -> None:
+        """Raise `UsageError` for options that don't go together."""
+        if self.ray not in (None, LOCAL) and self.workers > 1 and self.config.gpu_mem == "auto":
+            raise UsageError(
+                "--gpu-mem is auto, but a cluster may put several workers on one machine, and each would take most of "
+                "its memory; give what one worker may have, such as --gpu-mem 8GB"
+            )
+
 
 def self_distil(request: Request) -> Mapping[str, Any]:
     """Make the dataset, or what is left of it; returns its counts. Raises `OffloadError`s."""
+    request.check()
     found = read_prompts(request.files, name=request.field, limit=request.limit)
     if not request.skip_bad:
         refuse_unusable(found.prompts)  # before anything slow

@@ -64,13 +64,17 @@ def cut(prompts: Sequence[Prompt], size: int) -> list[Shard]:
     return [Shard(i, tuple(prompts[at : at + size])) for i, at in enumerate(range(0, len(prompts), size))]
 
 
-def generate_shard(directory: Path, shard: Shard, answer: Callable[[Prompt], Record]) -> Receipt:
-    """Answer what is not yet answered of `shard`, put the shard in place, and say what became of it."""
+def generate_shard(
+    directory: Path, shard: Shard, answer: Callable[[Prompt], Record], journal: Path | None = None
+) -> Receipt:
+    """Answer what is not yet answered of `shard`, put the shard in place, and say what became of it.
+
+    `journal`: this attempt's, from `begin_attempt`; without it the attempt begins here.
+    """
     work = directory / WORK
-    work.mkdir(exist_ok=True)
+    journal = journal or begin_attempt(directory, shard)
     records = {record["id"]: record for path in _journals(work, shard) for record in _whole_records(path)}
-    journal = work / f"{shard.name}.{uuid.uuid4().hex[:12]}.part"
-    with journal.open("xb") as file:
+    with journal.open("ab") as file:
         for prompt in shard.prompts:
             if prompt.id not in records:
                 records[prompt.id] = answer(prompt)
@@ -80,6 +84,35 @@ def generate_shard(directory: Path, shard: Shard, answer: Callable[[Prompt], Rec
     for path in _journals(work, shard):
         path.unlink(missing_ok=True)
     return receipt
+
+
+def begin_attempt(directory: Path, shard: Shard) -> Path:
+    """The journal, empty, of an attempt at `shard` that begins now."""
+    journal = directory / WORK / f"{shard.name}.{uuid.uuid4().hex[:12]}.part"
+    journal.parent.mkdir(exist_ok=True)
+    journal.touch(exist_ok=False)
+    return journal
+
+
+def fruitless_attempts(directory: Path, shard: Shard) -> int:
+    """How many attempts at an unfinished `shard` have begun since a line was last added to it, and added none."""
+    last, begun = 0.0, []
+    for path in _journals(directory / WORK, shard):
+        with suppress(FileNotFoundError):
+            found = path.stat()
+            if found.st_size:
+                last = max(last, found.st_mtime)
+            else:
+                begun.append(found.st_mtime)
+    return sum(time >= last for time in begun)
+
+
+def forget_fruitless_attempts(directory: Path, shard: Shard) -> None:
+    """Have `fruitless_attempts` start from none again."""
+    for path in _journals(directory / WORK, shard):
+        with suppress(FileNotFoundError):
+            if not path.stat().st_size:
+                path.unlink()
 
 
 def finished(directory: Path, shard: Shard) -> Receipt | None:

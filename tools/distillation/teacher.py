@@ -120,6 +120,11 @@ def make_teacher(
     """
     if params.stop:
         raise UsageError(f"stop is {params.stop[0]!r}, but an answer to learn from ends with the eos; leave --stop out")
+    if config.residency_bonus:
+        raise UsageError(
+            f"residency_bonus is {config.residency_bonus:g}, by which answers depend on what the cache holds and no "
+            "run makes the same dataset again; leave --residency-bonus out"
+        )
     source = find_source(config)
     if source.tokenizer is None:
         raise TokenizerError(f"{source.directory}: no tokenizer.json, so prompts can't be made token ids of")

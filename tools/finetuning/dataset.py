@@ -6,10 +6,11 @@ A dataset is a directory of `shard-*.jsonl` files and a `manifest.json`. A line 
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from array import array
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
@@ -58,6 +59,8 @@ class Dataset:
     """Each sample's prompt length."""
     cut: int = 0
     """Samples that were longer than L and lost their end."""
+    model: Mapping[str, Any] = field(default_factory=dict)
+    """The `name` and `fingerprint` of the model that answered, as far as the manifest has them."""
     dropped: int = 0
     """Samples left out: longer than L, where that is asked for, or with a prompt that leaves no room for an answer."""
 
@@ -97,8 +100,10 @@ def load_dataset(folder: Path, shape: Shape, overlong: Overlong = Overlong.CUT, 
 
     Raises `UsageError` naming file and line for whatever isn't a sample, and for a dataset that isn't finished.
     """
-    shards = _shards(folder)
-    dataset = Dataset(shape)
+    manifest = _manifest(folder)
+    shards = _shards(folder, manifest)
+    model = manifest.get("model")
+    dataset = Dataset(shape, model=model if isinstance(model, dict) else {})
     for where, line in _lines(shards):
         if limit is not None and len(dataset) >= limit:
             break
@@ -110,7 +115,8 @@ def load_dataset(folder: Path, shape: Shape, overlong: Overlong = Overlong.CUT, 
     return dataset
 
 
-def _shards(folder: Path) -> list[Path]:
+def _manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of a finished dataset."""
     manifest = folder / MANIFEST
     try:
         read = json.loads(manifest.read_text(encoding="utf-8"))
@@ -127,14 +133,39 @@ def _shards(folder: Path) -> list[Path]:
             f"{manifest}: complete is {found!r}, wanted true: the dataset isn't finished; run the same "
             "`python -m tools.self_distil` command again, which goes on where it stopped"
         )
-    shards = sorted(folder.glob(SHARDS))
-    listed = [folder / shard["file"] for shard in read.get("shards", [])]
-    for shard in listed:
-        if shard not in shards:
-            raise UsageError(f"{shard}: not found, though {MANIFEST} lists it; copy the dataset again, or make it anew")
-    if not shards:
+    return read
+
+
+def _shards(folder: Path, manifest: Mapping[str, Any]) -> list[Path]:
+    """The shards that the manifest lists, each as it was when it was listed; without a list, those that are there."""
+    there = sorted(folder.glob(SHARDS))
+    if not there and not manifest.get("shards"):
         raise UsageError(f"{folder}: holds no {SHARDS}")
-    return listed or shards
+    listed = []
+    for entry in manifest.get("shards", []):
+        shard = folder / entry["file"]
+        if shard not in there:
+            raise UsageError(f"{shard}: not found, though {MANIFEST} lists it; copy the dataset again, or make it anew")
+        wanted = entry.get("sha256")
+        if wanted is not None and (found := _sha256(shard)) != wanted:
+            raise UsageError(
+                f"{shard}: has SHA-256 {found[:16]}…, but {MANIFEST} lists it with {wanted[:16]}…; copy the dataset "
+                "again, or have `python -m tools.self_distil` make this shard again"
+            )
+        listed.append(shard)
+    return listed or there
+
+
+def _sha256(path: Path) -> str:
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise _unreadable(path, error) from None
+
+
+def _unreadable(path: Path, error: OSError) -> UsageError:
+    return UsageError(f"{path}: can't be read ({os.strerror(error.errno or 0)})")
 
 
 def _lines(shards: list[Path]) -> Iterator[tuple[str, bytes]]:
@@ -146,7 +177,7 @@ def _lines(shards: list[Path]) -> Iterator[tuple[str, bytes]]:
                     if line.strip():
                         yield f"{shard}:{number}", line
         except OSError as error:
-            raise UsageError(f"{shard}: can't be read ({os.strerror(error.errno or 0)})") from None
+            raise _unreadable(shard, error) from None
 
 
 def _sample(line: bytes, where: str, shape: Shape) -> tuple[list[int], list[int]]:

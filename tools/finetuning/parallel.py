@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,6 +16,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from offload_engine.errors import DeviceError
 from tools.training.trainer import Network
 
 CPU = torch.device("cpu")
@@ -48,6 +50,20 @@ class Processes:
 
 
 ALONE = Processes()
+
+
+def known_device(name: str | None) -> str:
+    """The device to train on; None: cuda where there is one. Raises `DeviceError` for one that isn't here."""
+    if name is None:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cpu":
+        return name
+    if re.fullmatch(r"cuda(:\d+)?", name) is None:
+        raise DeviceError(f"--device is {name!r}, wanted cpu, cuda or cuda:N")
+    count = torch.cuda.device_count()
+    if int(name.partition(":")[2] or 0) >= count:
+        raise DeviceError(f"--device is {name}, but torch finds {count} CUDA devices here; choose one of them, or cpu")
+    return name
 
 
 @contextmanager

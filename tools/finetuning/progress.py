@@ -5,9 +5,12 @@ from __future__ import annotations
 import json
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from offload_engine.errors import OffloadError
 from tools.finetuning.tuner import StepReport
 from tools.training.checkpoint import write_aside
 
@@ -30,8 +33,9 @@ class Progress:
         """Take from the log what a run that was cut off did after the checkpoint this one goes on with."""
         if not self.log.exists():
             return
-        lines = self.log.read_bytes().splitlines(keepends=True)[: self.first_step]
-        write_aside(self.log, b"".join(lines))
+        with writing(self.log):
+            lines = self.log.read_bytes().splitlines(keepends=True)[: self.first_step]
+            write_aside(self.log, b"".join(lines))
 
     def add(self, step: int, report: StepReport, rate: float) -> None:
         """Note the step numbered `step` from 0."""
@@ -46,7 +50,7 @@ class Progress:
             "lr": rate,
             "tokens_per_s": round(report.tokens / (now - self.since)),
         }
-        with self.log.open("a", encoding="utf-8") as file:
+        with writing(self.log), self.log.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
         self.since = now
         self.reports.append(report)
@@ -66,6 +70,18 @@ class Progress:
             flush=True,
         )
         self.reports, self.shown = [], now
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Around what writes to `path`: raises `OffloadError` where the system lets it not be written."""
+    try:
+        yield
+    except OSError as error:
+        raise OffloadError(
+            f"{path}: can't be written ({error.strerror or error}); free some space, or see to its permissions, and go "
+            "on with --resume"
+        ) from None
 
 
 def _clock(seconds: float) -> str:

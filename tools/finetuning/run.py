@@ -14,23 +14,24 @@ from typing import Any
 import click
 import torch
 
-from offload_engine.assembly import find_source
+from offload_engine.assembly import Source, find_source
 from offload_engine.cli.interrupt import interruptible
+from offload_engine.cli.terminal import note
 from offload_engine.config import EngineConfig, parse_bytes
 from offload_engine.errors import OffloadError, UsageError
+from offload_engine.evaluate.fingerprint import fingerprint
 from offload_engine.model.checkpoint import Checkpoint
 from offload_engine.model.config import ModelConfig
 from offload_engine.routing import RoutingOptions, RoutingPolicy
 from tools.finetuning.batches import Batches
-from tools.finetuning.dataset import load_dataset
+from tools.finetuning.dataset import Dataset, load_dataset
 from tools.finetuning.parallel import Processes
-from tools.finetuning.progress import Progress
+from tools.finetuning.progress import Progress, writing
 from tools.finetuning.saves import Saves
 from tools.finetuning.settings import Settings
 from tools.finetuning.tuner import StepReport, Teacher, Tuner
 from tools.finetuning.weights import Published, distilled_config, export, load_network
 from tools.training.routing import training_policy
-from tools.training.trainer import Network
 
 CHECKPOINTS, LOG, MODEL = "checkpoints", "log.jsonl", "model"
 
@@ -98,7 +99,11 @@ class Run:
         except FloatingPointError as error:
             last = self.saves.last()
             kept = f"the last good checkpoint is {last}" if last else "there is no earlier checkpoint"
-            raise OffloadError(f"{error}, so the run stops before that update; {kept}; try a lower --lr") from None
+            after = f", from the base, or from that checkpoint, which --export makes {self.settings.out / MODEL}"
+            raise OffloadError(
+                f"{error}, so the run stops before that update; {kept}; start again with a lower --lr and another "
+                f"--out{after if last else ''}"
+            ) from None
 
     def _policies(self, step: int) -> Iterator[RoutingPolicy]:
         """The policy of each micro-batch of a step; the original one comes in evenly, at its share."""
@@ -125,7 +130,11 @@ class Run:
         raw = json.loads((self.source / "config.json").read_text(encoding="utf-8"))
         config = distilled_config(raw, settings.routing, settings.top_p)
         published = Published(self.tuner.network, self.config)
-        export(settings.out / MODEL, published, config, self.source, parse_bytes(settings.shard_size), self.processes)
+        with writing(settings.out / MODEL):
+            size = parse_bytes(settings.shard_size)
+            export(settings.out / MODEL, published, config, self.source, size, self.processes)
+        if self.processes.first:
+            note(f"{settings.out / MODEL}: the weights after {self.tuner.steps} of {self.steps} steps")
 
 
 def build_run(settings: Settings, processes: Processes, *, resume: bool) -> Run:
@@ -141,6 +150,12 @@ def build_run(settings: Settings, processes: Processes, *, resume: bool) -> Run:
     config, checkpoint = source.config, Checkpoint.open(source.directory)
     shape = settings.shape(config, source.eos_token_id, source.mask_token_id)
     dataset = load_dataset(settings.data, shape, settings.overlong, settings.limit_samples)
+    models = {"model": fingerprint(source.directory)}
+    teacher = find_teacher(settings.teacher, source) if settings.teacher is not None else source
+    if settings.teacher_share:
+        models["teacher"] = fingerprint(teacher.directory)
+    if processes.first:
+        _tell_of_another_model(settings, dataset, models["model"])
     batches = settings.batches(dataset)
     options = RoutingOptions(top_p=settings.top_p, min_experts=settings.min_experts)
     tuner = Tuner(
@@ -151,25 +166,46 @@ def build_run(settings: Settings, processes: Processes, *, resume: bool) -> Run:
         dtype=getattr(torch, settings.dtype),
         processes=processes,
     )
-    recorded = settings.recorded(dataset, processes)
-    original = training_policy("original", config, options)
     if settings.teacher_share:
-        frozen = teacher_network(settings, config, checkpoint, processes)
-        tuner.learn_from(Teacher(frozen, original, settings.teacher_share))
+        tuner.learn_from(_teacher(teacher, options, settings.teacher_share, processes))
+    recorded = settings.recorded(dataset, models, processes)
     if last is not None:
         tuner.load_state_dict(saves.load(last, recorded))
-    settings.out.mkdir(parents=True, exist_ok=True)
+    try:
+        settings.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"{settings.out}: can't be made ({error.strerror}); choose another --out") from None
+    original = training_policy("original", config, options)
     return Run(settings, recorded, source.directory, config, tuner, batches, original, saves, processes)
 
 
-def teacher_network(settings: Settings, config: ModelConfig, checkpoint: Checkpoint, processes: Processes) -> Network:
-    """The model that is learned from, frozen: the one that is trained, or one of its kind."""
-    if settings.teacher is not None:
-        source = find_source(EngineConfig(model=settings.teacher))
-        if source.config.vocab_size != config.vocab_size:
+def find_teacher(name: str, student: Source) -> Source:
+    """The model that is learned from; raises `UsageError` if its distributions are over other tokens."""
+    source = find_source(EngineConfig(model=name))
+    for what, theirs, mine in (
+        ("a vocabulary of", source.config.vocab_size, student.config.vocab_size),
+        ("eos id", source.eos_token_id, student.eos_token_id),
+        ("mask id", source.mask_token_id, student.mask_token_id),
+    ):
+        if theirs != mine:
             raise UsageError(
-                f"--teacher {settings.teacher} has a vocabulary of {source.config.vocab_size}, --model one of "
-                f"{config.vocab_size}; wanted the same, since its distributions are learned"
+                f"--teacher {name} has {what} {theirs}, --model {mine}; wanted the same, since the teacher's "
+                "distributions are learned token by token"
             )
-        config, checkpoint = source.config, Checkpoint.open(source.directory)
-    return load_network(config, checkpoint, processes).requires_grad_(False)
+    return source
+
+
+def _teacher(source: Source, options: RoutingOptions, share: float, processes: Processes) -> Teacher:
+    """Frozen, under the routing it was made with, by its own router's shape."""
+    network = load_network(source.config, Checkpoint.open(source.directory), processes).requires_grad_(False)
+    return Teacher(network, training_policy("original", source.config, options), share)
+
+
+def _tell_of_another_model(settings: Settings, dataset: Dataset, found: str) -> None:
+    """Say so where the answers aren't the model's own: in a second stage of a training they needn't be."""
+    answered = dataset.model.get("fingerprint")
+    if answered not in (None, found):
+        note(
+            f"note: the answers in {settings.data} are those of {dataset.model.get('name', 'a model')} (fingerprint "
+            f"{answered}), not of --model {settings.model} ({found})"
+        )

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import zlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from offload_engine.config import parse_bytes
 from offload_engine.errors import TokenizerError, UsageError
 from offload_engine.model.config import ModelConfig
 from tools.finetuning.batches import Batches
@@ -54,22 +57,35 @@ class Settings:
     save_minutes: float = 5.0
 
     def check(self, processes: Processes) -> None:
-        """Raise `UsageError` for options that don't go together."""
+        """Raise `UsageError` for options that can't be, or don't go together."""
+        for name, value in vars(self).items():
+            if isinstance(value, float) and not math.isfinite(value):
+                raise UsageError(f"--{name.replace('_', '-')} is {value}, wanted a finite number")
+        parse_bytes(self.shard_size, "--shard-size")
         if self.length % self.block_length:
             near = -(-self.length // self.block_length) * self.block_length
             raise UsageError(f"--length is {self.length}, no multiple of --block-length {self.block_length}; {near} is")
         if not 0 <= self.sigma[0] <= self.sigma[1] <= 1 or not self.sigma[1]:
             raise UsageError(f"--sigma is {self.sigma[0]:g} {self.sigma[1]:g}; wanted two rising shares from 0 to 1")
         if self.batch % processes.count:
-            raise UsageError(f"--batch is {self.batch}, no multiple of the {processes.count} processes")
+            near = -(-self.batch // processes.count) * processes.count
+            raise UsageError(
+                f"--batch is {self.batch}, no multiple of the {processes.count} processes; {near} is, or start fewer"
+            )
         if self.final_lr > self.lr:
             raise UsageError(f"--final-lr is {self.final_lr:g}, above --lr {self.lr:g}")
+        if self.teacher is not None and not self.teacher_share:
+            raise UsageError(
+                f"--teacher is {self.teacher}, but --teacher-share is 0, so nothing would be learned from it; give a "
+                "share, such as --teacher-share 0.9"
+            )
 
-    def recorded(self, dataset: Dataset, processes: Processes) -> dict[str, Any]:
-        """What a resumed run must have in common with the one it goes on with."""
+    def recorded(self, dataset: Dataset, models: Mapping[str, str], processes: Processes) -> dict[str, Any]:
+        """What a resumed run must have in common with the one it goes on with; `models`: fingerprints by option."""
         values = {name: value for name, value in vars(self).items() if name not in NOT_RECORDED}
         values["overlong"] = str(self.overlong)
         content = zlib.crc32(dataset.prompts.tobytes(), zlib.crc32(dataset.ids.tobytes()))
+        values |= {f"fingerprint of --{option}": found for option, found in models.items()}
         return values | {"samples": len(dataset), "content of the data": content, "processes": processes.count}
 
     def optimisation(self, batches: Batches) -> Optimisation:
@@ -95,12 +111,15 @@ class Settings:
         )
 
     def shape(self, config: ModelConfig, eos: int | None, mask: int | None) -> Shape:
-        """What samples become for a model with these special ids."""
+        """What samples become for a model with these special ids. Raises `OffloadError`s where it can't take them."""
         for kind, token in (("eos", eos), ("mask", mask)):
             if token is None:
                 raise TokenizerError(
                     f"{self.model}: neither tokenizer nor config.json says what the {kind} token's id is; "
                     f"add {kind}_token_id to its config.json"
                 )
+        most = config.max_position_embeddings
+        if self.length > most:
+            raise UsageError(f"--length is {self.length}, but {self.model} has {most} positions; wanted at most that")
         multiple = self.block_length if self.pad_to == "block" else None
         return Shape(self.length, config.vocab_size, eos, mask, multiple)  # type: ignore[arg-type]

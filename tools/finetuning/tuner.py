@@ -184,6 +184,6 @@ class Tuner:
             local(weight).copy_(state["weights"][name])
             mine = self.adam.state[weight]
             for key, value in state["adam"].get(name, {}).items():
-                blank = torch.zeros_like(weight) if value.dim() else torch.zeros_like(value)
+                blank = torch.zeros_like(weight) if value.dim() else torch.zeros_like(value, device=weight.device)
                 local(blank).copy_(value)
                 mine[key] = blank

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from offload_engine.cli.terminal import note
 from offload_engine.model.checkpoint import Checkpoint
 from offload_engine.model.config import ModelConfig
 from offload_engine.model.weights import (
@@ -40,7 +41,7 @@ COMPANIONS = (
     "tokenizer.model",
     "chat_template.jinja",
 )
-"""What goes along with a checkpoint's weights unchanged."""
+"""What goes along with a checkpoint's weights unchanged, and the code that its JSON files name."""
 
 
 def load_network(config: ModelConfig, checkpoint: Checkpoint, processes: Processes) -> Network:
@@ -136,6 +137,23 @@ def distilled_config(raw: Mapping[str, Any], routing: str, top_p: float) -> dict
     return config | {"mode": "aggregate", "core_threshold": top_p} if routing == "dmoe" else config
 
 
+def companions(source: Path) -> tuple[list[str], list[str]]:
+    """Names of the files of `source` that go along with its weights, and of those that it names but lacks: the modules
+    in `auto_map`, by which transformers loads a model of foreign code (`trust_remote_code`).
+    """
+    code = set()
+    for name in ("config.json", "tokenizer_config.json"):
+        if not (source / name).is_file():
+            continue
+        named = json.loads((source / name).read_text(encoding="utf-8")).get("auto_map") or {}
+        classes = named.values() if isinstance(named, dict) else [named]
+        for path in (one for value in classes for one in (value if isinstance(value, list) else [value])):
+            if isinstance(path, str) and "--" not in path and path.isascii() and path.replace(".", "_").isidentifier():
+                code.add(f"{path.partition('.')[0]}.py")  # "REPOSITORY--module.Class" is fetched from there
+    found = [name for name in (*COMPANIONS, *sorted(code)) if (source / name).is_file()]
+    return found, sorted(code.difference(found))
+
+
 def export(
     folder: Path, published: Published, raw: Mapping[str, Any], source: Path, shard_size: int, processes: Processes
 ) -> None:
@@ -158,9 +176,11 @@ def export(
         write_model(aside, split, published, progress)
     progress.finish()
     (aside / "config.json").write_text(json.dumps(dict(raw), indent=2) + "\n", encoding="utf-8")
-    for name in COMPANIONS:
-        if (source / name).is_file():
-            shutil.copyfile(source / name, aside / name)
+    found, lacking = companions(source)
+    for name in found:
+        shutil.copyfile(source / name, aside / name)
+    if lacking:
+        note(f"{source} lacks {', '.join(lacking)}, which its auto_map names; transformers wants them in {folder} too")
     settle(aside)
     if folder.exists():
         folder.replace(old)

@@ -121,8 +121,23 @@ def _bag(slots: Tensor, rows: Tensor) -> Tensor:
     return F.embedding_bag(slots, rows, mode="sum")
 
 
+def _in_use(stack: Tensor, layout: Layout, dtype: torch.dtype) -> Tensor:
+    """[U, ..]: of all experts' matrices [E, ..] those in use, in the order of the buckets."""
+    return stack.index_select(0, layout.by_load).to(dtype)
+
+
+def _of_all(grads: Tensor, layout: Layout, stack: Tensor) -> Tensor:
+    """The gradient of `stack` [E, ..] from that of the experts in use [U, ..]."""
+    return torch.zeros_like(stack).index_copy_(0, layout.by_load, grads.to(stack.dtype))
+
+
 class _RunExperts(torch.autograd.Function):
-    """The weighted sum of each token's experts; `gate_up` [E, 2I, H] is gate over up, `down` [E, H, I]."""
+    """The weighted sum of each token's experts in the dtype of `hidden`; `gate_up` [E, 2I, H] is gate over up, `down`
+    [E, H, I].
+
+    Of the experts it keeps for its backward the parameters themselves, not those in use: over all layers these copies
+    would be most of a model, where FSDP2 frees the parameters between a layer's forward and its backward.
+    """
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor, layout: Layout) -> Tensor:
@@ -131,21 +146,23 @@ class _RunExperts(torch.autograd.Function):
         slot_weights = hidden.new_zeros(layout.size + 1)
         slot_weights[layout.slots.flatten()] = weights.flatten().to(hidden.dtype)
         slot_weights = slot_weights[:-1].unsqueeze(1)
-        gate_up, down = gate_up.index_select(0, layout.by_load), down.index_select(0, layout.by_load)
+        stored = gate_up, down
+        gate_up, down = (_in_use(stack, layout, hidden.dtype) for stack in stored)
         gate = _products(layout, rows, gate_up[:, :width].transpose(1, 2), hidden.new_empty(layout.size, width))
         up = _products(layout, rows, gate_up[:, width:].transpose(1, 2), hidden.new_empty(layout.size, width))
         active = F.silu(gate) * up
         outputs = hidden.new_empty(layout.size + 1, hidden.shape[1])
         outputs[-1] = 0
         _products(layout, active * slot_weights, down.transpose(1, 2), outputs[:-1])
-        ctx.save_for_backward(rows, slot_weights, gate, up, active, gate_up, down)
-        ctx.layout, ctx.num_experts = layout, layout.loads.numel()
+        ctx.save_for_backward(rows, slot_weights, gate, up, active, *stored)
+        ctx.layout = layout
         return _bag(layout.slots, outputs)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         layout: Layout = ctx.layout
-        rows, slot_weights, gate, up, active, gate_up, down = ctx.saved_tensors
+        rows, slot_weights, gate, up, active, *stored = ctx.saved_tensors
+        gate_up, down = (_in_use(stack, layout, rows.dtype) for stack in stored)
         d_out = grads[0].contiguous().index_select(0, layout.tokens)
         d_down = _outer_products(layout, d_out, active * slot_weights, torch.empty_like(down))
         d_weighted = _products(layout, d_out, down, torch.empty_like(active))
@@ -162,8 +179,7 @@ class _RunExperts(torch.autograd.Function):
         return (
             _bag(layout.slots, d_rows),
             d_weights[layout.slots],
-            d_out.new_zeros(ctx.num_experts, *gate_up.shape[1:]).index_copy_(0, layout.by_load, d_gate_up),
-            d_out.new_zeros(ctx.num_experts, *down.shape[1:]).index_copy_(0, layout.by_load, d_down),
+            *(_of_all(d, layout, stack) for d, stack in zip((d_gate_up, d_down), stored, strict=True)),
             None,
         )
 
@@ -193,7 +209,7 @@ class LayerExperts(nn.Module):
         self.last_experts, self.loads = experts, layout.loads
         kind = hidden.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
-        out: Tensor = _RunExperts.apply(hidden.to(dtype), weights, self.gate_up.to(dtype), self.down.to(dtype), layout)
+        out: Tensor = _RunExperts.apply(hidden.to(dtype), weights, self.gate_up, self.down, layout)
         return out
 
 

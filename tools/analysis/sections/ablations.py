@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+
 from tools.analysis import paper
 from tools.analysis.evaluations import Evaluated
 from tools.analysis.figures import BLUE, GREEN, GREY, INK, ORANGE, Drawn, finish, panels
 from tools.analysis.runs import Run, des_seq, des_vote, dmoe, of_block_length, options, original, top_p_ablation
-from tools.analysis.sections.comparison import COLUMNS, our_cells, paper_cells, paper_columns
-from tools.analysis.sections.content import Content, Data, lacking, run_numbers
+from tools.analysis.sections.comparison import COLUMNS, fewer, our_cells, paper_cells, paper_columns
+from tools.analysis.sections.content import Content, Data, MissingError, lacking, run_numbers
 from tools.analysis.tables import NOTHING, Table, change, interval, number, percent
 
 
@@ -28,14 +30,24 @@ def table_3(data: Data) -> Content:
             rows.append([run.label, *our_cells(data, task, found), *paper_cells(theirs, task)])
             collected.append(run_numbers(data, task, found))
         ours = frozenset(range(1, len(rows)))
-        caption = f"Table 3. The threshold p on {task}, one distilled model"
+        caption = f"Table 3. The threshold p on {task}, one model with every p"
         parts.append(Table(caption, (*COLUMNS, *paper_columns(task)), rows, ours, len(COLUMNS)))
         numbers[task] = collected
     text = (
-        "A larger p lets more experts into the coreset. The model was distilled with one p and evaluated with all of "
-        "them; the paper's rows are its model trained with p = 0.6."
+        f"A larger p lets more experts into the coreset. {_trained_with(data)} and evaluated with all of these; the "
+        "paper's rows are its model trained with p = 0.6."
     )
     return Content([text, *parts], numbers, missing)
+
+
+def _trained_with(data: Data) -> str:
+    try:
+        top_p = data.facts("distilled")["distilled_top_p"]
+    except MissingError:
+        top_p = None
+    if top_p is None:
+        return "The checkpoint doesn't say that it was distilled for dMoE, nor with which p; it is loaded as it is"
+    return f"The model was distilled with p = {top_p:g}"
 
 
 def table_4(data: Data) -> Content:
@@ -71,18 +83,17 @@ def table_4(data: Data) -> Content:
 
 def _saved_by_length(task: str, rows: Sequence[dict[str, Any]]) -> str:
     saved = [
-        f"{percent(row['unique_experts_reduction']['reduction'])} with blocks of {row['block_length']}"
+        f"{fewer(row['unique_experts_reduction']['reduction'])} with blocks of {row['block_length']} tokens"
         for row in rows
         if row["routing"]["routing"] == "dmoe"
     ]
-    return (
-        f"dMoE saves {', '.join(saved)} tokens on {task}." if saved else f"Only the original routing was run on {task}."
-    )
+    return f"On {task}, dMoE uses {', '.join(saved)}." if saved else f"Only the original routing was run on {task}."
 
 
 def figure_6(data: Data) -> Content:
     """Accuracy against distinct experts."""
-    effort, parts, numbers, missing = data.study.effort, [], {}, []
+    effort, numbers, missing = data.study.effort, {}, []
+    parts: list[str | Drawn] = []
     lines: dict[str, list[Run]] = {
         "dMoE": [dmoe(top_p) for top_p in effort.top_ps],
         "DES-V": [des_vote(beta) for beta in effort.betas],
@@ -94,12 +105,34 @@ def figure_6(data: Data) -> Content:
             name: [one for run in runs if (one := data.find(task, run)) is not None] for name, runs in lines.items()
         }
         missing += [lacking(task, run) for runs in lines.values() for run in runs if data.find(task, run) is None]
-        parts.append(_trade_off(f"fig6-{place}" if place else "fig6", task, before, found))
+        above = {name: _above(found["dMoE"], found[name]) for name in ("DES-V", "DES-S")}
+        parts += [_lies(task, above), _trade_off(f"fig6-{place}" if place else "fig6", task, before, found)]
         numbers[task] = {
             "original": _point(before),
             **{name: [_point(one) for one in line] for name, line in found.items()},
+            "dmoe_above": {name: {"above": counts[0], "of": counts[1]} for name, counts in above.items()},
         }
     return Content(parts, numbers, missing)
+
+
+def _above(ours: Sequence[Evaluated], theirs: Sequence[Evaluated]) -> tuple[int, int]:
+    """How many of our points lie above the line through `theirs`, and how many of ours have such a line beside them."""
+    line = sorted((one.unique, one.accuracy) for one in theirs)
+    if len(line) < 2:
+        return 0, 0
+    xs, ys = zip(*line, strict=True)
+    beside = [one for one in ours if xs[0] <= one.unique <= xs[-1]]
+    return sum(one.accuracy > float(np.interp(one.unique, xs, ys)) for one in beside), len(beside)
+
+
+def _lies(task: str, above: dict[str, tuple[int, int]]) -> str:
+    said = [
+        f"{count} of the {of} dMoE settings that fall within {name}'s range of experts are above {name}'s line"
+        if of
+        else f"no dMoE setting falls within {name}'s range of experts"
+        for name, (count, of) in above.items()
+    ]
+    return f"On {task}, {'; '.join(said)} (by the accuracies themselves, their intervals left aside)."
 
 
 def _point(one: Evaluated) -> dict[str, Any]:
@@ -213,7 +246,8 @@ def transfer_options(data: Data) -> Content:
                 rows,
                 notes=[
                     "Ours; the paper has no such rows. The cache is too small on purpose, so that there is something "
-                    "to spare."
+                    "to spare. With a residency bonus the answers, and so all numbers of the row, depend on which "
+                    "experts happen to be in fast memory, hence on the timing of transfers: they vary from run to run."
                 ],
             )
         )

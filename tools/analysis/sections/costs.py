@@ -15,10 +15,22 @@ from tools.analysis.tables import NOTHING, Table, change, number
 
 
 def figure_5a(data: Data) -> Content:
-    """Memory of the experts that one denoising forward uses."""
-    effort, facts, task = data.study.effort, data.facts("base"), data.study.tasks[0]
-    names, sizes, missing = [], {}, []
-    for run in rows_of_table_2(effort, data, task):
+    """Memory of the experts that one denoising forward uses, task by task."""
+    parts: list[str | Table | Drawn] = []
+    numbers, missing = {}, []
+    for place, task in enumerate(data.study.tasks):
+        names, sizes, lacks = _memory(data, task)
+        missing += lacks
+        numbers[task] = sizes
+        name = f"fig5a-{place}" if place else "fig5a"
+        parts += [_bars_5a(name, task, names, sizes), _table_5a(data.facts("base"), task, names, sizes)]
+    return Content(parts, numbers, missing)
+
+
+def _memory(data: Data, task: str) -> tuple[list[str], dict[str, float], list[str]]:
+    """Labels of the routings, bytes by their names, and what is lacking. Raises `MissingError`."""
+    facts, names, sizes, missing = data.facts("base"), [], {}, []
+    for run in rows_of_table_2(data.study.effort, data, task):
         found = data.find(task, run)
         if found is None:
             missing.append(lacking(task, run))
@@ -28,12 +40,16 @@ def figure_5a(data: Data) -> Content:
         names.append(run.label)
     if original().name not in sizes:
         raise MissingError(lacking(task, original()))
+    return names, sizes, missing
+
+
+def _table_5a(facts: dict[str, Any], task: str, names: list[str], sizes: dict[str, float]) -> Table:
     before = sizes[original().name]
     rows = [
         [label, _mega(size), NOTHING if name == original().name else change(size, before)]
         for label, (name, size) in zip(names, sizes.items(), strict=True)
     ]
-    table = Table(
+    return Table(
         f"Fig. 5a in numbers. Expert memory of one denoising forward on {task}, all {len(facts['moe_layers'])} MoE "
         "layers",
         ("Routing", "MB", "Change"),
@@ -41,27 +57,27 @@ def figure_5a(data: Data) -> Content:
         frozenset(place for place, name in enumerate(sizes) if name.startswith("dmoe")),
         notes=[f"The paper: {paper.MEMORY_SAVED[0]} to {paper.MEMORY_SAVED[1]} % less, on its four benchmarks."],
     )
-    return Content([_bars_5a(names, sizes), table], {"bytes": sizes}, missing)
 
 
 def _mega(size: float) -> str:
     return number(size / 1e6, 2 if size < 1e8 else 0)
 
 
-def _bars_5a(names: list[str], sizes: dict[str, float]) -> Drawn:
+def _bars_5a(name: str, task: str, names: list[str], sizes: dict[str, float]) -> Drawn:
     with panels(1, height=0.6 + 0.28 * len(names)) as (figure, (axes,)):
-        colours = [ORANGE if name.startswith("dmoe") else BLUE for name in sizes]
+        colours = [ORANGE if run.startswith("dmoe") else BLUE for run in sizes]
         bars = axes.barh(names, [size / 1e6 for size in sizes.values()], color=colours)
         axes.bar_label(bars, [_mega(size) for size in sizes.values()], padding=3)
         axes.invert_yaxis()
         axes.grid(axis="x")
         axes.grid(visible=False, axis="y")
         axes.set_xlabel("MB of distinct experts per denoising forward")
-        listed = ", ".join(f"{name} {_mega(size)} MB" for name, size in zip(names, sizes.values(), strict=True))
+        listed = ", ".join(f"{label} {_mega(size)} MB" for label, size in zip(names, sizes.values(), strict=True))
         return finish(
             figure,
-            "fig5a",
-            "Fig. 5a. Memory of the distinct experts that one denoising forward uses, all MoE layers together.",
+            name,
+            f"Fig. 5a. Memory of the distinct experts that one denoising forward uses on {task}, all MoE layers "
+            "together.",
             f"Bar chart of expert memory per routing: {listed}.",
         )
 
@@ -75,11 +91,11 @@ def figure_5b(data: Data) -> Content:
     for run in runs:
         whole, tight = (numbers[cache][run.name] for cache in ("whole", "tight"))
         rows.append([run.label, *_speed_cells(whole), *_speed_cells(tight), number(tight["megabytes_per_answer"], 1)])
-    slots, facts = measured["tight"]["slots"]["base"], data.facts("base")
-    labels = {"whole": _cache_label(measured["whole"]["slots"]["base"], facts), "tight": _cache_label(slots, facts)}
+    slots, facts, task = measured["tight"]["slots"], data.facts("base"), data.study.tasks[0]
+    labels = {cache: _cache_label(measured[cache]["slots"], facts) for cache in ("whole", "tight")}
     table = Table(
         f"Fig. 5b in numbers. Medians of {len(measured['whole']['rounds']['original'])} rounds of "
-        f"{measured['whole']['prompts']} answers",
+        f"{measured['whole']['prompts']} answers, {task}",
         (
             "Routing",
             "ms / answer",
@@ -96,18 +112,25 @@ def figure_5b(data: Data) -> Content:
         frozenset(place for place, run in enumerate(runs) if run.name.startswith("dmoe")),
         notes=[
             f"First columns: {labels['whole']}. Speed-up: time of the original routing's round over this routing's, "
-            "on the same prompts in the same minute; range: least and most of all rounds. Prefill and commit are in "
-            "it.",
+            f"on the same prompts ({task}); range: least and most of all rounds. In a round each model is opened "
+            "alone and warmed up, then its routings come in random order. Prefill and commit are in it.",
             f"The paper's first version: {paper.SPEED_UP[0]} to {paper.SPEED_UP[1]} times as fast, end to end, on an "
             "H100.",
         ],
     )
     ours = {cache: one[OURS] for cache, one in numbers.items()}
     text = (
-        f"dMoE (p = 0.6) answers {number(ours['whole']['speed_up'], 2)} times as fast as the original routing with "
-        f"{labels['whole']}, and {number(ours['tight']['speed_up'], 2)} times as fast with {labels['tight']}."
+        f"On {task}, dMoE (p = 0.6) answers {number(ours['whole']['speed_up'], 2)} times as fast as the original "
+        f"routing with {labels['whole']}, and {number(ours['tight']['speed_up'], 2)} times as fast with "
+        f"{labels['tight']}{_why(numbers)}."
     )
     return Content([text, _bars_5b(data, numbers, labels), table], numbers)
+
+
+def _why(numbers: dict[str, dict[str, dict[str, float]]]) -> str:
+    """What an answer needs in steps, since a routing may be fast by step and slow by answer."""
+    before, ours = (numbers["whole"][name]["steps_per_answer"] for name in (original().name, OURS))
+    return f"; it takes {number(ours)} denoising steps per answer, the original {number(before)}"
 
 
 def _cache_label(slots: int, facts: dict[str, Any]) -> str:
@@ -166,6 +189,6 @@ def _bars_5b(data: Data, numbers: dict[str, dict[str, dict[str, float]]], labels
         return finish(
             figure,
             "fig5b",
-            "Fig. 5b. End-to-end speed-up over the original routing; lines span the rounds.",
+            f"Fig. 5b. End-to-end speed-up over the original routing on {data.study.tasks[0]}; lines span the rounds.",
             f"Bar chart of speed-ups with {labels['whole']} and with {labels['tight']}: {listed}.",
         )

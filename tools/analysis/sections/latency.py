@@ -17,11 +17,11 @@ PARTS = ("moe", "attention", "other")
 def components(data: Data) -> Content:
     """Fig. 2a and b."""
     bars = data.measured("components")["bars"]
-    facts = data.facts("base")
-    tight = round(data.study.tight_share * facts["all_experts"])
+    facts, task = data.facts("base"), data.study.tasks[0]
+    slots = {bar["cache"]: bar["slots"] for bar in bars}
     caches = {
-        "whole": f"expert cache as large as memory allows ({facts['slots']} of {facts['all_experts']})",
-        "tight": f"expert cache of {tight} of {facts['all_experts']}",
+        "whole": f"expert cache as large as memory allows ({slots['whole']} of {facts['all_experts']})",
+        "tight": f"expert cache of {slots['tight']} of {facts['all_experts']}",
     }
     rows = [
         [
@@ -32,28 +32,41 @@ def components(data: Data) -> Content:
         for bar in bars
     ]
     table = Table(
-        "Fig. 2a and b in numbers. Milliseconds per denoising step",
+        f"Fig. 2a and b in numbers. Milliseconds per denoising step, {task}",
         ("Setting", "MoE", "Attention", "Other", "Total", "MoE's share"),
         rows,
         frozenset(place for place, bar in enumerate(bars) if bar["routing"].startswith("dMoE")),
         notes=[
             f"a: {caches['whole']}; b: {caches['tight']}. MoE is router, experts, shared experts and waiting for "
             "transfers; attention includes its projections and the KV cache; other is embedding, norms, dense "
-            f"layers, head and sampling. Medians of rounds of {data.study.effort.prompts} answers, after a warm-up. "
-            "The engine steps one prompt at a time, so there is no batch size to vary; the paper's two panels are "
+            f"layers, head and sampling. Medians of rounds of {data.study.effort.prompts} answers; in each, models "
+            "and settings come in random order, every model opened alone and warmed up. The engine steps one prompt "
+            "at a time, so there is no batch size to vary; the paper's two panels are "
             "two frameworks on a GPU.",
         ],
     )
     share = [bar["moe"] / bar["total"] for bar in bars if not bar["routing"].startswith("dMoE")]
     text = (
-        f"Under the original routing MoE takes {percent(min(share), 0)} to {percent(max(share), 0)} of a denoising "
-        "step, attention and everything else the rest. The paper finds that MoE dominates, too, without printing "
-        "shares."
+        f"Under the original routing MoE takes {_range(share)} of a denoising step, attention and everything else the "
+        f"rest. The paper finds that MoE dominates, without printing shares; {_dominance(share)}."
     )
-    return Content([text, _bars(bars, caches), table], {"bars": bars})
+    return Content([text, _bars(bars, caches, task), table], {"bars": bars})
 
 
-def _bars(bars: Sequence[dict[str, Any]], caches: dict[str, str]) -> Drawn:
+def _range(shares: Sequence[float]) -> str:
+    least, most = percent(min(shares), 0), percent(max(shares), 0)
+    return least if least == most else f"{least} to {most}"
+
+
+def _dominance(shares: Sequence[float]) -> str:
+    if min(shares) > 0.5:
+        return "it does here, too"
+    if max(shares) <= 0.5:
+        return "here it never takes more than half"
+    return f"here it takes more than half in {sum(share > 0.5 for share in shares)} of {len(shares)} settings"
+
+
+def _bars(bars: Sequence[dict[str, Any]], caches: dict[str, str], task: str) -> Drawn:
     colours = {"moe": ORANGE, "attention": BLUE, "other": GREY}
     names = {"moe": "MoE", "attention": "attention", "other": "other"}
     with panels(2, height=3.6, width=8.2) as (figure, both):
@@ -82,7 +95,7 @@ def _bars(bars: Sequence[dict[str, Any]], caches: dict[str, str]) -> Drawn:
         return finish(
             figure,
             "fig2ab",
-            "Fig. 2a and b. Time of a denoising step by component, original routing beside dMoE.",
+            f"Fig. 2a and b. Time of a denoising step by component on {task}, original routing beside dMoE.",
             f"Stacked bars: {listed}.",
         )
 
@@ -90,16 +103,16 @@ def _bars(bars: Sequence[dict[str, Any]], caches: dict[str, str]) -> Drawn:
 def moe_latency(data: Data) -> Content:
     """Fig. 2c."""
     measured = data.measured("moe-latency")
-    facts = data.facts("base")
-    tight = round(data.study.tight_share * facts["all_experts"])
+    facts, task = data.facts("base"), data.study.tasks[0]
+    whole, tight = measured["whole"]["slots"], measured["tight"]["slots"]
     names = {
-        ("whole", "swept"): f"one layer, made-up routings, cache of {facts['slots']}",
+        ("whole", "swept"): f"one layer, made-up routings, cache of {whole}",
         ("tight", "swept"): f"one layer, made-up routings, cache of {tight}",
-        ("whole", "real"): f"all layers, real denoising steps, cache of {facts['slots']}",
+        ("whole", "real"): f"all layers, real denoising steps, cache of {whole}",
         ("tight", "real"): f"all layers, real denoising steps, cache of {tight}",
     }
     series = {(cache, kind): measured[cache][kind] for cache, kind in names}
-    lines = {key: _fit(points) for key, points in series.items()}
+    lines = {key: _fit(points, kind=key[1]) for key, points in series.items()}
     rows = [
         [
             names[key],
@@ -113,7 +126,7 @@ def moe_latency(data: Data) -> Content:
         if line is not None
     ]
     table = Table(
-        "Fig. 2c in numbers. MoE latency = intercept + slope × unique experts",
+        f"Fig. 2c in numbers. MoE latency = intercept + slope × unique experts, {task}",
         ("Series", "Points", "Unique experts", "Slope, µs per expert", "Intercept, ms", "R²"),
         rows,
         notes=[
@@ -126,23 +139,24 @@ def moe_latency(data: Data) -> Content:
     said = "There are too few points for a line."
     if line is not None:
         said = (
-            f"Latency against the distinct experts fits a straight line of {number(1000 * line.slope, 0)} µs per "
-            f"expert with R² {number(line.r_squared, 3)}."
+            f"With a cache of {whole}, the straight line through the latency has {number(1000 * line.slope, 1)} µs "
+            f"per distinct expert and explains R² = {number(line.r_squared, 3)} of its variation."
         )
     text = (
-        f"The arithmetic of made-up routings is the same throughout, however many experts it is spread over. {said} "
+        "Made-up routings all multiply the same number of tokens by an expert each, however many experts these are"
+        f"{'' if facts['dtype'] == 'float32' else ', rows that pad an expert to the width of a kernel apart'}. {said} "
         "The paper shows such a line and prints no coefficients."
     )
     numbers = {f"{cache}-{kind}": line._asdict() if line else None for (cache, kind), line in lines.items()}
-    return Content([text, _scatter(series, lines, tight), table], numbers)
+    return Content([text, _scatter(series, lines, {"whole": whole, "tight": tight}, task), table], numbers)
 
 
-def _fit(points: Sequence[tuple[int, float]]) -> Line | None:
+def _fit(points: Sequence[tuple[int, float]], kind: str) -> Line | None:
+    """A sweep repeats few counts, so its medians are fitted; of real steps, every point."""
     middles = by_count(points)
     if len(middles) < 2:
         return None
-    few = len(middles) * 2 <= len(points) and len(middles) <= 32  # a sweep: many repeats of few counts
-    xs, ys = zip(*(middles.items() if few else points), strict=True)
+    xs, ys = zip(*(middles.items() if kind == "swept" else points), strict=True)
     return linear_fit(xs, ys)
 
 
@@ -155,18 +169,21 @@ def by_count(points: Sequence[tuple[int, float]]) -> dict[int, float]:
 
 
 def _scatter(
-    series: dict[tuple[str, str], Sequence[tuple[int, float]]], lines: dict[tuple[str, str], Line | None], tight: int
+    series: dict[tuple[str, str], Sequence[tuple[int, float]]],
+    lines: dict[tuple[str, str], Line | None],
+    slots: dict[str, int],
+    task: str,
 ) -> Drawn:
     with panels(2, height=3.4) as (figure, both):
         for axes, kind, title in zip(
             both, ("swept", "real"), ("made-up routings", "real denoising steps"), strict=True
         ):
-            for cache, colour, label in (("whole", BLUE, "whole cache"), ("tight", GREEN, f"cache of {tight}")):
+            for cache, colour in (("whole", BLUE), ("tight", GREEN)):
                 points, line = series[cache, kind], lines[cache, kind]
                 middles = by_count(points)
                 shown = list(middles.items()) if kind == "swept" else points
                 xs, ys = zip(*shown, strict=True)
-                axes.scatter(xs, ys, s=14, alpha=0.6, color=colour, linewidths=0, label=label)
+                axes.scatter(xs, ys, s=14, alpha=0.6, color=colour, linewidths=0, label=f"cache of {slots[cache]}")
                 if line is not None:
                     ends = [min(middles), max(middles)]
                     axes.plot(ends, [line.intercept + line.slope * x for x in ends], color=colour, linewidth=1.5)
@@ -179,6 +196,18 @@ def _scatter(
         return finish(
             figure,
             "fig2c",
-            "Fig. 2c. Latency of a MoE layer against the distinct experts its tokens chose, with straight-line fits.",
-            "Two scatter plots with fitted lines; latency rises with the number of unique experts in both.",
+            f"Fig. 2c. Latency of a MoE layer against the distinct experts its tokens chose, with straight-line fits; "
+            f"{task}.",
+            f"Two scatter plots of latency against unique experts. {_slopes(lines, slots)}",
         )
+
+
+def _slopes(lines: dict[tuple[str, str], Line | None], slots: dict[str, int]) -> str:
+    kinds = {"swept": "made-up routings", "real": "real steps"}
+    said = [
+        f"{kinds[kind]}, cache of {slots[cache]}: {'rising' if line.slope > 0 else 'not rising'}, "
+        f"{1000 * line.slope:.1f} µs per expert"
+        for (cache, kind), line in lines.items()
+        if line is not None
+    ]
+    return f"Fitted lines: {'; '.join(said)}." if said else "Too few points for lines."

@@ -48,7 +48,7 @@ def masking(data: Data) -> Content:
             ]
         )
     table = Table(
-        "Fig. 3a in numbers. Router weight against loss increase",
+        f"Fig. 3a in numbers. Router weight against loss increase, {data.study.tasks[0]}",
         (
             "Case",
             "Cases",
@@ -68,13 +68,21 @@ def masking(data: Data) -> Content:
             f"its protocol.",
         ],
     )
-    r = numbers["token"]["r"]
     text = (
-        f"Pearson's r between an expert's router weight and what its absence does to the loss is {number(r, 3)} here; "
-        f"the paper finds {paper.PEARSON}. In {percent(numbers['token']['unmoved'], 0)} of the cases of one token its "
-        f"loss moves by less than {UNMOVED:g} nats: there the model is as sure without that expert as with it."
+        f"{_said(numbers['token'])}; the paper finds {paper.PEARSON}. In "
+        f"{percent(numbers['token']['unmoved'], 0)} of the cases of one token its loss moves by less than "
+        f"{UNMOVED:g} nats: there the model is as sure without that expert as with it."
     )
-    return Content([text, _weights(measured), table], numbers)
+    return Content([text, _weights(measured, data.study.tasks[0]), table], numbers)
+
+
+def _said(found: dict[str, Any]) -> str:
+    if found["r"] is None:
+        return "There are too few cases, or too equal ones, for a correlation of router weight and loss increase"
+    return (
+        "Pearson's r between an expert's router weight for a token and what its absence does to the loss is "
+        f"{number(found['r'], 3)} here (95 % interval {number(found['low'], 3)} to {number(found['high'], 3)})"
+    )
 
 
 def _correlations(weights: list[float], rises: list[float], problems: list[int]) -> dict[str, Any]:
@@ -92,7 +100,7 @@ def _correlations(weights: list[float], rises: list[float], problems: list[int])
     }
 
 
-def _weights(measured: dict[str, Any]) -> Drawn:
+def _weights(measured: dict[str, Any], task: str) -> Drawn:
     with panels(2, height=3.4) as (figure, both):
         for axes, (kind, label) in zip(both, KINDS.items(), strict=True):
             weights, rises = (np.array([point[place] for point in measured[kind]]) for place in (3, 4))
@@ -112,7 +120,7 @@ def _weights(measured: dict[str, Any]) -> Drawn:
         return finish(
             figure,
             "fig3a",
-            "Fig. 3a. Loss increase when an expert is left out, against the router's weight for it.",
+            f"Fig. 3a. Loss increase when an expert is left out, against the router's weight for it, {task}.",
             "Two scatter plots of loss increase against router weight, with the means of eight groups of equal size.",
         )
 
