@@ -239,8 +239,9 @@ def plan_for(config: EngineConfig, model: ModelConfig, setup: Setup) -> MemoryPl
     try:
         return plan(setup)
     except MemoryBudgetError:
-        # The next process may measure itself a little larger; the budget that the refusal names must do for it too.
-        plan(replace(setup, runtime_bytes=(setup.runtime_bytes or 0) + RUNTIME_STEP))
+        # The next process may measure itself larger, by more than one step where this one was the first to touch the
+        # libraries' files; the budget that the refusal names must do for it too.
+        plan(replace(setup, runtime_bytes=(setup.runtime_bytes or 0) + 3 * RUNTIME_STEP))
         raise
 
 

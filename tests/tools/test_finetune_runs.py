@@ -234,7 +234,11 @@ def test_ctrl_c_saves_after_the_step_under_way(
         return report
 
     monkeypatch.setattr(Run, "_step", interrupted)
-    result = invoke(base, data, tmp_path)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job is started to ignore it
+    try:
+        result = invoke(base, data, tmp_path)
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert result.exit_code == 130
     assert "saved after 2 steps; go on with --resume" in result.output
     monkeypatch.undo()
