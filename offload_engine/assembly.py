@@ -137,7 +137,7 @@ def routing_options(config: EngineConfig, model: ModelConfig) -> RoutingOptions:
     defaults = RoutingOptions()
     return RoutingOptions(
         top_p=config.top_p or model.distilled_top_p or defaults.top_p,
-        min_experts=config.min_experts,
+        min_experts=config.min_experts or model.core_min_experts or defaults.min_experts,
         top_k_experts=config.top_k_experts,
         des_k=config.des_k,
         des_beta=config.des_beta,

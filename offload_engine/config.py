@@ -133,8 +133,8 @@ class EngineConfig(BaseModel):
     """
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     """dMoE: share of a block's votes its coreset passes; None: the checkpoint's `core_threshold`, else 0.6."""
-    min_experts: Annotated[int, Field(ge=1, le=65536)] = 16
-    """dMoE: smallest coreset."""
+    min_experts: Annotated[int, Field(ge=1, le=65536)] | None = None
+    """dMoE: smallest coreset; None: the checkpoint's `core_min_experts`, else 16."""
     top_k_experts: Annotated[int, Field(ge=1, le=65536)] = 4
     """top-k: experts per token."""
     des_k: Annotated[int, Field(ge=1, le=65536)] = 2

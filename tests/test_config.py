@@ -83,7 +83,7 @@ def test_a_printed_size_reads_back_within_half_a_percent(count: int) -> None:
 def test_defaults() -> None:
     config = EngineConfig()
     assert (config.model, config.device, config.gpu_mem, config.host_mem) == (None, "auto", "auto", "auto")
-    assert (config.routing, config.top_p, config.min_experts, config.top_k_experts) == (None, None, 16, 4)
+    assert (config.routing, config.top_p, config.min_experts, config.top_k_experts) == (None, None, None, 4)
     assert (config.prefetch_depth, config.transfers_in_flight, config.reader_threads) == (1, 2, 2)
     assert config.prefill_chunk == 512
 

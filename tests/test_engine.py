@@ -367,8 +367,16 @@ def test_a_distilled_checkpoint_picks_its_routing(tmp_path: Path) -> None:
         assert engine.routing_name == "dmoe"
         assert engine._parts.policy.top_p == 0.7  # type: ignore[attr-defined]
         assert any("distilled for dMoE" in notice for notice in engine.notices)
+        assert engine._parts.policy.min_experts == 16  # type: ignore[attr-defined]
     with open_engine(directory, routing="original") as engine:
         assert engine.routing_name == "original"
+
+
+def test_a_checkpoint_may_say_its_smallest_coreset(tmp_path: Path) -> None:
+    directory = write_checkpoint(tmp_path, tiny_config(mode="aggregate", core_min_experts=7))
+    for options, least in (({}, 7), ({"min_experts": 5}, 5)):
+        with open_engine(directory, **options) as engine:
+            assert engine._parts.policy.min_experts == least  # type: ignore[attr-defined]
 
 
 def test_dmoe_on_other_weights_works_and_says_so_once(checkpoint: Path) -> None:

@@ -64,6 +64,7 @@ COUNT = click.IntRange(min=1)
 @click.option("--routing", default="dmoe", show_default=True, help="Routing policy to train under.")
 @click.option("--top-p", type=click.FloatRange(0, 1, min_open=True), default=0.6, show_default=True)
 @click.option("--min-experts", type=COUNT, default=12, show_default=True, help="dMoE's smallest coreset.")
+@click.option("--served-min-experts", type=COUNT, help="The same for whoever runs the result.  [default: the engine's]")
 @click.option(
     "--original-share", type=FRACTION, default=0.0, show_default=True, help="Of micro-batches; routed as before."
 )

@@ -32,7 +32,7 @@ ENGINE_HELP: Final = {
     "routing": "original, top-k, dmoe, des-seq, des-vote or block-capacity.  "
     "[default: what the checkpoint was made for]",
     "top_p": "dmoe: share of a block's votes its experts must hold.  [default: the checkpoint's, else 0.6]",
-    "min_experts": "dmoe: fewest experts a block may choose from.",
+    "min_experts": "dmoe: fewest experts a block may choose from.  [default: the checkpoint's, else 16]",
     "top_k_experts": "top-k: experts per token.",
     "des_k": "des-seq: experts each token brings into its block's choice.",
     "des_beta": "des-vote: share of a layer's experts a block may choose from.",

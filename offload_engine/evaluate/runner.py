@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Iterator
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -15,6 +14,7 @@ from offload_engine.evaluate.records import Memory, Record, Recorder
 from offload_engine.evaluate.sample import Sample
 from offload_engine.evaluate.summary import middle_layer
 from offload_engine.evaluate.tasks import Task
+from offload_engine.routing import described
 
 CANCELLED = "cancelled"
 
@@ -58,7 +58,7 @@ def run_folder_settings(engine: Engine, task: Task, params: SamplingParams) -> d
         "model": engine.config.model or "built-in",
         "fingerprint": fingerprint(engine.directory),
         "dtype": str(engine.dtype).removeprefix("torch."),
-        "routing": {"name": engine.routing_name, **_parameters(engine.policy)},
+        "routing": described(engine.policy),
         "sampling": params.model_dump(),
         "engine": engine.config.model_dump(exclude={"model"}),
     }
@@ -155,14 +155,6 @@ def _params_of(params: SamplingParams, index: int) -> SamplingParams:
     if params.temperature == 0 or params.seed is None:
         return params
     return params.model_copy(update={"seed": params.seed + index})
-
-
-def _parameters(policy: object) -> dict[str, Any]:
-    """The numbers and words a policy was made with."""
-    if not dataclasses.is_dataclass(policy):
-        return {}
-    values = {field.name: getattr(policy, field.name) for field in dataclasses.fields(policy)}
-    return {name: value for name, value in values.items() if isinstance(value, int | float | str) and name != "name"}
 
 
 def _version(package: str) -> str:

@@ -63,6 +63,8 @@ class ModelConfig(BaseModel):
     """`aggregate` in a checkpoint distilled for dMoE."""
     core_threshold: Annotated[float, Field(gt=0, le=1)] | None = None
     """The coreset's top-p that a dMoE checkpoint was distilled with."""
+    core_min_experts: Count | None = None
+    """The smallest coreset that a dMoE checkpoint wants to be served with; ours, the published code fixes 16."""
     expert_capacity: Count | None = None
     """Experts a block may use, in a checkpoint that routes natively by block (LLaDA2.2; REFERENCE §2)."""
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass
+from typing import Any
 
 from offload_engine.errors import ConfigError
 from offload_engine.routing.base import RouterShape, RoutingPolicy, SituatedPolicy
@@ -30,6 +31,7 @@ __all__ = [
     "SituatedCoreset",
     "SituatedPolicy",
     "TopK",
+    "described",
     "make_policy",
 ]
 
@@ -121,3 +123,11 @@ def make_policy(name: str, shape: RouterShape, options: RoutingOptions | None = 
     if name not in POLICIES:
         raise ConfigError(f"routing is {name!r}; choose one of {', '.join(POLICIES)}")
     return POLICIES[name](shape, options or RoutingOptions())
+
+
+def described(policy: RoutingPolicy) -> dict[str, Any]:
+    """The policy's name and the numbers it was made with, for a record of what was run; the router's shape is the
+    model's.
+    """
+    values = {one.name: getattr(policy, one.name) for one in fields(policy)} if is_dataclass(policy) else {}
+    return {"name": policy.name} | {name: value for name, value in values.items() if isinstance(value, int | float)}

@@ -74,6 +74,7 @@ def test_a_missing_key_is_named(key: str) -> None:
         ({"topk_group": None}, "key 'topk_group' is missing, and n_group is 4"),
         ({"first_k_dense_replace": 9}, "first_k_dense_replace"),
         ({"core_threshold": 1.5, "mode": "aggregate"}, "key 'core_threshold'"),
+        ({"core_min_experts": 0, "mode": "aggregate"}, "key 'core_min_experts' is 0"),
     ],
 )
 def test_what_is_not_supported_is_refused_by_name(change: dict[str, Any], message: str) -> None:

@@ -29,6 +29,7 @@ FACTS = {
     "all_experts": 768,
     "tight_bytes": 77_000,
     "distilled_top_p": 0.6,
+    "core_min_experts": None,
 }
 
 

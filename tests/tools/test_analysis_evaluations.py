@@ -9,9 +9,11 @@ from typing import Any
 
 import pytest
 
+from offload_engine.assembly import choose_policy
 from offload_engine.errors import UsageError
 from offload_engine.evaluate.records import RUN
 from offload_engine.evaluate.tasks import ARITHMETIC
+from offload_engine.routing import described
 from tests.tools.analysis_data import FACTS
 from tools.analysis import evaluations, measurements, report, runs
 from tools.analysis.study import Study
@@ -29,7 +31,10 @@ def put(study: Study, run: runs.Run, **engine: Any) -> Path:
         **study.task(ARITHMETIC).settings,
         "fingerprint": study.fingerprints[run.role],
         "sampling": study.sampling().model_dump(),
-        "engine": evaluations.engine_config(study, run).model_dump(exclude={"model"}) | engine,
+        "engine": (config := evaluations.engine_config(study, run).model_copy(update=engine)).model_dump(
+            exclude={"model"}
+        ),
+        "routing": described(choose_policy(config, study.model_config(run.role))[0]),
     }
     directory = evaluations.folder(study, ARITHMETIC, run)
     directory.mkdir(parents=True)
@@ -46,10 +51,17 @@ def test_how_much_memory_a_run_had_does_not_matter(study: Study, engine: dict[st
 
 
 def test_what_answers_depend_on_does(study: Study) -> None:
-    put(study, runs.original(), top_k_experts=5)
-    assert evaluations.differences(study, ARITHMETIC, runs.original()) == {"engine.top_k_experts": (5, 4)}
+    put(study, runs.dmoe(0.6), min_experts=24)
+    assert evaluations.differences(study, ARITHMETIC, runs.dmoe(0.6)) == {"routing.min_experts": (24, 23)}
+    put(study, runs.original())
     more = replace(study, n=4)
     assert evaluations.differences(more, ARITHMETIC, runs.original())["n"] == (3, 4)
+
+
+def test_only_what_a_routing_comes_to_counts(study: Study) -> None:
+    """An option written out that the checkpoint says too, and one the routing doesn't read, change no answer."""
+    put(study, runs.dmoe(0.6), min_experts=23, des_k=7)
+    assert evaluations.differences(study, ARITHMETIC, runs.dmoe(0.6)) == {}
 
 
 def test_behind_a_small_cache_its_size_does(study: Study) -> None:
@@ -61,15 +73,15 @@ def test_behind_a_small_cache_its_size_does(study: Study) -> None:
 def test_other_settings_are_named_before_anything_is_evaluated(study: Study, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(evaluations, "carry_out", lambda *_: pytest.fail("an evaluation was begun"))
     put(study, runs.dmoe(0.6), top_p=0.9)
-    with pytest.raises(UsageError, match=r"engine\.top_p 0\.9 there, 0\.6 now.*choose another --out"):
+    with pytest.raises(UsageError, match=r"routing\.top_p 0\.9 there, 0\.6 now.*choose another --out"):
         evaluations.carry_out_all(study, [runs.original(), runs.dmoe(0.6)], jobs=1)
 
 
 def test_the_report_says_so_and_advises_no_command_that_is_refused(study: Study) -> None:
-    put(study, runs.original(), top_k_experts=5)
+    put(study, runs.original(), dtype="bfloat16")
     text = report.as_markdown(report.build(study))
     fig3b = text.split("## Experts over denoising steps")[1]
-    assert "original on tiny-arithmetic: engine.top_k_experts 5 there, 4 now" in fig3b
+    assert "original on tiny-arithmetic: engine.dtype 'bfloat16' there, 'auto' now" in fig3b
     assert "choose another --out" in fig3b
     assert "To make it" not in fig3b
 

@@ -270,7 +270,7 @@ class TestTeacher:
         )
         assert fast.settings() == slow.settings()
         routed, _ = make_teacher(EngineConfig(routing="dmoe", top_p=0.5), SamplingParams(), prompts(1))
-        assert routed.settings()["routing"] == {"name": "dmoe", "top_p": 0.5, "min_experts": 16}
+        assert routed.settings()["routing"] == {"name": "dmoe", "top_p": 0.5, "min_experts": 23}
 
     def test_two_trainings_of_one_model_are_told_apart(self, tmp_path: Path) -> None:
         for path in BUILT_IN.iterdir():

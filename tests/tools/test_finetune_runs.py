@@ -132,7 +132,11 @@ def test_config_names_the_routing_that_was_trained(base: Path, data: Path, tmp_p
         assert config.get("mode") == mode
         assert config.get("core_threshold") == (0.6 if mode else None)
         assert ModelConfig.from_file(out / "model" / "config.json").distilled_top_p == (0.6 if mode else None)
+        assert "core_min_experts" not in config  # the base's is not the result's
     distilled = tmp_path / "dmoe" / "model"
+    again = invoke(base, data, tmp_path / "dmoe", "--export", steps=1, routing="dmoe", served_min_experts=9)
+    assert again.exit_code == 0, again.output
+    assert ModelConfig.from_file(distilled / "config.json").core_min_experts == 9
     assert invoke(distilled, data, tmp_path / "back", steps=1, routing="original").exit_code == 0
     assert "mode" not in json.loads((tmp_path / "back" / "model" / "config.json").read_text())
 

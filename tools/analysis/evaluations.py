@@ -8,12 +8,13 @@ import sys
 from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from offload_engine.assembly import choose_policy
 from offload_engine.config import EngineConfig, brief
 from offload_engine.engine import Engine
 from offload_engine.errors import OffloadError, UsageError
@@ -21,6 +22,7 @@ from offload_engine.evaluate.records import RUN, SUMMARY, RunFolder, SavedRun, f
 from offload_engine.evaluate.runner import about, evaluate, run_folder_settings
 from offload_engine.evaluate.summary import summarise
 from offload_engine.memory import auto_budget, available_memory
+from offload_engine.routing import RoutingOptions, described
 from tools.analysis.measurements import model_facts
 from tools.analysis.runs import Run
 from tools.analysis.study import Study
@@ -47,6 +49,8 @@ FIELDS = frozenset(
 
 MEMORY = frozenset({"gpu_mem", "host_mem"})
 TRANSFERS = frozenset({"expert_mem", "reader_threads", "transfers_in_flight"})
+ROUTING = frozenset({"routing", *(option.name for option in fields(RoutingOptions))})
+"""Engine options of which only what they come to for a checkpoint counts, the policy in force."""
 
 
 @dataclass(frozen=True)
@@ -94,7 +98,8 @@ def _differing(study: Study, task: str, run: Run, there: dict[str, Any]) -> dict
         **study.task(task).settings,
         "fingerprint": study.fingerprints[run.role],
         "sampling": study.sampling(run.block_length).model_dump(),
-        "engine": engine_config(study, run).model_dump(exclude={"model"} | _free(run)),
+        "routing": described(choose_policy(engine_config(study, run), study.model_config(run.role))[0]),
+        "engine": engine_config(study, run).model_dump(exclude={"model"} | ROUTING | _free(run)),
     }
     before, now = flatten(there), flatten(json.loads(json.dumps(wanted)))
     return {name: (before.get(name), value) for name, value in now.items() if before.get(name) != value}

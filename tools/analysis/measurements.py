@@ -53,7 +53,7 @@ def settings_of(study: Study, name: str) -> dict[str, Any]:
         prompts = study.prompts(max(study.effort.prompts, study.effort.mask_problems))  # what --n and --data leave
         digest = hashlib.sha256(json.dumps(prompts).encode()).hexdigest()[:16]
         measured = {"effort": asdict(study.effort), "task": study.tasks[0], "prompts": digest}
-    whole: dict[str, Any] = json.loads(json.dumps({"version": 2, **facts, "engine": engine, **measured}))
+    whole: dict[str, Any] = json.loads(json.dumps({"version": 3, **facts, "engine": engine, **measured}))
     return whole
 
 
@@ -134,6 +134,7 @@ def _facts(study: Study, role: Role, engine: Engine) -> Result:
         "all_experts": plan.all_experts,
         "tight_bytes": max(2, round(study.tight_share * plan.all_experts)) * plan.slab_bytes,
         "distilled_top_p": config.distilled_top_p,
+        "core_min_experts": config.core_min_experts,
     }
 
 

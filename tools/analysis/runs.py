@@ -40,6 +40,12 @@ def dmoe(top_p: float) -> Run:
     return Run(f"dmoe-p{top_p:g}", f"dMoE (p = {top_p:g})", "distilled", {"routing": "dmoe", "top_p": top_p})
 
 
+def dmoe_from(floor: int) -> Run:
+    """The distilled model with dMoE routing, p = 0.6, and coresets of at least `floor` experts."""
+    rule = {"routing": "dmoe", "top_p": 0.6, "min_experts": floor}
+    return Run(f"{OURS}-min{floor}", f"dMoE (p = 0.6), at least {floor}", "distilled", rule)
+
+
 def des_seq(k: int) -> Run:
     """DES-Seq on the base model; k = 1 is as few experts as it can go down to."""
     star = "*" if k == 1 else ""
@@ -88,6 +94,16 @@ def main_comparison(effort: Effort) -> list[Run]:
 def top_p_ablation(effort: Effort) -> list[Run]:
     """Table 3."""
     return [original(), *(dmoe(top_p) for top_p in effort.top_ps)]
+
+
+def floor_ablation(effort: Effort) -> list[Run]:
+    """Smallest coresets, of which the paper's two versions have different ones."""
+    return [dmoe(0.6), *(dmoe_from(floor) for floor in effort.floors)]
+
+
+def coreset_ablation(effort: Effort) -> list[Run]:
+    """Both."""
+    return [*top_p_ablation(effort), *floor_ablation(effort)]
 
 
 def block_ablation(effort: Effort) -> list[Run]:

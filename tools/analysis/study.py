@@ -8,13 +8,14 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
-from offload_engine.assembly import find_source
+from offload_engine.assembly import Source, find_source
 from offload_engine.config import EngineConfig
 from offload_engine.core import SamplingParams
 from offload_engine.engine import Engine
 from offload_engine.errors import UsageError
 from offload_engine.evaluate.fingerprint import fingerprint
 from offload_engine.evaluate.tasks import ARITHMETIC, Task, make_task
+from offload_engine.model.config import ModelConfig
 
 Role = Literal["base", "distilled"]
 
@@ -42,6 +43,8 @@ class Effort:
     mask_cases: int = 12
     """Experts left out per problem, for one token and for a whole block each."""
     top_ps: tuple[float, ...] = (0.4, 0.5, 0.6, 0.7, 0.8)
+    floors: tuple[int, ...] = (8, 12, 16)
+    """Smallest coresets to try beside the checkpoint's own."""
     block_lengths: tuple[int, ...] = (8, 16, 24, 32)
     betas: tuple[float, ...] = (0.05, 0.07, 0.10, 0.15, 0.20, 0.30)
     """DES-Vote's settings."""
@@ -58,6 +61,7 @@ QUICK = Effort(
     mask_problems=6,
     mask_cases=6,
     top_ps=(0.5, 0.6, 0.8),
+    floors=(8,),
     block_lengths=(16, 32),
     betas=(0.10, 0.15),
     bonuses=(2.0,),
@@ -132,7 +136,15 @@ class Study:
     @cached_property
     def fingerprints(self) -> dict[Role, str]:
         """Role -> digest of its checkpoint."""
-        return {role: fingerprint(find_source(self.config(role)).directory) for role in ("base", "distilled")}
+        return {role: fingerprint(source.directory) for role, source in self._sources.items()}
+
+    def model_config(self, role: Role) -> ModelConfig:
+        """The config.json of the checkpoint that plays `role`."""
+        return self._sources[role].config
+
+    @cached_property
+    def _sources(self) -> dict[Role, Source]:
+        return {role: find_source(self.config(role)) for role in ("base", "distilled")}
 
     def task(self, name: str) -> Task:
         """The task called `name`, with this study's number of samples. Raises `UsageError`."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, is_dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -15,7 +15,7 @@ from offload_engine.core import SamplingParams
 from offload_engine.engine import Engine
 from offload_engine.errors import ModelError, TokenizerError, UsageError
 from offload_engine.evaluate.fingerprint import fingerprint
-from offload_engine.routing import RouterShape, RoutingPolicy
+from offload_engine.routing import described
 from offload_engine.text import Message, Tokenizer
 from tools.distillation.prompts import Prompt
 from tools.distillation.shards import Record
@@ -141,26 +141,9 @@ def make_teacher(
         params=params.model_copy(update={"seed": params.seed or 0}),
         name=source.name,
         fingerprint=fingerprint(source.directory),
-        routing=_described(policy),
+        routing=described(policy),
     )
     return teacher, [_fitted(one, lengths.get(one.id, 0), room) for one in prompts]
-
-
-def _described(policy: RoutingPolicy) -> dict[str, Any]:
-    """A policy's name and parameters; the router's shape is the model's."""
-    return {"name": policy.name, **_numbers(policy)}
-
-
-def _numbers(policy: object) -> dict[str, Any]:
-    """The numbers a policy was made with, and those of policies inside it."""
-    found: dict[str, Any] = {}
-    for one in fields(policy) if is_dataclass(policy) else ():
-        value = getattr(policy, one.name)
-        if isinstance(value, int | float):
-            found[one.name] = value
-        elif is_dataclass(value) and not isinstance(value, RouterShape):
-            found |= _numbers(value)
-    return found
 
 
 def _fitted(prompt: Prompt, length: int, room: int) -> Prompt:

@@ -128,7 +128,7 @@ class Run:
         """Write the weights as a checkpoint for the engine."""
         settings = self.settings
         raw = json.loads((self.source / "config.json").read_text(encoding="utf-8"))
-        config = distilled_config(raw, settings.routing, settings.top_p)
+        config = distilled_config(raw, settings.routing, settings.top_p, settings.served_min_experts)
         published = Published(self.tuner.network, self.config)
         with writing(settings.out / MODEL):
             size = parse_bytes(settings.shard_size)

@@ -17,7 +17,7 @@ from tools.finetuning.dataset import Dataset, Overlong, Shape
 from tools.finetuning.parallel import Processes
 from tools.finetuning.tuner import Optimisation
 
-NOT_RECORDED = ("data", "out", "log_every", "save_minutes", "shard_size")
+NOT_RECORDED = ("data", "out", "log_every", "save_minutes", "shard_size", "served_min_experts")
 """Settings that don't change what is learned, and may differ on resumption."""
 
 
@@ -47,6 +47,7 @@ class Settings:
     routing: str = "dmoe"
     top_p: float = 0.6
     min_experts: int = 12
+    served_min_experts: int | None = None
     original_share: float = 0.0
     teacher_share: float = 0.0
     teacher: str | None = None

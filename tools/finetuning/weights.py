@@ -130,11 +130,16 @@ class Published:
         return whole(self.weights[name]).detach().to(self.dtype).cpu().contiguous()
 
 
-def distilled_config(raw: Mapping[str, Any], routing: str, top_p: float) -> dict[str, Any]:
-    """A config.json that says which routing its weights were trained for."""
-    config = {key: value for key, value in raw.items() if key not in ("mode", "core_threshold")}
-    config["torch_dtype"] = "bfloat16"
-    return config | {"mode": "aggregate", "core_threshold": top_p} if routing == "dmoe" else config
+def distilled_config(raw: Mapping[str, Any], routing: str, top_p: float, min_experts: int | None) -> dict[str, Any]:
+    """A config.json that says which routing its weights were trained for, and with what smallest coreset they are to
+    be served (None: the engine's).
+    """
+    routed = {"mode", "core_threshold", "core_min_experts"}
+    config = {key: value for key, value in raw.items() if key not in routed} | {"torch_dtype": "bfloat16"}
+    if routing != "dmoe":
+        return config
+    least = {} if min_experts is None else {"core_min_experts": min_experts}
+    return config | {"mode": "aggregate", "core_threshold": top_p, **least}
 
 
 def companions(source: Path) -> tuple[list[str], list[str]]:

@@ -40,7 +40,7 @@ SECTIONS = (
     Section("fig5a", "Expert memory (Fig. 5a)", costs.figure_5a, runs.main_comparison, compares=True),
     Section("fig5b", "Speed (Fig. 5b)", costs.figure_5b, measurements=("speed",)),
     Section("fig6", "Accuracy against unique experts (Fig. 6)", ablations.figure_6, runs.trade_off),
-    Section("table3", "The threshold p (Table 3)", ablations.table_3, runs.top_p_ablation),
+    Section("table3", "The threshold p (Table 3)", ablations.table_3, runs.coreset_ablation),
     Section("table4", "Block lengths (Table 4)", ablations.table_4, runs.block_ablation),
     Section("options", "Options that spare transfers", ablations.transfer_options, runs.options),
     Section("fig2ab", "Latency by component (Fig. 2a, b)", latency.components, measurements=("components",)),
