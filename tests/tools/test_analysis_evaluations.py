@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,7 @@ def put(study: Study, run: runs.Run, **engine: Any) -> Path:
         "engine": (config := evaluations.engine_config(study, run).model_copy(update=engine)).model_dump(
             exclude={"model"}
         ),
-        "routing": described(choose_policy(config, study.model_config(run.role))[0]),
+        "routing": described(choose_policy(config, study.model_configs[run.role])[0]),
     }
     directory = evaluations.folder(study, ARITHMETIC, run)
     directory.mkdir(parents=True)
@@ -93,6 +94,13 @@ def test_a_run_taken_up_again_keeps_the_settings_of_its_beginning(study: Study) 
     assert evaluations._recorded(study, ARITHMETIC, run)["gpu_mem"] == 123456
     assert evaluations._recorded(study, ARITHMETIC, run)["reader_threads"] == 7
     assert evaluations._recorded(study, ARITHMETIC, runs.dmoe(0.6))["gpu_mem"] == "auto"
+
+
+def test_a_study_goes_to_other_processes_whatever_was_asked_of_it(study: Study) -> None:
+    put(study, runs.original())
+    assert evaluations.differences(study, ARITHMETIC, runs.original()) == {}
+    again: Study = pickle.loads(pickle.dumps(study))
+    assert again.fingerprints == study.fingerprints
 
 
 def test_a_budget_of_auto_is_divided_and_a_named_one_is_not(study: Study, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -98,7 +98,7 @@ def _differing(study: Study, task: str, run: Run, there: dict[str, Any]) -> dict
         **study.task(task).settings,
         "fingerprint": study.fingerprints[run.role],
         "sampling": study.sampling(run.block_length).model_dump(),
-        "routing": described(choose_policy(engine_config(study, run), study.model_config(run.role))[0]),
+        "routing": described(choose_policy(engine_config(study, run), study.model_configs[run.role])[0]),
         "engine": engine_config(study, run).model_dump(exclude={"model"} | ROUTING | _free(run)),
     }
     before, now = flatten(there), flatten(json.loads(json.dumps(wanted)))

@@ -8,7 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
-from offload_engine.assembly import Source, find_source
+from offload_engine.assembly import find_source
 from offload_engine.config import EngineConfig
 from offload_engine.core import SamplingParams
 from offload_engine.engine import Engine
@@ -136,15 +136,12 @@ class Study:
     @cached_property
     def fingerprints(self) -> dict[Role, str]:
         """Role -> digest of its checkpoint."""
-        return {role: fingerprint(source.directory) for role, source in self._sources.items()}
-
-    def model_config(self, role: Role) -> ModelConfig:
-        """The config.json of the checkpoint that plays `role`."""
-        return self._sources[role].config
+        return {role: fingerprint(find_source(self.config(role)).directory) for role in ("base", "distilled")}
 
     @cached_property
-    def _sources(self) -> dict[Role, Source]:
-        return {role: find_source(self.config(role)) for role in ("base", "distilled")}
+    def model_configs(self) -> dict[Role, ModelConfig]:
+        """Role -> its checkpoint's config.json."""
+        return {role: find_source(self.config(role)).config for role in ("base", "distilled")}
 
     def task(self, name: str) -> Task:
         """The task called `name`, with this study's number of samples. Raises `UsageError`."""
