@@ -129,6 +129,6 @@ def described(policy: RoutingPolicy) -> dict[str, Any]:
     """The policy's name and the numbers it was made with, for a record of what was run; the router's shape is the
     model's.
     """
-    names = [one.name for one in fields(policy)] if is_dataclass(policy) else []
+    names: list[str] = [one.name for one in fields(policy)] if is_dataclass(policy) else []
     values = {name: getattr(policy, name) for name in names}
     return {"name": policy.name} | {name: value for name, value in values.items() if isinstance(value, int | float)}
