@@ -1,0 +1,182 @@
+"""Runs an engine for many blocks at the smallest legal budget while the disk misbehaves, and checks every answer.
+
+    python -m tools.soak --blocks 1000
+    python -m tools.soak --model DIR --blocks 1000 --fault-rate 0.01 --routing original
+
+Reads of experts fail (EIO), come back short, or take long, at random. Each answer must be that of an engine that holds
+everything, or an error that names what happened; memory must not grow, and no thread may be left.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import random
+import re
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from typing import Any
+from unittest import mock
+
+import click
+import psutil
+import torch
+
+from offload_engine.cli.errors import ReportingCommand
+from offload_engine.core import SamplingParams
+from offload_engine.engine import Engine
+from offload_engine.errors import MemoryBudgetError, OffloadError, TransferError
+from offload_engine.experts import store as store_module
+from offload_engine.memory import MIN_SLOTS
+
+BLOCK = 32
+KINDS = ("eio", "short", "slow")
+SLOW_SECONDS = 0.05
+WARM_SHARE = 0.2
+"""Of the blocks, after which memory must not grow any more."""
+
+
+@dataclass
+class Report:
+    """What a soak came to."""
+
+    blocks: int = 0
+    exact: int = 0
+    """Answers equal to the oracle's."""
+    wrong: int = 0
+    errors: dict[str, int] = field(default_factory=dict)
+    """Typed errors by class; anything else ends the soak."""
+    injected: dict[str, int] = field(default_factory=dict)
+    budget: int = 0
+    slots: int = 0
+    rss_warm: int = 0
+    """Bytes resident once `WARM_SHARE` of the blocks were done."""
+    rss_end: int = 0
+    threads_left: list[str] = field(default_factory=list)
+    seconds: float = 0.0
+
+    @property
+    def growth(self) -> int:
+        """Bytes by which the process grew after it was warm."""
+        return self.rss_end - self.rss_warm
+
+    @property
+    def passed(self) -> bool:
+        """Whether nothing was wrong, leaked or left."""
+        return not self.wrong and not self.threads_left and self.growth <= 8 * 2**20
+
+
+class FaultyReads:
+    """Stands in for `os.preadv`: seeded faults at a rate per read; `on` switches them."""
+
+    def __init__(self, rate: float, seed: int) -> None:
+        self.rate = rate
+        self.on = False
+        self.injected: Counter[str] = Counter()
+        self._random = random.Random(seed)
+        self._lock = threading.Lock()
+        self._preadv = os.preadv
+
+    def __call__(self, descriptor: int, buffers: Sequence[Any], offset: int, flags: int = 0) -> int:
+        """See `os.preadv`."""
+        with self._lock:
+            kind = self._random.choice(KINDS) if self.on and self._random.random() < self.rate else None
+            if kind:
+                self.injected[kind] += 1
+        if kind == "eio":
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        if kind == "slow":
+            time.sleep(SLOW_SECONDS)
+        count = self._preadv(descriptor, buffers, offset, flags)
+        return count // 2 if kind == "short" else count
+
+    @contextmanager
+    def injected_into_stores(self) -> Iterator[None]:
+        """Replace the call in the module that reads experts."""
+        with mock.patch.object(store_module.os, "preadv", self):
+            yield
+
+
+def smallest_budget(**engine: Any) -> int:
+    """Bytes of the smallest budget the plan accepts, as its refusal names it."""
+    try:
+        Engine.from_pretrained(**engine, gpu_mem=engine["expert_mem"]).close()
+    except MemoryBudgetError as error:
+        named = re.search(r"\((\d+) bytes\)", str(error))
+        if named:
+            return int(named[1])
+        raise
+    raise AssertionError("a budget for the expert slots alone was accepted")
+
+
+def prompts(count: int, vocab: int, seed: int) -> list[list[int]]:
+    """Random token ids, 1 to 3 blocks of them; the ids at the vocabulary's end are special and left out."""
+    drawn = random.Random(seed)
+    return [[drawn.randrange(max(1, vocab - 8)) for _ in range(drawn.randrange(1, 3 * BLOCK))] for _ in range(count)]
+
+
+def soak(blocks: int, fault_rate: float, seed: int, **engine: Any) -> Report:
+    """Generate until `blocks` blocks are done or cut off by a fault."""
+    params = SamplingParams(max_new_tokens=4 * BLOCK, steps=4, threshold=1.0)
+    with Engine.from_pretrained(**engine) as whole:
+        asked = prompts(8, whole.model_config.vocab_size, seed)
+        least = MIN_SLOTS * whole.plan.slab_bytes
+        expected = [whole.generate(prompt, params).token_ids for prompt in asked]
+    started, before = time.perf_counter(), {thread.ident for thread in threading.enumerate()}
+    engine |= {"expert_mem": least}  # the budget's margin alone would hold a small model's experts
+    faults, report = FaultyReads(fault_rate, seed), Report(budget=smallest_budget(**engine))
+    with faults.injected_into_stores(), Engine.from_pretrained(**engine, gpu_mem=report.budget) as small:
+        report.slots, turn = small.plan.slots, 0
+        while report.blocks < blocks:
+            prompt, right = asked[turn % len(asked)], expected[turn % len(asked)]
+            faults.on, turn, done = True, turn + 1, small.stats.blocks
+            try:
+                answer = small.generate(prompt, params).token_ids
+                report.exact += answer == right
+                report.wrong += answer != right
+            except TransferError as error:
+                report.errors[_kind(error)] = report.errors.get(_kind(error), 0) + 1
+                report.blocks += 1  # the one that was cut off
+            finally:
+                faults.on = False
+            report.blocks += small.stats.blocks - done
+            if not report.rss_warm and report.blocks >= WARM_SHARE * blocks:
+                report.rss_warm = psutil.Process().memory_info().rss
+        report.rss_end = psutil.Process().memory_info().rss
+    report.injected = dict(faults.injected)
+    report.threads_left = [one.name for one in threading.enumerate() if one.ident not in before]
+    report.seconds = time.perf_counter() - started
+    return report
+
+
+def _kind(error: OffloadError) -> str:
+    if not re.match(r"expert \d+ of layer \d+", str(error)):
+        raise AssertionError(f"an error that names no expert: {error}") from error
+    return type(error).__name__
+
+
+@click.command(cls=ReportingCommand, help=(__doc__ or "").replace("    python", "\b\n    python", 1))
+@click.option("--model", metavar="DIR", help="Checkpoint.  [default: the built-in model]")
+@click.option("--blocks", type=click.IntRange(min=1), default=1000, show_default=True)
+@click.option("--fault-rate", type=click.FloatRange(0, 1), default=0.002, show_default=True, help="Per read.")
+@click.option("--routing", help="Instead of the checkpoint's own.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Of prompts and faults.")
+def main(model: str | None, blocks: int, fault_rate: float, routing: str | None, seed: int) -> int:
+    """See the module."""
+    torch.set_num_threads(1)
+    engine = {"model": model, "max_context": 8 * BLOCK, "routing": routing, "threads": 1}
+    report = soak(blocks, fault_rate, seed, **engine)
+    print(json.dumps(asdict(report) | {"growth": report.growth, "passed": report.passed}))
+    if not report.passed:
+        print("the soak failed: wrong answers, growth or threads left; see above", file=sys.stderr)
+    return 0 if report.passed else 1
+
+
+if __name__ == "__main__":
+    main()
