@@ -172,7 +172,10 @@ def _routing_notices(config: EngineConfig, model: ModelConfig, name: str, option
             if getattr(options, option) != getattr(RoutingOptions(), option)
         ]
     if config.routing is None and name == "dmoe":
-        notices.append(f"the checkpoint was distilled for dMoE: routing dmoe, top-p {options.top_p:g}")
+        notices.append(
+            f"the checkpoint was distilled for dMoE: routing dmoe, top-p {options.top_p:g}, "
+            f"at least {options.min_experts} experts per block"
+        )
     if config.routing is None and name == "block-capacity":
         notices.append(
             f"the checkpoint routes by block: routing block-capacity, {options.expert_capacity} experts per block"
