@@ -24,8 +24,8 @@ from offload_engine.model.config import ModelConfig
 from tools.checkpoint_maker.measure import measure
 from tools.checkpoint_maker.presets import PRESETS, config_of
 from tools.checkpoint_maker.tensors import blanks
-from tools.checkpoint_maker.weights import MOST_SIMILAR, WIDEST_BIAS, RoutingStatistics, Weights
-from tools.sharded_writer import Progress, header, shards, write_shards
+from tools.checkpoint_maker.weights import RoutingStatistics, Weights
+from tools.sharded_writer import Progress, header, shards, write_json, write_shards
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
@@ -88,7 +88,7 @@ def make_checkpoint(
             )
         progress = Progress(total, log)
         write_shards(partial, split, Weights(model, seed, statistics).draw, progress)
-        (partial / "config.json").write_text(json.dumps(config, indent=1), encoding="utf-8")
+        write_json(partial / "config.json", config)
         if tokenizer is not None:
             for name in TOKENIZER_FILES:
                 shutil.copyfile(tokenizer / name, partial / name)
@@ -123,14 +123,14 @@ def report(out: Path, blocks: int, gpu_mem: str) -> None:
 @click.option("--tokenizer", type=click.Path(path_type=Path, file_okay=False, exists=True), help="Folder to copy from.")
 @click.option(
     "--similarity",
-    type=click.FloatRange(0, MOST_SIMILAR),
+    type=float,
     default=DEFAULTS.similarity,
     show_default=True,
     help="Of routing from one denoising step to the next: higher is more alike.",
 )
 @click.option(
     "--bias-spread",
-    type=click.FloatRange(0, WIDEST_BIAS),
+    type=float,
     default=DEFAULTS.bias_spread,
     show_default=True,
     help="Of the experts' popularity: higher is fewer experts per block.",
@@ -156,6 +156,7 @@ def main(
     torch.set_num_threads(1)  # drawing is serial, and handing the small rest to threads costs more than it saves
     try:
         shard_bytes = parse_bytes(shard_size, "--shard-size")
+        statistics = RoutingStatistics(similarity, bias_spread)
         if gpu_mem != "auto":
             parse_bytes(gpu_mem, "--gpu-mem")
         total = make_checkpoint(
@@ -165,7 +166,7 @@ def main(
             shard_bytes=shard_bytes,
             tokenizer=tokenizer,
             log=sys.stderr,
-            statistics=RoutingStatistics(similarity, bias_spread),
+            statistics=statistics,
         )
         click.echo(f"{out}: {format_bytes(total)} of tensors")
         if measured:

@@ -51,14 +51,14 @@ def measure(directory: Path, blocks: int, gpu_mem: str, seed: int = 0) -> Iterat
     for routing in ("original", "dmoe"):
         with (
             tempfile.TemporaryDirectory() as folder,
-            Engine.from_pretrained(directory, gpu_mem=gpu_mem, routing=routing, max_context=PROMPT + blocks * BLOCK)
-            as engine,
+            Engine.from_pretrained(
+                directory, gpu_mem=gpu_mem, routing=routing, max_context=PROMPT + blocks * BLOCK
+            ) as engine,
         ):
             trace = Path(folder) / "trace.jsonl"
             engine.record_trace(trace, BLOCK)
             drawn = torch.Generator().manual_seed(seed)
-            ordinary = min(engine.mask_token_id, engine.eos_token_id)
-            prompt = torch.randint(ordinary, (PROMPT,), generator=drawn).tolist()
+            prompt = torch.randint(engine.model_config.vocab_size, (PROMPT,), generator=drawn).tolist()
             answer = engine.generate(prompt, params).token_ids
             engine.close_trace()
             _header, records = read_trace(trace)

@@ -22,6 +22,7 @@ from math import prod, sqrt
 import torch
 from torch import Tensor
 
+from offload_engine.errors import UsageError
 from offload_engine.model.config import ModelConfig
 from tools.sharded_writer import Blank
 
@@ -31,14 +32,16 @@ SHARED = 0.2
 """Share of the shared direction in what a router sees."""
 ROUTER_GAIN = 1.0
 """Standard deviation of a router's logits."""
-BRANCH_GAIN = 0.3
-"""Of attention and feed-forward on the residual stream, layer 0's attention excepted: 20 layers add less than there is."""
+BRANCH_GAIN = 0.2
+"""Of what layers add to the residual stream, layer 0's attention excepted: 20 of them should not outweigh it."""
 DISTANCES = (32, 48, 64, 96)
 """How far back the heads of layer 0 look, by turns: a block or more, where tokens no longer change."""
 SHARPNESS = 40.0
 """Attention logit of layer 0 at its distance; the next position is 4 lower."""
-MOST_SIMILAR, WIDEST_BIAS = 0.95, 1.0
-"""Bounds of the statistics: at similarity 1 tokens would not be told apart; a bias of 1 outweighs every router."""
+LEAST_SIMILAR, MOST_SIMILAR = 0.1, 0.95
+"""Without a share of the position all answers would be the same few tokens, without one of the token none differ."""
+WIDEST_BIAS = 1.0
+"""A bias that far apart outweighs every router."""
 
 Adjust = Callable[[Tensor, int], Tensor]
 """Given standard normal rows of a tensor and the index of the first: what the rows are."""
@@ -46,12 +49,25 @@ Adjust = Callable[[Tensor, int], Tensor]
 
 @dataclass(frozen=True, slots=True)
 class RoutingStatistics:
-    """What decides how routing spreads and how fast it changes."""
+    """What decides how routing spreads and how fast it changes.
 
-    similarity: float = 0.7
-    """Share of the position in position and token together, in [0, `MOST_SIMILAR`]: higher is more alike from step to step."""
+    The defaults come near what is reported of LLaDA2.0-mini (REFERENCE §3): 69.5 and 16.6 unique experts, a CV of 16
+    to 18 %, and a cosine of 0.985 between the expert counts of adjacent steps.
+    Raises `UsageError` for a value out of range.
+    """
+
+    similarity: float = 0.5
+    """Share of the position in position and token together: higher is more alike from step to step."""
     bias_spread: float = 0.1
-    """Standard deviation of `expert_bias`: in [0, `WIDEST_BIAS`]: higher is fewer experts per block."""
+    """Standard deviation of `expert_bias`: higher is fewer experts per block."""
+
+    def __post_init__(self) -> None:
+        for option, value, least, most in (
+            ("--similarity", self.similarity, LEAST_SIMILAR, MOST_SIMILAR),
+            ("--bias-spread", self.bias_spread, 0.0, WIDEST_BIAS),
+        ):
+            if not least <= value <= most:
+                raise UsageError(f"{option} is {value:g}; wanted a number from {least:g} to {most:g}")
 
 
 class Weights:
@@ -162,7 +178,7 @@ def _unit(vector: Tensor) -> Tensor:
 
 def _without(rows: Tensor, direction: Tensor) -> Tensor:
     """`rows` [n, H] less their share of the unit vector `direction` [H]."""
-    return rows - (rows @ direction)[:, None] * direction
+    return rows - torch.outer(rows @ direction, direction)
 
 
 def _set_row(rows: Tensor, index: int | None, start: int, values: Tensor) -> None:
