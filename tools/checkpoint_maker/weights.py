@@ -173,7 +173,7 @@ class Weights:
 
 
 def _unit(vector: Tensor) -> Tensor:
-    return vector / vector.norm()
+    return torch.nn.functional.normalize(vector, dim=0)
 
 
 def _without(rows: Tensor, direction: Tensor) -> Tensor:
