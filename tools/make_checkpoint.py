@@ -1,148 +1,35 @@
 """Writes a LLaDA2-MoE checkpoint of random weights, laid out as the hub publishes them, for tests and benchmarks.
 
-Every tensor is drawn from a generator seeded by (seed, tensor name): equal seeds give equal bytes on one kind of CPU
-and build of torch, whatever the shard size, and fewer layers are the first layers of more. Nothing is held in memory
-but a few MB of one tensor.
+How its routing spreads and changes is set by options (`tools.checkpoint_maker.weights`), and measured at the end by
+running the engine. Nothing is held in memory but a few MB of one tensor, nothing left in the page cache.
 """
 
 from __future__ import annotations
 
-import itertools
 import json
 import shutil
 import sys
-import zlib
-from collections.abc import Iterator
-from math import prod, sqrt
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import IO, Any
 
 import click
 import torch
-from torch import Tensor
 
 if __package__ in (None, ""):  # run as a script: the repository's root is not on the path
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from offload_engine.config import format_bytes, parse_bytes
-from offload_engine.errors import OffloadError, UsageError
+from offload_engine.errors import MemoryBudgetError, OffloadError, UsageError
 from offload_engine.model.config import ModelConfig
-from offload_engine.model.llada2 import LLaDA2Model
-from tools.sharded_writer import Blank, Progress, header, shards, write_shards
+from tools.checkpoint_maker.measure import measure
+from tools.checkpoint_maker.presets import PRESETS, config_of
+from tools.checkpoint_maker.tensors import blanks
+from tools.checkpoint_maker.weights import RoutingStatistics, Weights
+from tools.sharded_writer import Progress, header, shards, write_json, write_shards
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
-CHUNK = 2**20
-"""Elements drawn at a time; part of what the bytes depend on."""
-ROUTER_GAIN = 1.0
-"""Standard deviation of the router's logits."""
-BIAS_SPREAD = 0.1
-"""Standard deviation of `expert_bias`: makes some experts popular, as training does.
-
-With these two a block's unique experts come near REFERENCE §3's 69.5 (original) and 16.6 (dMoE): measured on llada2-2gb
-with 8 steps per block and temperature 1, 70 and 16 on average over the steps, rising from 31 to 98 and from 11 to 25 as
-masks, which look alike, turn into tokens. Greedy answers of random weights repeat a few tokens: 51 and 14.
-"""
-
-
-class Preset(NamedTuple):
-    """What distinguishes one size from another; the rest is LLaDA2's."""
-
-    layers: int
-    hidden: int
-    dense_ffn: int
-    expert_ffn: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    vocab: int
-
-
-PRESETS = {  # layers, hidden, dense and expert FFN, heads, KV heads, head_dim, vocab
-    "llada2-nano": Preset(4, 256, 640, 32, 4, 1, 64, 8192),
-    "llada2-micro": Preset(6, 512, 1280, 128, 4, 1, 128, 8192),
-    "llada2-2gb": Preset(6, 1024, 2560, 256, 8, 2, 128, 8192),
-}
-
-
-def config_of(preset: Preset, dtype: torch.dtype, layers: int | None = None) -> dict[str, Any]:
-    """A config.json (REFERENCE §1). The special ids end the vocabulary, as the golden one's do."""
-    return {
-        "architectures": ["LLaDA2MoeModelLM"],
-        "model_type": "llada2_moe",
-        "vocab_size": preset.vocab,
-        "hidden_size": preset.hidden,
-        "intermediate_size": preset.dense_ffn,
-        "num_hidden_layers": layers or preset.layers,
-        "num_attention_heads": preset.heads,
-        "num_key_value_heads": preset.kv_heads,
-        "head_dim": preset.head_dim,
-        "num_experts": 256,
-        "num_experts_per_tok": 8,
-        "moe_intermediate_size": preset.expert_ffn,
-        "num_shared_experts": 1,
-        "first_k_dense_replace": 1,
-        "n_group": 8,
-        "topk_group": 4,
-        "norm_topk_prob": True,
-        "routed_scaling_factor": 2.5,
-        "score_function": "sigmoid",
-        "moe_router_enable_expert_bias": True,
-        "router_dtype": "fp32",
-        "rms_norm_eps": 1e-6,
-        "rope_theta": 600000,
-        "rope_scaling": None,
-        "partial_rotary_factor": 0.5,
-        "max_position_embeddings": 16384,
-        "use_bias": False,
-        "use_qkv_bias": False,
-        "use_qk_norm": True,
-        "use_sliding_window": False,
-        "tie_word_embeddings": False,
-        "hidden_act": "silu",
-        "torch_dtype": str(dtype).removeprefix("torch."),
-        "pad_token_id": preset.vocab - 4,
-        "eos_token_id": preset.vocab - 4,
-        "mask_token_id": preset.vocab - 1,
-    }
-
-
-def blanks(config: ModelConfig, dtype: torch.dtype) -> Iterator[Blank]:
-    """Every tensor by its published name, in the model's order; a layer's experts come before its router."""
-    with torch.device("meta"):
-        resident = LLaDA2Model(config).state_dict()
-    gates = {f"model.layers.{layer}.mlp.gate.weight": layer for layer in config.moe_layers}
-    hidden, width = config.hidden_size, config.moe_intermediate_size
-    shapes = {"gate_proj": (width, hidden), "up_proj": (width, hidden), "down_proj": (hidden, width)}
-    for name, tensor in resident.items():
-        if name in gates:
-            for expert, (matrix, shape) in itertools.product(range(config.num_experts), shapes.items()):
-                yield Blank(f"model.layers.{gates[name]}.mlp.experts.{expert}.{matrix}.weight", shape, dtype)
-        kept_wide = name.endswith("expert_bias")  # selection scores are compared in float32
-        yield Blank(name, tuple(tensor.shape), torch.float32 if kept_wide else dtype)
-
-
-def spread(blank: Blank) -> float:
-    """Standard deviation of a tensor: 1 / sqrt(fan_in), an embedding's fan-in being its one hot token."""
-    if blank.name.endswith("expert_bias"):
-        return BIAS_SPREAD
-    if blank.name.endswith("word_embeddings.weight"):
-        return 1.0
-    gain = ROUTER_GAIN if blank.name.endswith("mlp.gate.weight") else 1.0
-    return gain / sqrt(blank.shape[-1])
-
-
-def draw(blank: Blank, seed: int) -> Iterator[Tensor]:
-    """The tensor's elements in order, in pieces; norms are 1."""
-    count = prod(blank.shape)
-    generator = torch.Generator().manual_seed(zlib.crc32(f"{seed}/{blank.name}".encode()))
-    for start in range(0, count, CHUNK):
-        piece = torch.empty(min(CHUNK, count - start))
-        if "norm" in blank.name:
-            piece.fill_(1.0)
-        else:
-            piece.normal_(std=spread(blank), generator=generator)
-        yield piece.to(blank.dtype)
+DEFAULTS = RoutingStatistics()
 
 
 def special_ids(tokenizer: Path, vocab: int) -> dict[str, int]:
@@ -166,7 +53,14 @@ def special_ids(tokenizer: Path, vocab: int) -> dict[str, int]:
 
 
 def make_checkpoint(
-    out: Path, config: dict[str, Any], *, seed: int, shard_bytes: int, tokenizer: Path | None, log: IO[str]
+    out: Path,
+    config: dict[str, Any],
+    *,
+    seed: int,
+    shard_bytes: int,
+    tokenizer: Path | None,
+    log: IO[str],
+    statistics: RoutingStatistics = DEFAULTS,
 ) -> int:
     """Write a checkpoint to the new folder `out`, and return its tensors' bytes. `out` appears when all is written.
 
@@ -177,7 +71,8 @@ def make_checkpoint(
         raise UsageError(f"--out {out}: exists already; choose another folder, or remove this one")
     if tokenizer is not None:
         config = config | special_ids(tokenizer, config["vocab_size"])
-    tensors = list(blanks(ModelConfig.from_dict(config), getattr(torch, config["torch_dtype"])))
+    model = ModelConfig.from_dict(config)
+    tensors = list(blanks(model, getattr(torch, config["torch_dtype"])))
     total = sum(blank.nbytes for blank in tensors)
     partial = out.with_name(out.name + ".partial")
     try:
@@ -192,8 +87,8 @@ def make_checkpoint(
                 "free some, choose a smaller preset, or fewer --layers"
             )
         progress = Progress(total, log)
-        write_shards(partial, split, lambda blank: draw(blank, seed), progress)
-        (partial / "config.json").write_text(json.dumps(config, indent=1), encoding="utf-8")
+        write_shards(partial, split, Weights(model, seed, statistics).draw, progress)
+        write_json(partial / "config.json", config)
         if tokenizer is not None:
             for name in TOKENIZER_FILES:
                 shutil.copyfile(tokenizer / name, partial / name)
@@ -206,6 +101,18 @@ def make_checkpoint(
     return total
 
 
+def report(out: Path, blocks: int, gpu_mem: str) -> None:
+    """Print what the checkpoint's routing is like."""
+    if not ModelConfig.from_file(out / "config.json").moe_layers:
+        click.echo("no MoE layer, so no routing to measure")
+        return
+    try:
+        for measured in measure(out, blocks, gpu_mem):
+            click.echo(measured)
+    except MemoryBudgetError as error:
+        click.echo(f"routing not measured: {error}", err=True)
+
+
 @click.command()
 @click.option("--preset", type=click.Choice(list(PRESETS)), required=True, help="Which size.")
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="New folder; written as OUT.partial first.")
@@ -214,19 +121,59 @@ def make_checkpoint(
 @click.option("--dtype", type=click.Choice(list(DTYPES)), default="bf16", show_default=True, help="Of the weights.")
 @click.option("--shard-size", default="1GB", show_default=True, help="Largest shard, such as 500MB.")
 @click.option("--tokenizer", type=click.Path(path_type=Path, file_okay=False, exists=True), help="Folder to copy from.")
+@click.option(
+    "--similarity",
+    type=float,
+    default=DEFAULTS.similarity,
+    show_default=True,
+    help="Of routing from one denoising step to the next: higher is more alike.",
+)
+@click.option(
+    "--bias-spread",
+    type=float,
+    default=DEFAULTS.bias_spread,
+    show_default=True,
+    help="Of the experts' popularity: higher is fewer experts per block.",
+)
+@click.option("--measure/--no-measure", "measured", default=True, help="Run the engine on it, and print its routing.")
+@click.option("--blocks", type=click.IntRange(1, 100), default=3, show_default=True, help="Blocks of the measurement.")
+@click.option("--gpu-mem", default="auto", show_default=True, help="The engine's budget for the measurement.")
 def main(
-    preset: str, out: Path, seed: int, layers: int | None, dtype: str, shard_size: str, tokenizer: Path | None
+    preset: str,
+    out: Path,
+    seed: int,
+    layers: int | None,
+    dtype: str,
+    shard_size: str,
+    tokenizer: Path | None,
+    similarity: float,
+    bias_spread: float,
+    measured: bool,
+    blocks: int,
+    gpu_mem: str,
 ) -> None:
     """Write a LLaDA2-MoE checkpoint of random weights, as the hub would publish it."""
     torch.set_num_threads(1)  # drawing is serial, and handing the small rest to threads costs more than it saves
     try:
         shard_bytes = parse_bytes(shard_size, "--shard-size")
-        config = config_of(PRESETS[preset], DTYPES[dtype], layers)
-        total = make_checkpoint(out, config, seed=seed, shard_bytes=shard_bytes, tokenizer=tokenizer, log=sys.stderr)
+        statistics = RoutingStatistics(similarity, bias_spread)
+        if gpu_mem != "auto":
+            parse_bytes(gpu_mem, "--gpu-mem")
+        total = make_checkpoint(
+            out,
+            config_of(PRESETS[preset], DTYPES[dtype], layers),
+            seed=seed,
+            shard_bytes=shard_bytes,
+            tokenizer=tokenizer,
+            log=sys.stderr,
+            statistics=statistics,
+        )
+        click.echo(f"{out}: {format_bytes(total)} of tensors")
+        if measured:
+            report(out, blocks, gpu_mem)
     except OffloadError as error:
         click.echo(f"error: {error}", err=True)
         raise SystemExit(error.exit_code) from None
-    click.echo(f"{out}: {format_bytes(total)} of tensors")
 
 
 if __name__ == "__main__":

@@ -1,9 +1,12 @@
-"""Writes sharded safetensors files piece by piece, so that memory never holds more than a piece of one tensor."""
+"""Writes sharded safetensors files piece by piece, so that memory never holds more than a piece of one tensor, and the
+page cache not much more: a checkpoint larger than memory would otherwise push everything else out of it.
+"""
 
 from __future__ import annotations
 
 import itertools
 import json
+import os
 import time
 from collections.abc import Callable, Iterable
 from math import prod
@@ -15,6 +18,8 @@ from torch import Tensor
 
 from offload_engine.config import format_bytes
 
+SETTLE_BYTES = 128 * 2**20
+"""How much of a file the page cache holds before it is settled."""
 FORMAT_NAMES = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}
 
 
@@ -103,7 +108,7 @@ def write_shards(folder: Path, split: list[list[Blank]], draw: Draw, progress: P
         weight_map |= {blank.name: path.name for blank in shard}
         write_file(path, shard, draw, progress)
     index = {"metadata": {"total_size": progress.total}, "weight_map": weight_map}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1), encoding="utf-8")
+    write_json(folder / "model.safetensors.index.json", index)
 
 
 def write_model(folder: Path, split: list[list[Blank]], draw: Draw, progress: Progress) -> None:
@@ -115,8 +120,30 @@ def write_model(folder: Path, split: list[list[Blank]], draw: Draw, progress: Pr
 
 
 def write_file(path: Path, shard: list[Blank], draw: Draw, progress: Progress) -> None:
-    """One safetensors file."""
+    """One safetensors file, on the disk when this returns."""
+    unsettled = 0
     with path.open("wb") as file:
         file.write(header(shard))
         for piece in itertools.chain.from_iterable(draw(blank) for blank in shard):
-            progress.advance(file.write(piece.reshape(-1).view(torch.uint8).numpy().data))
+            written = file.write(piece.reshape(-1).view(torch.uint8).numpy().data)
+            progress.advance(written)
+            unsettled += written
+            if unsettled >= SETTLE_BYTES:
+                settle(file)
+                unsettled = 0
+        settle(file)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """One file of JSON, on the disk when this returns."""
+    with path.open("w", encoding="utf-8") as file:
+        json.dump(value, file, indent=1)
+        settle(file)
+
+
+def settle(file: IO[Any]) -> None:
+    """Bring what was written to the disk, and out of the page cache where the system can be asked to."""
+    file.flush()
+    os.fsync(file.fileno())
+    if hasattr(os, "posix_fadvise"):
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)

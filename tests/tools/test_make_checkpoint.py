@@ -8,7 +8,6 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
@@ -20,38 +19,21 @@ from torch import Tensor
 
 from offload_engine.errors import OffloadError, UsageError
 from offload_engine.model.config import ModelConfig
-from offload_engine.routing import make_policy
+from tests.mini_config import mini
+from tests.page_cache import cached_bytes, evictable
+from tests.tools.pocket_checkpoint import POCKET, POCKET_BYTES, read, write
 from tools import make_checkpoint as tool
-from tools.make_checkpoint import CHUNK, PRESETS, Preset, blanks, config_of, draw, make_checkpoint
+from tools.checkpoint_maker.presets import PRESETS, config_of
+from tools.checkpoint_maker.tensors import blanks
+from tools.checkpoint_maker.weights import Weights
 from tools.sharded_writer import Blank, Progress
 
 ROOT = Path(__file__).resolve().parents[2]
 GOLDEN = ROOT.parent / "shared" / "golden" / "llada2_tiny"
-POCKET = config_of(Preset(3, 32, 48, 8, 4, 2, 8, 512), torch.bfloat16)
-POCKET_BYTES = 918_048
-
-
-def write(
-    out: Path, config: dict[str, Any] = POCKET, seed: int = 0, shard: int = 10**9, tok: Path | None = None
-) -> int:
-    return make_checkpoint(out, config, seed=seed, shard_bytes=shard, tokenizer=tok, log=io.StringIO())
 
 
 def cli(*arguments: object) -> Result:
     return CliRunner().invoke(tool.main, [str(argument) for argument in arguments])
-
-
-def read(folder: Path) -> dict[str, Tensor]:
-    """Every tensor, through the index and safetensors' own reader."""
-    index = json.loads((folder / "model.safetensors.index.json").read_text())
-    tensors: dict[str, Tensor] = {}
-    for file in sorted(set(index["weight_map"].values())):
-        with safe_open(folder / file, "pt") as opened:
-            names = set(opened.keys())
-            assert names == {name for name, where in index["weight_map"].items() if where == file}
-            tensors |= {name: opened.get_tensor(name) for name in names}
-    assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in tensors.values())
-    return tensors
 
 
 def test_the_command_writes_what_the_readers_expect(tmp_path: Path) -> None:
@@ -63,6 +45,7 @@ def test_the_command_writes_what_the_readers_expect(tmp_path: Path) -> None:
         "llada2-nano",
         "--layers",
         "2",
+        "--no-measure",
         "--out",
         str(out),
     ]
@@ -93,21 +76,6 @@ def test_tensors_are_those_of_a_published_checkpoint() -> None:
             published |= {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}  # noqa: SIM118
     config = ModelConfig.from_file(GOLDEN / "config.json")
     assert {blank.name: blank.shape for blank in blanks(config, torch.float32)} == published
-
-
-def test_values_have_unit_gain(tmp_path: Path) -> None:
-    write(tmp_path / "made")
-    tensors = read(tmp_path / "made")
-    for name, tensor in tensors.items():
-        if "norm" in name:
-            assert torch.equal(tensor, torch.ones_like(tensor)), name
-    experts = {"gate_proj": 32**-0.5, "up_proj": 32**-0.5, "down_proj": 8**-0.5}
-    for matrix, spread in experts.items():
-        drawn = torch.cat([t.flatten() for name, t in tensors.items() if f".{matrix}." in name and ".experts." in name])
-        assert float(drawn.float().std()) == pytest.approx(spread, rel=0.02)
-        assert float(drawn.float().mean()) == pytest.approx(0.0, abs=0.01 * spread)
-    assert float(tensors["model.word_embeddings.weight"].float().std()) == pytest.approx(1.0, rel=0.02)
-    assert tensors["model.layers.1.mlp.gate.expert_bias"].dtype is torch.float32
 
 
 @pytest.mark.parametrize(
@@ -152,14 +120,15 @@ def test_shards_keep_to_their_limit(tmp_path: Path) -> None:
     assert len(sizes) < 1.1 * POCKET_BYTES / limit
 
 
-def test_no_more_than_a_piece_of_a_tensor_is_in_memory() -> None:
-    pieces = [piece.numel() for piece in draw(Blank("lm_head.weight", (3, CHUNK // 2 + 5), torch.float32), seed=0)]
-    assert pieces == [CHUNK, CHUNK // 2 + 15]
-
-
 @pytest.mark.parametrize(
     ("preset", "least", "most"),
-    [("llada2-nano", 40e6, 60e6), ("llada2-micro", 450e6, 550e6), ("llada2-2gb", 1.9e9, 2.2e9)],
+    [
+        ("llada2-nano", 40e6, 60e6),
+        ("llada2-micro", 450e6, 550e6),
+        ("llada2-2gb", 1.9e9, 2.2e9),
+        ("llada2-mini", 32.4e9, 32.6e9),
+        ("llada2-flash", 203e9, 208e9),
+    ],
 )
 def test_presets_are_as_large_as_their_names_say(preset: str, least: float, most: float) -> None:
     tensors = list(blanks(ModelConfig.from_dict(config_of(PRESETS[preset], torch.bfloat16)), torch.bfloat16))
@@ -167,21 +136,6 @@ def test_presets_are_as_large_as_their_names_say(preset: str, least: float, most
     experts = sum(blank.nbytes for blank in tensors if ".mlp.experts." in blank.name)
     assert least <= total <= most
     assert total - experts < 0.25 * total
-
-
-@pytest.mark.parametrize("preset", PRESETS)
-def test_a_block_uses_a_part_of_the_experts(preset: str) -> None:
-    """32 independent tokens use about 100 of 256, without the bias about 160; masks, which look alike, use fewer."""
-    config = ModelConfig.from_dict(config_of(PRESETS[preset], torch.float32, layers=2))
-    drawn = {b.name: b for b in blanks(config, torch.float32) if ".mlp.gate." in b.name}
-    gate, bias = (
-        torch.cat(list(draw(drawn[f"model.layers.1.mlp.gate.{name}"], seed=0))) for name in ("weight", "expert_bias")
-    )
-    hidden = torch.randn(64 * 32, config.hidden_size, generator=torch.Generator().manual_seed(1))
-    logits = hidden @ gate.view(256, -1).T
-    decision = make_policy("original", config.router)(logits, bias, torch.zeros(64 * 32, dtype=torch.int64))
-    used = [block.unique().numel() for block in decision.experts.split(32)]
-    assert 85 <= sum(used) / len(used) <= 115
 
 
 def test_an_existing_folder_is_refused_and_left_alone(tmp_path: Path) -> None:
@@ -194,7 +148,7 @@ def test_an_existing_folder_is_refused_and_left_alone(tmp_path: Path) -> None:
 
 def test_a_full_disk_is_refused_before_writing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda _path: SimpleNamespace(free=49_000_000))
-    monkeypatch.setattr(tool, "draw", lambda *_: pytest.fail("drew weights for a disk that can't hold them"))
+    monkeypatch.setattr(Weights, "draw", lambda *_: pytest.fail("drew weights for a disk that can't hold them"))
     result = cli("--preset", "llada2-nano", "--out", tmp_path / "made")
     assert result.exit_code == 1
     assert "needs 49.9 MB of disk, but 49.0 MB are free" in result.stderr
@@ -216,12 +170,14 @@ def test_what_is_said_to_be_needed_is_enough(tmp_path: Path, monkeypatch: pytest
 def test_an_interrupted_run_leaves_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failure: BaseException, raised: type[BaseException] | None
 ) -> None:
-    def failing(blank: Blank, seed: int) -> Iterator[Tensor]:
+    draw = Weights.draw
+
+    def failing(weights: Weights, blank: Blank) -> Iterator[Tensor]:
         if blank.name == "model.norm.weight":
             raise failure
-        return draw(blank, seed)
+        return draw(weights, blank)
 
-    monkeypatch.setattr(tool, "draw", failing)
+    monkeypatch.setattr(Weights, "draw", failing)
     with pytest.raises(raised or type(failure)):
         write(tmp_path / "made")
     assert list(tmp_path.iterdir()) == []
@@ -260,6 +216,43 @@ def test_a_tokenizer_that_does_not_fit_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"--tokenizer .*empty: wanted tokenizer.json and tokenizer_config.json"):
         write(tmp_path / "made", tok=tmp_path / "empty")
     assert not (tmp_path / "made").exists()
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "complaint"),
+    [
+        ("--similarity", "1", "--similarity is 1; wanted a number from 0.1 to 0.95"),
+        ("--similarity", "0", "--similarity is 0; wanted"),
+        ("--bias-spread", "-0.1", "--bias-spread is -0.1; wanted a number from 0 to 1"),
+        ("--bias-spread", "nan", "--bias-spread is nan; wanted"),
+        ("--blocks", "0", "0 is not in the range 1<=x<=100"),
+        ("--gpu-mem", "lots", "--gpu-mem is 'lots'"),
+        ("--preset", "llada3", "'llada3' is not one of"),
+    ],
+)
+def test_an_option_out_of_range_is_refused_before_writing(
+    tmp_path: Path, option: str, value: str, complaint: str
+) -> None:
+    result = cli("--preset", "llada2-nano", "--out", tmp_path / "made", option, value)
+    assert result.exit_code == 2
+    assert complaint in result.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_is_written_leaves_the_page_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tools.sharded_writer.SETTLE_BYTES", 100_000)
+    write(tmp_path / "made")
+    file = tmp_path / "made" / "model-00001-of-00001.safetensors"
+    left = cached_bytes(file)
+    if not evictable(file):
+        pytest.skip("this file system keeps its pages")
+    assert left == 0
+
+
+def test_mini_has_the_published_architecture() -> None:
+    made = ModelConfig.from_dict(config_of(PRESETS["llada2-mini"], torch.bfloat16))
+    special = {"mask_token_id": 156895, "eos_token_id": 156892, "pad_token_id": 156892}
+    assert made == mini(**special)
 
 
 @pytest.mark.parametrize("size", ["0", "lots", "-1GB"])
