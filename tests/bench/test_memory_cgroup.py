@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from tools.memory_cgroup import CgroupUnavailableError, main, memory_group, run_limited
+from offload_engine.bench.cgroup import CgroupUnavailableError, memory_group, run_limited
+from tools.memory_cgroup import main
 
 MB = 10**6
 TOUCH = "import sys; block = bytearray(int(sys.argv[1])); print(len(block))"
@@ -101,7 +102,7 @@ def test_groups_of_version_2_lie_where_the_controller_is_delegated(tmp_path: Pat
 
 
 def parent_in(root: Path) -> Path:
-    from tools.memory_cgroup import _parent
+    from offload_engine.bench.cgroup import _parent
 
     return _parent(root)[0]
 
