@@ -65,13 +65,11 @@ def bars(everyone: Mapping[str, Figures], bandwidth: Bandwidth | None) -> list[B
     for routing in ("original", "dmoe"):
         ours = everyone.get(f"engine/{routing}")
         mapped = [everyone[name].step for name in (f"mmap/{routing}", f"mmap-random/{routing}") if name in everyone]
-        against = min(mapped, default=None)
-        found.append(
-            Bar(f"{routing}: times faster than mmap", _ratio(against, ours and ours.step), FASTER[routing], unit="x")
-        )
+        against, step = min(mapped, default=None), None if ours is None else ours.step
+        found.append(Bar(f"{routing}: times faster than mmap", _ratio(against, step), FASTER[routing], unit="x"))
         if routing == "dmoe":
             roomy = everyone.get("unlimited/dmoe")
-            ratio = _ratio(ours and ours.step, roomy and roomy.step)
+            ratio = _ratio(step, None if roomy is None else roomy.step)
             found.append(Bar("dmoe: step time over that of an unlimited budget", ratio, most=UNLIMITED, unit="x"))
         found += _own_bars(routing, ours, bandwidth)
     return found

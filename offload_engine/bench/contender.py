@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import sys
 import time
-from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -112,7 +111,7 @@ class _Seen:
     """What one answer showed of its measured blocks."""
 
     step_seconds: list[float] = field(default_factory=list)
-    seconds: Counter[str] = field(default_factory=Counter)
+    seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys((*COMPONENTS, "stall"), 0.0))
     began: float = 0.0
     ended: float = 0.0
     tokens: int = 0
@@ -139,12 +138,13 @@ def _answer(engine: Engine, task: Task, probe: Probe) -> _Seen:
     if not workload.warm_up:
         _begin_window(engine, probe, seen)
     while True:
-        parts, stalled, clock = Counter(probe.seconds), engine.stats.stall_seconds, time.perf_counter()
+        parts, stalled, clock = dict(probe.seconds), engine.stats.stall_seconds, time.perf_counter()
         event = next(events)
         took = time.perf_counter() - clock
         if event.kind == "step" and seen.before is not None:
             seen.step_seconds.append(took)
-            seen.seconds.update({name: probe.seconds[name] - parts[name] for name in COMPONENTS})
+            for name in COMPONENTS:
+                seen.seconds[name] += probe.seconds[name] - parts.get(name, 0.0)
             seen.seconds["stall"] += engine.stats.stall_seconds - stalled
             seen.tokens += len(event.accepted)
         blocks += event.kind == "block"
@@ -223,7 +223,7 @@ def step_work(engine: Engine, workload: Workload, unique: float) -> tuple[float,
     head is applied to the positions still masked, on average (steps + 1) / (2 steps) of a block's.
     """
     config, model = engine.model_config, network(engine)
-    head, embedding = model.lm_head.weight, model.model.word_embeddings.weight  # type: ignore[union-attr]
+    head, embedding = model.lm_head.weight, model.model.word_embeddings.weight
     body = [weight for weight in model.parameters() if weight is not head and weight is not embedding]
     layers, tokens, steps = len(config.moe_layers), workload.block_length, min(workload.steps, workload.block_length)
     expert = 3 * config.hidden_size * config.moe_intermediate_size

@@ -63,7 +63,7 @@ def line_up(request: Request) -> Lineup:
         for kind in ("mmap", "mmap-random"):
             everyone.append(_task(request, kind, f"{kind}/{routing}", {"routing": routing}))
         everyone.append(_task(request, "accelerate", f"accelerate/{routing}", {"routing": routing}))
-        config = {"routing": routing, "gpu_mem": "auto"}
+        config = {"routing": routing, "gpu_mem": "auto", "expert_mem": None}
         everyone.append(_task(request, "unlimited", f"unlimited/{routing}", config, limited=False))
     wanted = [task for task in everyone if not request.only or any(fnmatchcase(task.name, p) for p in request.only)]
     if not wanted:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -35,7 +35,7 @@ class StallStats(EngineStats):
         self.stalls = []
         super().__init__(**counters)
 
-    @property  # type: ignore[override]
+    @property
     def stall_seconds(self) -> float:
         """See `EngineStats`. Whoever adds to it does so when the stall has just ended."""
         return self._stalled
@@ -80,7 +80,7 @@ def replace_experts(engine: Engine, experts: ExpertExecutor) -> None:
 class Probe:
     """What an engine does, as it goes; times in seconds of `time.perf_counter`."""
 
-    seconds: Counter[str] = field(default_factory=Counter)
+    seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
     """By component."""
     runs: list[tuple[LayerRun, Tensor]] = field(default_factory=list)
     """Every MoE layer that ran, its experts still missing, and where its tokens went [T, k]."""
@@ -158,8 +158,8 @@ def probing(engine: Engine, *, offloaded: bool) -> Iterator[Probe]:
 
 def _modules(model: LLaDA2Model) -> Iterator[tuple[nn.Module, str]]:
     """Every module whose time counts, none inside another."""
-    yield model.model.word_embeddings, "dense"  # type: ignore[misc]
-    yield model.model.norm, "dense"  # type: ignore[misc]
+    yield model.model.word_embeddings, "dense"
+    yield model.model.norm, "dense"
     for layer in model.layers:
         yield layer.attention, "attention"
         yield layer.input_layernorm, "dense"
