@@ -56,7 +56,7 @@ class Bar:
             return "not measured"
         if self.unit == "%":
             return f"{value * 100:.1f} %"
-        return f"{value:.2f} {self.unit}".rstrip() if self.unit == "s" else f"{value:.3g}{self.unit}"
+        return f"{value:.2f} {self.unit}".rstrip() if self.unit == "s" else f"{value:.4g}{self.unit}"
 
 
 def bars(everyone: Mapping[str, Figures], bandwidth: Bandwidth | None) -> list[Bar]:

@@ -11,29 +11,27 @@ from collections.abc import Collection, Hashable, Sequence
 def belady_misses(requests: Sequence[Collection[Hashable]], slots: int) -> list[int]:
     """How many of each request's keys have to be loaded by a cache of `slots` that starts empty and knows the future.
 
-    A request's keys are wanted together, one layer's experts of one forward; they may be used, and evicted, one after
-    the other, so that a request may exceed `slots`. The victim is the key whose next use is furthest away (Belady
-    1966), which makes the sum over all requests the smallest there is. A prefetch saves no load, so none beats it.
+    A request's keys, one layer's experts of one forward, are used one after the other, and each may be evicted once it
+    is used. The victim is the key whose next use is furthest away (Belady 1966): no choice of victims needs fewer loads
+    for this sequence, and no prefetch saves one.
     """
     if slots < 1:
         raise ValueError(f"{slots} slots, wanted at least 1")
     uses: dict[Hashable, list[float]] = defaultdict(list)
-    for place, keys in enumerate(requests):
-        for key in keys:
-            uses[key].append(place)
+    for place, key in enumerate(key for keys in requests for key in keys):
+        uses[key].append(place)
     for places in uses.values():
         places.append(math.inf)
         places.reverse()  # the next use is the last item
     cache = _ClairvoyantCache(slots)
     misses = []
     for keys in requests:
-        # What is here goes first: a load for this request must not cost it a key that it finds in the cache.
-        here = [key for key in keys if key in cache.next_use]
-        missing = [key for key in keys if key not in cache.next_use]
-        for key in (*here, *missing):
+        missed = 0
+        for key in keys:
+            missed += key not in cache.next_use
             uses[key].pop()
             cache.put(key, uses[key][-1])
-        misses.append(len(missing))
+        misses.append(missed)
     return misses
 
 

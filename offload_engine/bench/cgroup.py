@@ -97,7 +97,7 @@ def memory_group(limit: int, root: Path = Path("/")) -> Iterator[MemoryGroup]:
     Raises `CgroupUnavailableError`. `root` is where `/proc` and `/sys` are looked up.
     """
     parent, hierarchy = _parent(root)
-    path = parent / f"memory-cgroup-{uuid.uuid4().hex[:12]}"
+    path = parent / f"memory-cgroup-{os.getpid()}-{uuid.uuid4().hex[:12]}"
     try:
         path.mkdir()
     except OSError as error:

@@ -193,16 +193,17 @@ def _measured(engine: Engine, task: Task, probe: Probe, seen: _Seen, startup: fl
     if task.kind not in ENGINES:
         return measured
     assert isinstance(engine.stats, StallStats)
+    before, slots = seen.runs_before, engine.plan.slots
     missed = missed_bytes(runs, probe.transfers, engine.stats.stalls, since=seen.began)
     return measured.model_copy(
         update={
             "loads": stats.loads,
             "bytes_moved": stats.bytes_moved,
-            "belady_misses": window_misses(runs, seen.runs_before, engine.plan.slots),
+            "belady_misses": None if task.kind == "unlimited" else window_misses(runs, before, slots),
             "missed_bytes": missed.nbytes,
             "early_bytes": missed.early,
             "hidden_bytes": missed.hidden,
-            "slots": engine.plan.slots,
+            "slots": slots,
             "planned_bytes": engine.plan.total,
             "resident_weights": engine.plan.weights,
             "stats": stats.as_dict(),

@@ -124,6 +124,10 @@ class _TimedExperts:
         finally:
             self.probe.quiet = False
 
+    def __getattr__(self, name: str) -> Any:
+        """Whatever else an executor offers."""
+        return getattr(self.experts, name)
+
     def run(self, layer: int, hidden: Tensor, decision: RoutingDecision) -> Tensor:
         began = time.perf_counter()
         out = self.experts.run(layer, hidden, decision)
@@ -246,8 +250,8 @@ def _noting_end(
 
     def wrap(on_complete: Callback) -> Callback:
         def noted(ticket: TransferTicket) -> None:
-            ended, began = time.perf_counter(), begun.pop(ticket.key)
-            if ticket.error is None:
+            ended, began = time.perf_counter(), begun.pop(ticket.key, None)  # None: begun before the watch
+            if ticket.error is None and began is not None:
                 probe.transfers.append(Transfer(ticket.key, began, ended, size(ticket.key)))
             on_complete(ticket)
 

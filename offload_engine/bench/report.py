@@ -192,7 +192,7 @@ def _details(everyone: Mapping[str, Figures]) -> tuple[list[str], list[list[str]
         [
             name,
             _number(one.over_belady),
-            _number(one.reads),
+            "-" if one.reads is None else f"{one.reads:.4g}",
             *(_percent(share) for share in (one.early, one.hidden, one.stall)),
             *(_percent(share) for share in one.components.values()),
             _percent(one.overhead),

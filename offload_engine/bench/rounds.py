@@ -119,6 +119,7 @@ def _run(command: Sequence[str], patience: float) -> tuple[int | None, str]:
 def _kill(process: subprocess.Popen[str]) -> None:
     with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
 
 
 def _report(path: Path, code: int | None, complaint: str, kills: int, patience: float) -> Report:

@@ -43,9 +43,9 @@ class Workload(Document):
     """Of the prompt, and of the sampler above temperature 0."""
 
     def sampling(self) -> SamplingParams:
-        """How the answer is decoded."""
+        """How the answer is decoded. It ends with a block, the first of which may hold the end of the prompt."""
         return SamplingParams(
-            max_new_tokens=self.block_length * (self.warm_up + self.blocks),
+            max_new_tokens=self.block_length * (self.warm_up + self.blocks) - self.prompt_tokens % self.block_length,
             block_length=self.block_length,
             steps=min(self.steps, self.block_length),
             threshold=1.0,
@@ -103,7 +103,8 @@ class Measured(Document):
     """Transfers completed in the window."""
     bytes_moved: int | None = None
     belady_misses: int | None = None
-    """Loads in the window under Belady's rule on the same requests, at the same slots."""
+    """Loads in the window under Belady's rule on the same requests, at the same slots; None for an unlimited budget,
+    which has had them all before."""
     missed_bytes: int | None = None
     """See `overlap.Missed`."""
     early_bytes: int | None = None

@@ -134,12 +134,13 @@ def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
 def step_bound(measured: Measured, moved: float | None, bandwidth: Bandwidth | None) -> float | None:
     """The seconds no step can beat on this machine: the slowest of disk, memory and arithmetic, perfectly overlapped.
 
-    `moved`: the bytes per step that Belady's rule moves; None for contenders without slots, which have no such bound.
+    `moved`: the bytes per step that Belady's rule moves; None: nothing has to be moved. None for contenders that run
+    another executor than ours, whose memory this says nothing of.
     """
-    if bandwidth is None or moved is None:
+    if bandwidth is None or measured.loads is None:
         return None
     return max(
-        moved / max(bandwidth.disk.values()),
+        (moved or 0.0) / max(bandwidth.disk.values()),
         measured.step_bytes / bandwidth.dram,
         measured.step_flops / bandwidth.gemm,
     )

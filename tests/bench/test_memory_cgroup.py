@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
@@ -31,7 +32,7 @@ def allowed() -> Iterator[None]:
     except CgroupUnavailableError as error:
         pytest.skip(str(error))
     yield
-    assert not list(parent.glob("memory-cgroup-*"))
+    assert not list(parent.glob(f"memory-cgroup-{os.getpid()}-*"))
 
 
 @pytest.mark.usefixtures("allowed")
