@@ -14,7 +14,7 @@ FLAGS = ("avx2", "avx512f", "avx512_bf16", "avx512_vnni", "amx_bf16", "asimd", "
 """Of the processor's features, those that decide how fast a product can be."""
 
 
-def describe_machine() -> dict[str, str | int | list[str]]:
+def describe_machine() -> dict[str, str | float | list[str]]:
     """Processor, cores, memory, system, versions, and how busy the machine was when asked."""
     name, flags = _processor()
     return {
@@ -26,7 +26,7 @@ def describe_machine() -> dict[str, str | int | list[str]]:
         "python": platform.python_version(),
         "torch": importlib.metadata.version("torch"),
         "omp_num_threads": os.environ.get("OMP_NUM_THREADS", "unset"),
-        "load_average": f"{os.getloadavg()[0]:.1f}" if hasattr(os, "getloadavg") else "unknown",
+        "load_average": round(os.getloadavg()[0], 1) if hasattr(os, "getloadavg") else 0.0,
     }
 
 

@@ -18,6 +18,8 @@ from offload_engine.errors import OffloadError
 
 VERSION = 1
 """Of `bench.json`."""
+BUSY = 0.5
+"""Load average per core from which other work has a part in the times measured."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,6 +66,9 @@ class Findings:
         conditions, notes = self.conditions, []
         if conditions.interrupted:
             notes.append("interrupted: these are the contenders that had finished")
+        load, cores = conditions.machine["load_average"], conditions.machine["cores"]
+        if load > cores * BUSY:
+            notes.append(f"the machine was busy when this began: load average {load} on {cores} cores")
         if conditions.unlimited_because is not None:
             notes.append(f"no memory limit was in force: {conditions.unlimited_because}")
         notes += [f"{name} left out: {reason}" for name, reason in conditions.absent.items()]

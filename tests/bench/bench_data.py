@@ -15,7 +15,7 @@ MACHINE = {
     "system": "Linux 6",
     "torch": "2.13.0",
     "omp_num_threads": "1",
-    "load_average": "0.1",
+    "load_average": 0.1,
 }
 BANDWIDTH = Bandwidth(slab_bytes=4096, disk={1: 1e6, 2: 2e6}, direct=True, dram=1e9, gemm=1e9)
 

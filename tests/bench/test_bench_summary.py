@@ -13,7 +13,7 @@ from offload_engine.bench.report import Findings, ratios, save
 from offload_engine.bench.spec import Run
 from offload_engine.bench.summary import disagreements, figures, quartiles
 from offload_engine.errors import OffloadError
-from tests.bench.bench_data import BANDWIDTH, conditions, measured, ours, run
+from tests.bench.bench_data import BANDWIDTH, MACHINE, conditions, measured, ours, run
 
 
 def everyone() -> list[Run]:
@@ -127,6 +127,12 @@ def test_a_benchmark_in_which_nothing_was_measured_still_has_tables() -> None:
 def test_an_unlimited_budget_that_did_not_hold_everything_is_told() -> None:
     notes = Findings(conditions(), [run("unlimited/dmoe", ours(loads=7))]).notes
     assert notes == ["unlimited/dmoe: its budget did not hold everything; 7 experts were loaded"]
+
+
+def test_a_busy_machine_is_told() -> None:
+    machine = MACHINE | {"load_average": 3.5}
+    notes = Findings(conditions(machine=machine), []).notes
+    assert notes == ["the machine was busy when this began: load average 3.5 on 2 cores"]
 
 
 def test_what_is_saved_can_be_read_again(tmp_path: Path) -> None:
