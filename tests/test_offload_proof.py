@@ -10,13 +10,13 @@ from typing import Any
 
 import pytest
 
+from offload_engine.bench.cgroup import CgroupUnavailableError, run_limited
 from offload_engine.engine import Engine
 from offload_engine.metrics import measure_peak, reset_peak
 from tests import offload_run
 from tests.checkpoints import tiny_config, write_checkpoint
 from tests.offload_run import Report
 from tools.make_checkpoint import DTYPES, PRESETS, config_of, make_checkpoint
-from tools.memory_cgroup import CgroupUnavailableError, run_limited
 
 LIMIT = 1_200_000_000
 """Bytes for a checkpoint of 2.1 GB, page cache included."""

@@ -18,7 +18,7 @@ FLOORS: list[tuple[str, ...]] = [
     ("experts",),
     ("decode",),
     ("engine", "assembly"),
-    ("server", "evaluate"),
+    ("server", "evaluate", "bench"),
     ("cli",),
 ]
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}

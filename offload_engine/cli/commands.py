@@ -21,6 +21,7 @@ from offload_engine.cli.options import (
     version_option,
 )
 from offload_engine.cli.prompts import read_prompts
+from offload_engine.config import EngineConfig, parse_bytes
 from offload_engine.errors import UsageError
 
 _PATH = click.Path(path_type=Path)
@@ -125,6 +126,75 @@ def evaluation(**options: Any) -> int:
     return run_task(config, Request(task=task, params=params, out=options["out"], as_json=as_json))
 
 
+@click.command("bench", cls=ReportingCommand, context_settings=_SETTINGS)
+@click.option("--preset", metavar="NAME", help="The checkpoint that tools/make_checkpoint wrote to checkpoints/NAME.")
+@click.option("--layers", type=click.IntRange(min=1), metavar="N", help="Of --preset: its version with N layers.")
+@click.option("--limit", metavar="SIZE", help="Most memory of each contender, page cache included.  [default: none]")
+@click.option(
+    "--budget", "budgets", multiple=True, metavar="SIZE", help="A budget of the engine; may be given several times."
+)
+@click.option(
+    "--packed",
+    multiple=True,
+    type=_PATH,
+    metavar="DIR",
+    help="The same model in another weight format; may be several.",
+)
+@click.option(
+    "--only", multiple=True, metavar="PATTERN", help="Contenders to run, such as engine/* or bandwidth; may be several."
+)
+@click.option("--rounds", type=click.IntRange(min=1), default=2, show_default=True, help="Times that each one runs.")
+@click.option("--blocks", type=click.IntRange(min=1), default=3, show_default=True, help="Blocks measured in a run.")
+@click.option("--warm-up", type=click.IntRange(min=0), default=1, show_default=True, help="Blocks before them.")
+@click.option("--steps", type=click.IntRange(1, 32), default=8, show_default=True, help="Denoising steps per block.")
+@click.option(
+    "--prompt-tokens", type=click.IntRange(min=1), default=64, show_default=True, help="Length of the prompt."
+)
+@click.option("--temperature", type=click.FloatRange(min=0), default=0.0, show_default=True, help="0 is greedy.")
+@click.option("--seed", type=click.INT, default=0, show_default=True, help="Of the prompt, and of the sampler.")
+@click.option(
+    "--patience",
+    type=click.FloatRange(min=1),
+    default=900.0,
+    show_default=True,
+    metavar="SECONDS",
+    help="A contender that takes longer is cut short, and what it measured counts.",
+)
+@click.option("--out", type=_PATH, metavar="DIR", help="Write bench.json, bench.md and bench.png here.")
+@click.option("--json", "as_json", is_flag=True, help="Print everything as one JSON object.")
+@click.option("--check", is_flag=True, help="Exit with 1 if a bar does not hold or a contender failed.")
+@engine_options
+@common_options
+def bench(**options: Any) -> int:
+    """Measure the engine against memory-mapped weights, an unlimited budget, peers and the machine's own limits.
+
+    Contenders take turns, each in a process of its own within --limit. Tables go to standard output, progress to
+    standard error. The engine's options apply to the engine and, as far as they mean anything there, to its rivals.
+    """
+    config = take_engine_config(options)
+    from offload_engine.bench.lineup import Request
+    from offload_engine.bench.spec import Workload
+    from offload_engine.cli.bench import Wanted, preset_directory, run_benchmark
+
+    preset, layers = options.pop("preset"), options.pop("layers")
+    if preset is not None and config.model is not None:
+        raise UsageError("--preset and --model both name the model; leave one of them out")
+    if preset is None and layers is not None:
+        raise UsageError("--layers has no effect without --preset; leave it out")
+    if preset is not None:
+        chosen = {"model": str(preset_directory(preset, layers))}
+        config = EngineConfig(**config.model_dump(exclude_unset=True) | chosen)
+    limit = options.pop("limit")
+    request = Request(
+        config=config,
+        workload=Workload(**{name: options.pop(name) for name in Workload.model_fields if name in options}),
+        limit=None if limit is None else parse_bytes(limit, "--limit"),
+        budgets=[parse_bytes(budget, "--budget") for budget in options.pop("budgets")],
+        **{name: options.pop(name) for name in ("packed", "only", "rounds", "patience")},
+    )
+    return run_benchmark(request, Wanted(**options))
+
+
 def _refuse_beside(option: str, allowed: set[str]) -> None:
     """Refuse what else was given on the command line, and would be ignored; `allowed` are parameters' names."""
     context = click.get_current_context()
@@ -149,6 +219,7 @@ def version() -> None:
 dmoe.add_command(run)
 dmoe.add_command(plan)
 dmoe.add_command(evaluation)
+dmoe.add_command(bench)
 
 
 def run_main() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
@@ -11,7 +12,8 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from tools.memory_cgroup import CgroupUnavailableError, main, memory_group, run_limited
+from offload_engine.bench.cgroup import CgroupUnavailableError, memory_group, run_limited
+from tools.memory_cgroup import main
 
 MB = 10**6
 TOUCH = "import sys; block = bytearray(int(sys.argv[1])); print(len(block))"
@@ -30,7 +32,7 @@ def allowed() -> Iterator[None]:
     except CgroupUnavailableError as error:
         pytest.skip(str(error))
     yield
-    assert not list(parent.glob("memory-cgroup-*"))
+    assert not list(parent.glob(f"memory-cgroup-{os.getpid()}-*"))
 
 
 @pytest.mark.usefixtures("allowed")
@@ -101,7 +103,7 @@ def test_groups_of_version_2_lie_where_the_controller_is_delegated(tmp_path: Pat
 
 
 def parent_in(root: Path) -> Path:
-    from tools.memory_cgroup import _parent
+    from offload_engine.bench.cgroup import _parent
 
     return _parent(root)[0]
 

@@ -1,0 +1,120 @@
+"""Who runs: every contender of a benchmark by name, and those that can't run here with the reason."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+from offload_engine.bench.spec import Kind, Task, Workload
+from offload_engine.config import EngineConfig, format_bytes
+from offload_engine.errors import UsageError
+
+ROUTINGS = ("original", "dmoe")
+RESERVE = 100_000_000
+"""Of the limit, what an engine's budget leaves for page cache and the kernel's own tables, in bytes, ..."""
+RESERVE_SHARE = 64
+"""... or this fraction of the limit if that is more."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
+    """What is to be measured."""
+
+    config: EngineConfig
+    """The engine's options, those of its rivals too as far as they mean anything to them."""
+    workload: Workload
+    limit: int | None = None
+    """Bytes each contender may use, page cache included; None: no limit."""
+    budgets: Sequence[int] = ()
+    """Budgets of the engine; none: what its config says, else what the limit leaves."""
+    packed: Sequence[Path] = ()
+    """The same model in other weight formats."""
+    only: Sequence[str] = ()
+    """Patterns of the names to run; none: all."""
+    rounds: int = 2
+    patience: float = 900.0
+
+
+@dataclass(slots=True)
+class Lineup:
+    """The contenders of one benchmark."""
+
+    tasks: list[Task] = field(default_factory=list)
+    """In the order in which a round runs them."""
+    absent: dict[str, str] = field(default_factory=dict)
+    """Name -> why it can't run here."""
+
+
+def default_budget(limit: int) -> int:
+    """The budget of an engine that has `limit` bytes for everything."""
+    return limit - max(RESERVE, limit // RESERVE_SHARE)
+
+
+def line_up(request: Request) -> Lineup:
+    """Choose the contenders. Raises `UsageError` when `only` leaves none, or the limit leaves no budget."""
+    lineup = Lineup()
+    everyone = [_task(request, "bandwidth", "bandwidth", {}, limited=False)]
+    for routing in _routings(request.config):
+        everyone += _ours(request, routing)
+        for kind in ("mmap", "mmap-random"):
+            everyone.append(_task(request, kind, f"{kind}/{routing}", {"routing": routing}))
+        everyone.append(_task(request, "accelerate", f"accelerate/{routing}", {"routing": routing}))
+        config = {"routing": routing, "gpu_mem": "auto", "expert_mem": None}
+        everyone.append(_task(request, "unlimited", f"unlimited/{routing}", config, limited=False))
+    wanted = [task for task in everyone if not request.only or any(fnmatchcase(task.name, p) for p in request.only)]
+    if not wanted:
+        names = ", ".join(task.name for task in everyone)
+        raise UsageError(f"--only {' '.join(request.only)}: no contender of that name; there are {names}")
+    for task in wanted:
+        if task.kind == "accelerate" and importlib.util.find_spec("accelerate") is None:
+            lineup.absent[task.name] = "accelerate is not installed; pip install --no-deps accelerate adds it"
+        else:
+            lineup.tasks.append(task)
+    return lineup
+
+
+def _routings(config: EngineConfig) -> Sequence[str]:
+    return ROUTINGS if config.routing is None else (config.routing,)
+
+
+def _ours(request: Request, routing: str) -> list[Task]:
+    """The engine under each budget, and in each weight format under the first."""
+    budgets = _budgets(request)
+    tasks = []
+    for place, budget in enumerate(budgets):
+        size = "" if place == 0 else f"@{_size(budget).replace(' ', '')}"
+        tasks.append(_task(request, "engine", f"engine/{routing}{size}", {"routing": routing, "gpu_mem": budget}))
+    for directory in request.packed:
+        config = {"routing": routing, "gpu_mem": budgets[0], "model": str(directory)}
+        tasks.append(_task(request, "engine", f"engine/{routing}+{directory.name}", config))
+    return tasks
+
+
+def _budgets(request: Request) -> Sequence[int | str]:
+    if request.budgets:
+        return request.budgets
+    if request.config.gpu_mem != "auto" or request.limit is None:
+        return (request.config.gpu_mem,)
+    budget = default_budget(request.limit)
+    if budget <= 0:
+        raise UsageError(f"--limit is {format_bytes(request.limit)}, which leaves no budget; wanted over 100 MB")
+    return (budget,)
+
+
+def _task(request: Request, kind: Kind, name: str, changes: dict[str, Any], *, limited: bool = True) -> Task:
+    return Task(
+        name=name,
+        kind=kind,
+        config=request.config.model_dump(exclude_unset=True) | changes,
+        workload=request.workload,
+        limited=limited and request.limit is not None,
+        patience=request.patience,
+    )
+
+
+def _size(budget: int | str) -> str:
+    return budget if isinstance(budget, str) else format_bytes(budget)

@@ -1,0 +1,161 @@
+"""From made-up runs to figures, bars and tables."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from offload_engine.bench.bars import Bar, bars
+from offload_engine.bench.report import Findings, ratios, save
+from offload_engine.bench.spec import Run
+from offload_engine.bench.summary import disagreements, figures, quartiles
+from offload_engine.errors import OffloadError
+from tests.bench.bench_data import BANDWIDTH, MACHINE, conditions, measured, ours, run
+
+
+def everyone() -> list[Run]:
+    return [
+        run("bandwidth", BANDWIDTH),
+        run("engine/dmoe", ours(1.0), group_peak=700, limit=1000),
+        run("mmap/dmoe", measured(4.0)),
+        run("mmap-random/dmoe", measured(3.5)),
+        run("unlimited/dmoe", ours(0.5, loads=0, bytes_moved=0, missed_bytes=0, belady_misses=0)),
+        run("accelerate/dmoe", "killed by the kernel"),
+        run("engine/dmoe", ours(2.0, peak_bytes=990), number=2, group_peak=800, limit=1000),
+    ]
+
+
+def test_rounds_are_pooled() -> None:
+    one = figures(everyone())["engine/dmoe"]
+    assert one.rounds == 2
+    assert one.step == pytest.approx(1.4)  # of 0.8 1.0 1.0 1.2 1.6 2.0 2.0 2.4
+    assert one.quartiles == pytest.approx((1.0, 2.0))
+    assert one.tokens_per_second == pytest.approx(64 / 15)
+    assert one.moved == pytest.approx(10_000)
+    assert one.over_belady == pytest.approx(2.0)
+    assert one.reads == pytest.approx(1.01)
+    assert one.early == pytest.approx(0.25)
+    assert one.hidden == pytest.approx(0.75)
+    assert one.stall == pytest.approx(0.1)
+    assert one.overhead == pytest.approx(1 - 0.5 - 0.1 - 0.2 - 0.05 - 0.1)
+    assert (one.peak, one.group_peak) == (990, 800)
+    assert one.over_plan == pytest.approx(0.99)
+
+
+def test_the_bound_is_the_slowest_of_disk_memory_and_arithmetic() -> None:
+    runs = everyone()
+    assert figures(runs)["engine/dmoe"].bound == pytest.approx(0.2)  # 2e8 operations at 1e9 per second
+    slow = BANDWIDTH.model_copy(update={"disk": {1: 1e4, 4: 2e4}})
+    assert figures([run("bandwidth", slow), *runs[1:]])["engine/dmoe"].bound == pytest.approx(5000 / 2e4)
+    assert figures(runs)["mmap/dmoe"].bound is None
+    assert figures(runs[1:])["engine/dmoe"].bound is None
+
+
+def test_what_has_no_executor_of_ours_moves_what_the_kernel_fetched() -> None:
+    one = figures(everyone())["mmap/dmoe"]
+    assert one.moved == pytest.approx(10_100)
+    assert one.belady is one.stall is one.overhead is one.hidden is one.planned is None
+
+
+def test_quartiles() -> None:
+    assert quartiles([3.0]) == (3.0, 3.0, 3.0)
+    assert quartiles([1.0, 2.0, 3.0, 4.0, 5.0]) == (2.0, 3.0, 4.0)
+
+
+def test_bars_hold_or_not_by_what_was_measured() -> None:
+    found = {bar.what: bar for bar in bars(figures(everyone()), BANDWIDTH)}
+    faster = found["dmoe: times faster than mmap"]
+    assert faster.measured == pytest.approx(3.5 / 1.4)  # the better of the two
+    assert faster.holds is False
+    assert found["original: times faster than mmap"].holds is None
+    assert found["dmoe: step time over that of an unlimited budget"].measured == pytest.approx(2.8)
+    assert found["dmoe: missed bytes hidden behind compute"].holds is False
+    assert found["dmoe: stalls, of step time"].holds is True
+    assert found["dmoe: measured peak over planned"].holds is True
+    assert found["dmoe: scheduling and Python, of step time"].holds is True
+    start = found["dmoe: start to the first kernel"]
+    assert start.most == pytest.approx(4e6 / 2e6 + 2)
+    assert start.holds is True
+
+
+def test_a_bar_with_two_sides_and_its_words() -> None:
+    assert Bar("peak", 0.95, 0.9, 1.0).holds
+    assert not Bar("peak", 1.01, 0.9, 1.0).holds
+    assert not Bar("peak", 0.89, 0.9, 1.0).holds
+    assert Bar("peak", None, 0.9, 1.0).wanted == "0.9 to 1"
+    assert Bar("share", 0.123, most=0.5, unit="%").show(0.123) == "12.3 %"
+    assert Bar("share", None, most=0.5, unit="%").show(None) == "not measured"
+
+
+def test_answers_that_differ_from_the_engines_are_told() -> None:
+    runs = [run("engine/dmoe", ours()), run("mmap/dmoe", measured(answer="other"))]
+    runs += [run("accelerate/dmoe", measured(answer="rounded")), run("engine/dmoe+int4", ours(answer="coarse"))]
+    runs += [run("engine/dmoe@2.00GB", ours(answer="wrong"))]
+    assert disagreements(figures(runs)) == [
+        "mmap/dmoe answers otherwise than engine/dmoe",
+        "engine/dmoe@2.00GB answers otherwise than engine/dmoe",
+    ]
+
+
+def test_ratios_are_to_the_engine_of_the_same_routing() -> None:
+    found = ratios(figures(everyone()))
+    assert found["mmap/dmoe : engine/dmoe"] == pytest.approx(4 / 1.4)
+    assert "engine/dmoe : engine/dmoe" not in found
+
+
+def test_the_tables_name_every_contender_and_every_failure() -> None:
+    findings = Findings(conditions(absent={"peer": "not here"}, unlimited_because="no groups"), everyone())
+    text = findings.markdown()
+    for needle in ("| engine/dmoe ", "| mmap-random/dmoe ", "accelerate/dmoe failed: killed by the kernel", "Abacus 9"):
+        assert needle in text
+    assert "peer left out: not here" in text
+    assert "no memory limit was in force: no groups" in text
+    tables = [block.splitlines() for block in text.split("\n\n") if block.startswith("|")]
+    assert len(tables) == 3
+    assert all(len({len(line) for line in table}) == 1 for table in tables), "columns are aligned"
+
+
+def test_a_benchmark_in_which_nothing_was_measured_still_has_tables() -> None:
+    findings = Findings(conditions(interrupted=True), [])
+    assert "interrupted" in findings.markdown()
+    assert json.loads(json.dumps(findings.as_dict()))["contenders"] == {}
+
+
+def test_an_unlimited_budget_that_did_not_hold_everything_is_told() -> None:
+    notes = Findings(conditions(), [run("unlimited/dmoe", ours(loads=7))]).notes
+    assert notes == ["unlimited/dmoe: its budget did not hold everything; 7 experts were loaded"]
+
+
+def test_a_busy_machine_is_told() -> None:
+    machine = MACHINE | {"load_average": 3.5}
+    notes = Findings(conditions(machine=machine), []).notes
+    assert notes == ["the machine was busy when this began: load average 3.5 on 2 cores"]
+
+
+def test_what_is_saved_can_be_read_again(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    told = save(Findings(conditions(), everyone()), tmp_path / "new" / "folder")
+    folder = tmp_path / "new" / "folder"
+    saved = json.loads((folder / "bench.json").read_text())
+    assert saved["contenders"]["engine/dmoe"]["over_belady"] == pytest.approx(2.0)
+    assert [Run.model_validate(one) for one in saved["runs"]] == everyone()
+    assert (folder / "bench.png").read_bytes().startswith(b"\x89PNG")
+    assert sorted(path.name for path in folder.iterdir()) == ["bench.json", "bench.md", "bench.png"]
+    assert "bench.png" in told[0]
+
+
+def test_without_matplotlib_there_is_no_plot_and_that_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules, "offload_engine.bench.plot", raising=False)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    told = save(Findings(conditions(), everyone()), tmp_path)
+    assert "for want of matplotlib" in told[0]
+    assert not (tmp_path / "bench.png").exists()
+
+
+def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OffloadError, match=r"--out .*file"):
+        save(Findings(conditions(), everyone()), tmp_path / "file")

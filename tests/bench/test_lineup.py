@@ -1,0 +1,76 @@
+"""Who runs, under which name, with which options."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from offload_engine.bench import lineup
+from offload_engine.bench.lineup import Request, default_budget, line_up
+from offload_engine.bench.spec import Workload
+from offload_engine.config import EngineConfig
+from offload_engine.errors import UsageError
+
+GB = 10**9
+
+
+@pytest.fixture(autouse=True)
+def with_accelerate(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lineup.importlib.util, "find_spec", lambda name: name == "accelerate" or None)
+
+
+def request(limit: int | None = 8 * GB, **changes: object) -> Request:
+    config = EngineConfig(model="somewhere", threads=3, **changes.pop("config", {}))  # type: ignore[arg-type]
+    return Request(config=config, workload=Workload(), limit=limit, **changes)  # type: ignore[arg-type]
+
+
+def test_both_routings_meet_every_rival() -> None:
+    names = [task.name for task in line_up(request()).tasks]
+    kinds = ["engine", "mmap", "mmap-random", "accelerate", "unlimited"]
+    assert names == ["bandwidth", *(f"{kind}/{routing}" for routing in ("original", "dmoe") for kind in kinds)]
+
+
+def test_the_engine_gets_what_the_limit_leaves_and_an_unlimited_one_everything() -> None:
+    tasks = {task.name: task for task in line_up(request(config={"expert_mem": "1GB"})).tasks}
+    engine, unlimited = tasks["engine/dmoe"], tasks["unlimited/dmoe"]
+    assert engine.config["gpu_mem"] == default_budget(8 * GB) == 8 * GB - 125_000_000
+    assert (engine.limited, unlimited.limited, tasks["mmap/dmoe"].limited, tasks["bandwidth"].limited) == (
+        True,
+        False,
+        True,
+        False,
+    )
+    assert EngineConfig(**unlimited.config).gpu_mem == "auto"
+    assert EngineConfig(**unlimited.config).expert_mem is None
+    assert all(EngineConfig(**task.config).threads == 3 for task in tasks.values())
+
+
+def test_small_limits_leave_a_hundred_megabytes() -> None:
+    assert default_budget(GB) == 900_000_000
+    with pytest.raises(UsageError, match=r"--limit is 50\.0 MB"):
+        line_up(request(limit=50_000_000))
+
+
+def test_budgets_and_formats_have_names_of_their_own() -> None:
+    lined = line_up(
+        request(budgets=[4 * GB, 2 * GB], packed=[Path("a/int8")], only=["engine/*"], config={"routing": "dmoe"})
+    )
+    assert [(task.name, task.config["gpu_mem"], task.config["model"]) for task in lined.tasks] == [
+        ("engine/dmoe", 4 * GB, "somewhere"),
+        ("engine/dmoe@2.00GB", 2 * GB, "somewhere"),
+        ("engine/dmoe+int8", 4 * GB, "a/int8"),
+    ]
+
+
+def test_a_pattern_that_fits_nobody_is_refused_with_the_names() -> None:
+    with pytest.raises(UsageError, match=r"--only engines/\*: no contender .* mmap-random/dmoe"):
+        line_up(request(only=["engines/*"]))
+
+
+def test_a_peer_that_is_not_installed_is_left_out_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lineup.importlib.util, "find_spec", lambda name: None)
+    lined = line_up(request())
+    assert not [task for task in lined.tasks if task.kind == "accelerate"]
+    assert sorted(lined.absent) == ["accelerate/dmoe", "accelerate/original"]
+    assert "pip install" in lined.absent["accelerate/dmoe"]
