@@ -23,6 +23,7 @@ from offload_engine.experts.store import SafetensorsStore, load_all
 from offload_engine.model.checkpoint import Checkpoint
 from offload_engine.model.config import ModelConfig
 from offload_engine.model.moe import ExpertWeights, ResidentExperts
+from offload_engine.model.quantized import ExpertFormat
 from tests.checkpoints import GOLDEN, needs_golden, random_tensors, tiny_config, write_checkpoint, write_tensors
 from tests.page_cache import cached_bytes, evictable
 
@@ -77,7 +78,7 @@ def test_every_expert_arrives_as_stored(
     write_checkpoint(tmp_path, RAW, dtype=dtype, layout=layout, shards=shards)
     tensors = random_tensors(RAW, dtype=dtype, layout="split", seed=0)
     store = open_store(tmp_path, direct=direct)
-    assert store.dtype == dtype
+    assert store.format == ExpertFormat(dtype)
     assert list(store.keys()) == [ExpertKey(layer, expert) for layer in (1, 2) for expert in range(16)]
     for key in every_key(store):
         assert same(read(store, key), stored(tensors, key))
