@@ -87,4 +87,6 @@ def _bar(doing: str) -> Iterator[Report]:
     )
     with Progress(*columns, console=stderr_console(), transient=True) as progress:
         task = progress.add_task(f"{doing} model", total=None)
-        yield lambda what, done, total: progress.update(task, description=f"{doing} {what}", completed=done, total=total)
+        yield lambda what, done, total: progress.update(
+            task, description=f"{doing} {what}", completed=done, total=total
+        )

@@ -26,13 +26,17 @@ from offload_engine.model.weights import resident_infos
 
 Kind = Literal["stored", "bf16", "int8", "int4"]
 CONFIG_FILE = "config.json"
+WEIGHTS = "weights"
+"""What progress is told of."""
 KEPT_SUFFIXES = (".json", ".jinja", ".txt", ".model", ".md")
 """Files beside the weights that go along: configuration, tokenizer, template, model card. Never code."""
+DEFAULT_GROUP = 32
+"""Columns of int4 experts that share a scale, where nobody says otherwise."""
 MARGIN = 2**20
 """Disk left for directory entries and safetensors headers."""
 
 Progress = Callable[[str, int, int], None]
-"""Told what is being written, how much of it is and how much there is, in bytes."""
+"""Told what is being written, how much of it is on the disk and how much there is, in bytes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +62,7 @@ def convert(
     out: Path,
     kind: Kind = "stored",
     *,
-    group: int = 32,
+    group: int = DEFAULT_GROUP,
     identity: str,
     progress: Progress | None = None,
 ) -> Conversion:
@@ -124,39 +128,34 @@ class _Job:
         resident = sum(info.nbytes for info in infos)
         with PackedWriter(folder / PACKED_FILE, self.description, list(self.store.keys())) as writer:
             _require_disk(folder, out, writer.nbytes + resident + sum(path.stat().st_size for path in beside) + MARGIN)
-            errors = self._write_experts(writer)
-            sizes = writer.slab_bytes, writer.nbytes
-        self._write_resident(folder, infos, resident)
+            slab, packed = writer.slab_bytes, writer.nbytes
+            errors = self._write_experts(writer, packed + resident)
+        self._write_resident(folder, infos, packed, packed + resident)
         for path in beside:
             shutil.copyfile(path, folder / path.name)
             settle(folder / path.name)
         settle(folder)
-        return Conversion(
-            out, self.store.format, self.description.format, self.store.slab_bytes, *sizes, resident, errors
-        )
+        before, now = self.store.format, self.description.format
+        return Conversion(out, before, now, self.store.slab_bytes, slab, packed, resident, errors)
 
-    def _write_experts(self, writer: PackedWriter) -> RoundingErrors:
+    def _write_experts(self, writer: PackedWriter, total: int) -> RoundingErrors:
         errors, arena = RoundingErrors(), SlotArena(1, self.store.slab_bytes)
-        slab, kept = writer.slab_bytes, self.description.format == self.store.format
-        self.progress("experts", 0, writer.nbytes)
+        kept = self.description.format == self.store.format
         for count, key in enumerate(self.store.keys(), start=1):
             self.store.read(key, arena.buffer(0))
             original = arena.weights(0, self.store.layout(key))
             stored = writer.write(key, original)
             if not kept:
                 errors.add(key, original, stored)
-            self.progress("experts", count * slab, writer.nbytes)
+            self.progress(WEIGHTS, count * writer.slab_bytes, total)
         writer.finish()
-        self.progress("experts", writer.nbytes, writer.nbytes)
         return errors
 
-    def _write_resident(self, folder: Path, infos: Sequence[TensorInfo], total: int) -> None:
-        done = 0
-
+    def _write_resident(self, folder: Path, infos: Sequence[TensorInfo], done: int, total: int) -> None:
         def written(nbytes: int) -> None:
             nonlocal done
             done += nbytes
-            self.progress("other weights", done, total)
+            self.progress(WEIGHTS, done, total)
 
         write_tensors(folder, self.checkpoint, infos, {SOURCE_KEY: self.description.source}, written)
 
