@@ -55,10 +55,8 @@ def convert_model(request: Request) -> None:
             source, request.out, request.experts, group=group, identity=fingerprint(source), progress=progress
         )
     if done.format.group and done.format.group != group:
-        note(
-            f"note: groups of {done.format.group}: {group} is no power of two that divides the columns of every matrix"
-        )
-    comparison = None if request.evaluate is None else _compared(request.model, done.directory, request.evaluate)
+        note(f"note: groups of {done.format.group}, as {group} is no power of two that divides every matrix's columns")
+    comparison = None if task is None else _compared(request.model, done.directory, task)
     if request.as_json:
         output.line(json.dumps(_facts(done) | ({} if comparison is None else {"comparison": comparison})))
         return
