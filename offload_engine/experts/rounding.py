@@ -35,11 +35,11 @@ class KindError:
 
     def add(self, key: ExpertKey, original: Tensor, stored: Tensor) -> None:
         """Count one matrix, before and after, in float32."""
-        difference = stored - original
-        squares, error = float(original.square().sum()), float(difference.square().sum())
+        difference = (stored - original).flatten()
+        squares, error = float(original.norm()) ** 2, float(difference.norm()) ** 2
         self.squares += squares
         self.error_squares += error
-        self.largest = max(self.largest, float(difference.abs().max()))
+        self.largest = max(self.largest, float(difference.abs().amax()))
         relative = math.sqrt(error / squares) if squares else 0.0
         if relative > self.worst:
             self.worst, self.worst_key = relative, key

@@ -91,8 +91,8 @@ def quantize_int8(matrix: Tensor) -> QuantizedMatrix:
 
     Raises `ValueError` where a weight is not finite.
     """
-    numbers = _finite(matrix)
-    scales = numbers.abs().amax(dim=1) / INT8_LIMIT
+    numbers = matrix.float()
+    scales = _finite(torch.maximum(numbers.amax(dim=1), -numbers.amin(dim=1))) / INT8_LIMIT
     values = _steps(numbers, scales.unsqueeze(1)).clamp_(-INT8_LIMIT, INT8_LIMIT)
     return QuantizedMatrix(values.to(torch.int8), scales)
 
@@ -107,9 +107,9 @@ def quantize_int4(matrix: Tensor, group: int) -> QuantizedMatrix:
     rows, columns = matrix.shape
     if group < 2 or group % 2 or columns % group:
         raise ValueError(f"group is {group}, wanted an even divisor of the {columns} columns")
-    groups = _finite(matrix).view(rows, -1, group)
+    groups = matrix.float().view(rows, -1, group)
     lowest, highest = groups.amin(dim=2, keepdim=True), groups.amax(dim=2, keepdim=True)
-    extreme = torch.where(highest > -lowest, highest, lowest)
+    extreme = _finite(torch.where(highest > -lowest, highest, lowest))
     scales = (extreme / INT4_LOWEST).to(torch.bfloat16)
     values = _steps(groups, scales.float()).clamp_(INT4_LOWEST, INT4_HIGHEST).sub_(INT4_LOWEST).to(torch.uint8)
     packed = values[..., : group // 2] | (values[..., group // 2 :] << NIBBLE)
@@ -124,13 +124,12 @@ def fitting_group(wanted: int, *columns: int) -> int:
     return group
 
 
-def _finite(matrix: Tensor) -> Tensor:
-    numbers = matrix.float()
-    if not bool(numbers.isfinite().all()):
+def _finite(extremes: Tensor) -> Tensor:
+    if not bool(extremes.isfinite().all()):
         raise ValueError("holds a weight that is not finite")
-    return numbers
+    return extremes
 
 
 def _steps(numbers: Tensor, scales: Tensor) -> Tensor:
     """Each number in steps of its scale, rounded half to even; 0 where the scale is 0."""
-    return torch.where(scales == 0, 0.0, numbers / scales).round_()
+    return (numbers / scales.masked_fill(scales == 0, 1.0)).round_()
