@@ -47,6 +47,7 @@ class Checkpoint:
         """Bytes of each safetensors file when its header was read."""
         self.metadata: Mapping[Path, Mapping[str, str]] = MappingProxyType(metadata or {})
         """The `__metadata__` of each safetensors file."""
+        self._stamps = {path: path.stat().st_mtime_ns for path in file_sizes}
 
     @classmethod
     def open(cls, directory: Path) -> Checkpoint:
@@ -109,6 +110,7 @@ class Checkpoint:
             raise CheckpointError(
                 f"{info.path}: {size} bytes long, but {self.file_sizes[info.path]} when opened; load the model again"
             )
+        self._check_header(info.path)
         cast = dtype is not None and dtype != info.dtype
         result = torch.empty(math.prod(info.shape), dtype=dtype if cast else info.dtype)
         try:
@@ -118,6 +120,17 @@ class Checkpoint:
         if done < info.nbytes:
             raise CheckpointError(f"{info.path}: tensor {name!r} ends after {done} bytes, wanted {info.nbytes}")
         return result.view(info.shape)
+
+    def _check_header(self, path: Path) -> None:
+        """Look at a file that was written to since `open`: its tensors must still be where they were."""
+        stamp = path.stat().st_mtime_ns
+        if stamp == self._stamps[path]:
+            return
+        found = read_header(path).tensors
+        for info in self.tensors.values():
+            if info.path == path and found.get(info.name) != info:
+                raise CheckpointError(f"{path}: has another header than when opened; load the model again")
+        self._stamps[path] = stamp
 
 
 def _bytes_of(tensor: Tensor) -> memoryview:

@@ -50,7 +50,8 @@ def settle(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
-        drop_page_cache(descriptor, 0, os.fstat(descriptor).st_size)
+        if path.is_file():
+            drop_page_cache(descriptor, 0, os.fstat(descriptor).st_size)
     finally:
         os.close(descriptor)
 
