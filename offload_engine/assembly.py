@@ -16,9 +16,10 @@ from offload_engine.experts.arena import SlotArena
 from offload_engine.experts.cache import ExpertCache
 from offload_engine.experts.eviction import make_eviction
 from offload_engine.experts.executor import OffloadedExperts
+from offload_engine.experts.opening import open_store
 from offload_engine.experts.predictor import make_predictor
 from offload_engine.experts.scheduler import ExpertScheduler
-from offload_engine.experts.store import SafetensorsStore
+from offload_engine.experts.store import ExpertStore
 from offload_engine.experts.transfer.cpu import CpuTransfers
 from offload_engine.memory import MemoryPlan, Setup, auto_budget, available_memory, plan_memory
 from offload_engine.memory.footprint import round_up
@@ -27,6 +28,7 @@ from offload_engine.model.checkpoint import Checkpoint
 from offload_engine.model.config import ModelConfig
 from offload_engine.model.hub import resolve_model
 from offload_engine.model.llada2 import LLaDA2Model
+from offload_engine.model.quantized import ExpertFormat
 from offload_engine.model.weights import load_resident, unexpected_tensors
 from offload_engine.routing import RoutingOptions, RoutingPolicy, SituatedCoreset, make_policy
 from offload_engine.text import Tokenizer, load_tokenizer
@@ -73,7 +75,7 @@ class Parts:
     policy: RoutingPolicy
     model: LLaDA2Model
     experts: OffloadedExperts
-    store: SafetensorsStore
+    store: ExpertStore
     dtype: torch.dtype
     threads: int | None
     """Compute threads; None: torch's choice."""
@@ -209,7 +211,7 @@ def check_device(config: EngineConfig) -> None:
 
 
 def setup_for(
-    config: EngineConfig, model: ModelConfig, *, dtype: torch.dtype, stored: torch.dtype, slab_bytes: int | None = None
+    config: EngineConfig, model: ModelConfig, *, dtype: torch.dtype, stored: ExpertFormat, slab_bytes: int | None = None
 ) -> Setup:
     """What decides the memory a run takes, for this process as it stands."""
     return Setup(
@@ -263,11 +265,11 @@ def assemble(config: EngineConfig, stats: EngineStats, progress: Progress | None
         notices.append(f"{len(unused)} tensors of the checkpoint are not used, {unused[0]} the first of them")
     if not model_config.moe_layers:
         raise CheckpointError(f"{source.directory}: the model has no MoE layer, so there is nothing to offload")
-    store = SafetensorsStore(model_config, checkpoint)
+    store = open_store(model_config, checkpoint, verify=config.verify)
     try:
-        dtype = compute_dtype(config, model_config, store.dtype)
+        dtype = compute_dtype(config, model_config, store.format.dtype)
         warm_up(dtype)
-        setup = setup_for(config, model_config, dtype=dtype, stored=store.dtype, slab_bytes=store.slab_bytes)
+        setup = setup_for(config, model_config, dtype=dtype, stored=store.format, slab_bytes=store.slab_bytes)
         plan = plan_for(config, model_config, setup)
         model = load_resident(
             model_config,
@@ -286,7 +288,7 @@ def assemble(config: EngineConfig, stats: EngineStats, progress: Progress | None
     return Parts(source, setup, plan, policy, model, experts, store, dtype, threads, (*notices, *plan.warnings))
 
 
-def _executor(config: EngineConfig, store: SafetensorsStore, plan: MemoryPlan, stats: EngineStats) -> OffloadedExperts:
+def _executor(config: EngineConfig, store: ExpertStore, plan: MemoryPlan, stats: EngineStats) -> OffloadedExperts:
     arena = SlotArena(plan.slots, store.slab_bytes)
     cache = ExpertCache(plan.slots, make_eviction(config.eviction))
     return OffloadedExperts(

@@ -159,6 +159,8 @@ class EngineConfig(BaseModel):
     """Transfers started and not finished; more would only delay a demand load that comes after them."""
     reader_threads: Annotated[int, Field(ge=1, le=64)] = 2
     """Threads that read experts from disk."""
+    verify: Literal["first", "always", "never"] = "first"
+    """When an expert of a converted checkpoint is held against its checksum: when read first, always, or never."""
     prefill_chunk: Annotated[int, Field(ge=1, le=2**20)] = 512
     """Prompt tokens per forward; rounded to whole blocks by the engine."""
     threads: Annotated[int, Field(ge=1, le=1024)] | None = None
@@ -190,7 +192,7 @@ class EngineConfig(BaseModel):
             raise ValueError("wanted a directory or a hub id")
         return text
 
-    @field_validator("device", "dtype", "routing", "eviction", "predictor", mode="before")
+    @field_validator("device", "dtype", "routing", "eviction", "predictor", "verify", mode="before")
     @classmethod
     def _spelling(cls, value: Any) -> Any:
         """Case and underscores don't matter: Top_K and topk are top-k."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,12 @@ from torch.profiler import ProfilerActivity, profile
 from offload_engine.core import ForwardInfo, Phase, SamplingParams
 from offload_engine.decode.kv_cache import PrefixCache
 from offload_engine.decode.sampler import propose
-from offload_engine.memory import Setup, plan_memory
+from offload_engine.memory import MemoryPlan, Setup, plan_memory
 from offload_engine.memory.footprint import GEMM_SCRATCH_BYTES
 from offload_engine.model.config import ModelConfig
 from offload_engine.model.llada2 import Forward, LLaDA2Model
 from offload_engine.model.moe import ExpertWeights, ResidentExperts
+from offload_engine.model.quantized import quantize_int4, quantize_int8
 from offload_engine.routing import make_policy
 from tests.mini_config import mini
 
@@ -60,15 +62,12 @@ def peak_of(run: Callable[[], object], folder: Path) -> int:
     return peak
 
 
-@pytest.mark.parametrize("itemsize", [2, 4])
-@pytest.mark.parametrize("shape", [WIDE, NARROW, DENSE], ids=["experts", "attention", "dense"])
-def test_prefill_stays_within_the_workspace(tmp_path: Path, itemsize: int, shape: dict[str, Any]) -> None:
-    config = mini(num_hidden_layers=2, vocab_size=64, num_experts=16, **shape)
-    plan = plan_memory(config, Setup(device="cpu", itemsize=itemsize, prefill_chunk=128), 10**9, max_context=1024)
-    dtype, tokens = DTYPES[itemsize], plan.forward_tokens
-    model = model_of(config, dtype)
-    wide = torch.zeros(config.moe_intermediate_size, config.hidden_size, dtype=dtype)
-    experts = ResidentExperts(lambda _layer, _expert: ExpertWeights(wide, wide, wide.T.contiguous()))
+def prefill_peak(
+    config: ModelConfig, plan: MemoryPlan, dtype: torch.dtype, weights: ExpertWeights, folder: Path
+) -> int:
+    """Bytes that the largest forward of `plan` allocates when all experts have these weights."""
+    tokens, model = plan.forward_tokens, model_of(config, dtype)
+    experts = ResidentExperts(lambda _layer, _expert: weights)
     cache = PrefixCache(config, plan.kv_positions, dtype, torch.device("cpu"))
     cache.commit(plan.kv_positions - tokens)
 
@@ -80,10 +79,34 @@ def test_prefill_stays_within_the_workspace(tmp_path: Path, itemsize: int, shape
                 torch.ones(tokens, dtype=torch.long), Forward(info, positions, positions // 32, cache, policy, experts)
             )
 
-    peak = peak_of(prefill, tmp_path)
+    return peak_of(prefill, folder)
+
+
+@pytest.mark.parametrize("itemsize", [2, 4])
+@pytest.mark.parametrize("shape", [WIDE, NARROW, DENSE], ids=["experts", "attention", "dense"])
+def test_prefill_stays_within_the_workspace(tmp_path: Path, itemsize: int, shape: dict[str, Any]) -> None:
+    config = mini(num_hidden_layers=2, vocab_size=64, num_experts=16, **shape)
+    plan = plan_memory(config, Setup(device="cpu", itemsize=itemsize, prefill_chunk=128), 10**9, max_context=1024)
+    wide = torch.zeros(config.moe_intermediate_size, config.hidden_size, dtype=DTYPES[itemsize])
+    peak = prefill_peak(config, plan, DTYPES[itemsize], ExpertWeights(wide, wide, wide.T.contiguous()), tmp_path)
     promised = plan.workspace - GEMM_SCRATCH_BYTES
     assert peak <= promised
     assert peak > promised // 3, "a bound that loose would waste slots"
+
+
+@pytest.mark.parametrize("itemsize", [2, 4])
+@pytest.mark.parametrize("bits", [8, 4])
+def test_dequantising_stays_within_the_workspace(tmp_path: Path, itemsize: int, bits: int) -> None:
+    shape = {"hidden_size": 512, "moe_intermediate_size": 512, "num_attention_heads": 4, "intermediate_size": 64}
+    config = mini(num_hidden_layers=2, vocab_size=64, num_experts=16, **shape)
+    setup = Setup(device="cpu", itemsize=itemsize, stored_itemsize=1, prefill_chunk=32)
+    plan = plan_memory(config, setup, 10**9, max_context=64)
+    matrix = torch.randn(512, 512)
+    rounded = quantize_int8(matrix) if bits == 8 else quantize_int4(matrix, 32)
+    peak = prefill_peak(config, plan, DTYPES[itemsize], ExpertWeights(rounded, rounded, rounded), tmp_path)
+    assert 3 * matrix.numel() * itemsize < peak <= plan.workspace - GEMM_SCRATCH_BYTES
+    resident = plan_memory(config, replace(setup, stored_itemsize=itemsize), 10**9, max_context=64)
+    assert peak > resident.workspace - GEMM_SCRATCH_BYTES, "without its share of the plan it would not fit"
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.8])

@@ -195,6 +195,33 @@ def bench(**options: Any) -> int:
     return run_benchmark(request, Wanted(**options))
 
 
+@click.command("convert", cls=ReportingCommand, context_settings=_SETTINGS)
+@click.option("--model", metavar="TEXT", help="Checkpoint directory or hub id.  [default: the built-in model]")
+@click.option("--out", type=_PATH, required=True, metavar="DIR", help="New directory; written as DIR.partial first.")
+@click.option(
+    "--experts",
+    type=click.Choice(["stored", "bf16", "int8", "int4"]),
+    default="stored",
+    show_default=True,
+    help="What expert weights are kept as; stored: as they are.",
+)
+@click.option("--group-size", type=click.INT, metavar="N", help="int4: columns that share a scale.  [default: 32]")
+@click.option(
+    "--evaluate", type=click.INT, metavar="N", help="Ask both models N generated problems and compare the answers."
+)
+@click.option("--json", "as_json", is_flag=True, help="Print the outcome as one JSON object.")
+@common_options
+def conversion(**options: Any) -> None:
+    """Pack a checkpoint's experts so that each is one direct read, in fewer bits if wanted.
+
+    The new directory is a model like any other: dmoe-run --model DIR. Progress goes to standard error, what came of it
+    to standard output.
+    """
+    from offload_engine.cli.convert import Request, convert_model
+
+    convert_model(Request(**options))
+
+
 def _refuse_beside(option: str, allowed: set[str]) -> None:
     """Refuse what else was given on the command line, and would be ignored; `allowed` are parameters' names."""
     context = click.get_current_context()
@@ -220,6 +247,7 @@ dmoe.add_command(run)
 dmoe.add_command(plan)
 dmoe.add_command(evaluation)
 dmoe.add_command(bench)
+dmoe.add_command(conversion)
 
 
 def run_main() -> None:

@@ -17,13 +17,13 @@ Report = Callable[[str, int, int], None]
 
 
 @contextmanager
-def loading_progress() -> Iterator[Report]:
-    """Shows what is reported while open, and sums it up at the end."""
-    summary = _Lines()
+def loading_progress(doing: str = "loading", done: str = "loaded") -> Iterator[Report]:
+    """Shows what is reported while open, and sums it up at the end, in the words given for it."""
+    summary = _Lines(doing, done)
     if not stderr_is_live():
         yield summary
     else:
-        with _bar() as bar:
+        with _bar(doing) as bar:
 
             def both(what: str, done: int, total: int) -> None:
                 summary.count(what, done)
@@ -36,7 +36,8 @@ def loading_progress() -> Iterator[Report]:
 class _Lines:
     """Plain lines of progress."""
 
-    def __init__(self) -> None:
+    def __init__(self, doing: str, done: str) -> None:
+        self._doing, self._did = doing, done
         self._began = self._told = time.monotonic()
         self._what, self._done = "", 0
         self._first: tuple[float, int] | None = None
@@ -47,7 +48,7 @@ class _Lines:
         now = time.monotonic()
         if done < total and now - self._told >= LINE_SECONDS:
             self._told = now
-            note(f"loading {what}: {format_bytes(done)} of {format_bytes(total)}{self._rate(now, total - done)}")
+            note(f"{self._doing} {what}: {format_bytes(done)} of {format_bytes(total)}{self._rate(now, total - done)}")
 
     def count(self, what: str, done: int) -> None:
         self._what, self._done = what, done
@@ -55,7 +56,7 @@ class _Lines:
 
     def close(self) -> None:
         if self._what:
-            note(f"loaded {format_bytes(self._done)} of {self._what} in {time.monotonic() - self._began:.1f} s")
+            note(f"{self._did} {format_bytes(self._done)} of {self._what} in {time.monotonic() - self._began:.1f} s")
 
     def _rate(self, now: float, left: int) -> str:
         """Speed and time left; nothing as long as they aren't known."""
@@ -67,7 +68,7 @@ class _Lines:
 
 
 @contextmanager
-def _bar() -> Iterator[Report]:
+def _bar(doing: str) -> Iterator[Report]:
     from rich.progress import (
         BarColumn,
         DownloadColumn,
@@ -78,12 +79,14 @@ def _bar() -> Iterator[Report]:
     )
 
     columns = (
-        TextColumn("loading {task.description}", markup=False),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         DownloadColumn(),
         TransferSpeedColumn(),
         TimeRemainingColumn(),
     )
     with Progress(*columns, console=stderr_console(), transient=True) as progress:
-        task = progress.add_task("model", total=None)
-        yield lambda what, done, total: progress.update(task, description=what, completed=done, total=total)
+        task = progress.add_task(f"{doing} model", total=None)
+        yield lambda what, done, total: progress.update(
+            task, description=f"{doing} {what}", completed=done, total=total
+        )

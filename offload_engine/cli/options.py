@@ -44,6 +44,7 @@ ENGINE_HELP: Final = {
     "prefetch_depth": "MoE layers to prefetch ahead; 0: none.",
     "transfers_in_flight": "Transfers started and not finished, 1 or 2.",
     "reader_threads": "Threads that read experts from disk.",
+    "verify": "When a converted checkpoint's experts are held against their checksums.",
     "prefill_chunk": "Prompt tokens per forward.",
     "threads": "Compute threads.  [default: torch's choice; 1 for small models]",
     "mask_token_id": "Id of an undecided position.  [default: the checkpoint's]",

@@ -14,11 +14,12 @@ from offload_engine.assembly import BUILT_IN, compute_dtype, setup_for
 from offload_engine.cli.terminal import Output
 from offload_engine.config import EngineConfig
 from offload_engine.errors import DeviceError
-from offload_engine.experts.store import SafetensorsStore
+from offload_engine.experts.opening import open_store
 from offload_engine.memory import DeviceKind, MemoryPlan, auto_budget, available_memory, plan_memory
 from offload_engine.model.checkpoint import INDEX_FILE, SINGLE_FILE, Checkpoint
 from offload_engine.model.config import ModelConfig
 from offload_engine.model.hub import resolve_model
+from offload_engine.model.quantized import ExpertFormat
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
@@ -29,7 +30,7 @@ class Described:
 
     name: str
     config: ModelConfig
-    stored: torch.dtype
+    stored: ExpertFormat
     slab_bytes: int | None
     """Bytes of an expert's slot; None where only a config.json is known."""
 
@@ -40,7 +41,7 @@ def show_plan(config: EngineConfig, *, as_json: bool) -> None:
     device = device_kind(config.device)
     dtype = plan_dtype(config, model, device)
     plan = make_plan(config, model, device, dtype)
-    stored, computed = (str(kind).removeprefix("torch.") for kind in (model.stored, dtype))
+    stored, computed = str(model.stored), str(dtype).removeprefix("torch.")
     output = Output()
     if as_json:
         facts = {"model": model.name, "dtype": computed, "stored_dtype": stored, "plan": plan.as_dict()}
@@ -61,9 +62,9 @@ def describe(model: str | None) -> Described:
     config = ModelConfig.from_file(config_file)
     name = "built-in" if model is None else model
     if directory is None or not any((directory / file).exists() for file in (SINGLE_FILE, INDEX_FILE)):
-        return Described(name, config, _declared_dtype(config_file), None)
-    with closing(SafetensorsStore(config, Checkpoint.open(directory))) as store:
-        return Described(name, config, store.dtype, store.slab_bytes)
+        return Described(name, config, ExpertFormat(_declared_dtype(config_file)), None)
+    with closing(open_store(config, Checkpoint.open(directory))) as store:
+        return Described(name, config, store.format, store.slab_bytes)
 
 
 def _declared_dtype(config_file: Path) -> torch.dtype:
@@ -83,8 +84,8 @@ def device_kind(device: str) -> DeviceKind:
 def plan_dtype(config: EngineConfig, model: Described, device: DeviceKind) -> torch.dtype:
     """What would be computed in."""
     if device == "cuda" and config.dtype == "auto":
-        return model.stored
-    return compute_dtype(config, model.config, model.stored)
+        return model.stored.dtype
+    return compute_dtype(config, model.config, model.stored.dtype)
 
 
 def make_plan(config: EngineConfig, model: Described, device: DeviceKind, dtype: torch.dtype) -> MemoryPlan:

@@ -9,7 +9,7 @@ PIECE = 2**16
 PIECES = 256
 """Of a file larger than both together only this many pieces are read, spread evenly: fine-tuning moves all weights."""
 
-_FILES = ("config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "*.safetensors")
+_FILES = ("config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "*.safetensors", "*.packed")
 
 
 def fingerprint(directory: Path) -> str:

@@ -1,7 +1,8 @@
 """One expert's slab: which bytes are read to where, and where each matrix then starts. Pure arithmetic.
 
 Safetensors offsets are arbitrary while direct reads want aligned ones, so a slab receives whole aligned windows of the
-file: it has slack, its matrices start where their bytes happen to fall, and their order is the file's.
+file: it has slack, its matrices start where their bytes happen to fall, and their order is the file's. A packed store's
+slabs have one layout, chosen for the reader.
 """
 
 from __future__ import annotations
@@ -14,10 +15,14 @@ import torch
 from torch import Tensor
 
 from offload_engine.model.moe import ExpertWeights
+from offload_engine.model.quantized import ExpertFormat, Matrix, QuantizedMatrix
 from offload_engine.model.weights import ExpertSpans, FileSpan
 
 SLOT_ALIGNMENT = 4096
 """Slots, slabs and the windows read into them start and end on multiples of this, in bytes; direct I/O needs it."""
+
+MATRIX_ALIGNMENT = 64
+"""In a packed slab values and scales start on multiples of this, in bytes: a cache line, the widest vector."""
 
 
 def align_down(offset: int) -> int:
@@ -31,12 +36,16 @@ def align_up(offset: int) -> int:
 
 
 class MatrixPlace(NamedTuple):
-    """A row-major matrix inside a slab."""
+    """A row-major matrix inside a slab: plain, or quantised (`offload_engine.model.quantized`)."""
 
     offset: int
     """Bytes from the start of the slab; a multiple of the dtype's size."""
     rows: int
     columns: int
+    scales: int | None = None
+    """Where its scales start, likewise; None for a plain matrix."""
+    group: int = 0
+    """Columns that share a scale, two values per byte; 0: a row does, one value per byte."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,17 +56,53 @@ class SlabLayout:
     up: MatrixPlace
     down: MatrixPlace
     dtype: torch.dtype
+    """Of plain matrices."""
     nbytes: int
     """Bytes of the slab, a multiple of `SLOT_ALIGNMENT`."""
 
     def weights(self, slab: Tensor) -> ExpertWeights:
         """Views of the matrices in `slab`, uint8 [at least nbytes, whole alignment units]; nothing is copied."""
-        typed = slab.view(self.dtype)
-        return ExpertWeights(*(self._view(typed, place) for place in (self.gate, self.up, self.down)))
+        return ExpertWeights(*(self._matrix(slab, place) for place in (self.gate, self.up, self.down)))
 
-    def _view(self, typed: Tensor, place: MatrixPlace) -> Tensor:
-        start = place.offset // self.dtype.itemsize
-        return typed[start : start + place.rows * place.columns].view(place.rows, place.columns)
+    def _matrix(self, slab: Tensor, place: MatrixPlace) -> Matrix:
+        rows, columns = place.rows, place.columns
+        if place.scales is None:
+            return _view(slab, place.offset, self.dtype, rows, columns)
+        if place.group == 0:
+            scales = _view(slab, place.scales, torch.float32, rows, 1).view(rows)
+            return QuantizedMatrix(_view(slab, place.offset, torch.int8, rows, columns), scales)
+        scales = _view(slab, place.scales, torch.bfloat16, rows, columns // place.group)
+        return QuantizedMatrix(_view(slab, place.offset, torch.uint8, rows, columns // 2), scales)
+
+
+def _view(slab: Tensor, offset: int, dtype: torch.dtype, rows: int, columns: int) -> Tensor:
+    return slab[offset : offset + rows * columns * dtype.itemsize].view(dtype).view(rows, columns)
+
+
+def packed_layout(form: ExpertFormat, hidden: int, width: int) -> tuple[SlabLayout, int]:
+    """The layout of every slab of a packed store, and its payload in bytes, from the first value to the last.
+
+    Gate, up, down, where quantised each followed by its scales; each part on a multiple of `MATRIX_ALIGNMENT`.
+    """
+    places: list[MatrixPlace] = []
+    end = 0
+    for rows, columns in ((width, hidden), (width, hidden), (hidden, width)):
+        offset = _align_part(end)
+        if form.bits is None:
+            end = offset + rows * columns * form.dtype.itemsize
+            places.append(MatrixPlace(offset, rows, columns))
+            continue
+        scales = _align_part(offset + rows * columns * form.bits // 8)
+        end = scales + rows * (
+            columns // form.group * torch.bfloat16.itemsize if form.group else torch.float32.itemsize
+        )
+        places.append(MatrixPlace(offset, rows, columns, scales, form.group))
+    gate, up, down = places
+    return SlabLayout(gate, up, down, form.dtype, align_up(end)), end
+
+
+def _align_part(offset: int) -> int:
+    return -(-offset // MATRIX_ALIGNMENT) * MATRIX_ALIGNMENT
 
 
 class ReadWindow(NamedTuple):

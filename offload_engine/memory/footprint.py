@@ -147,6 +147,7 @@ def _feed_forward_bytes(config: ModelConfig, forward: Forward) -> int:
     rows = round_up(tokens, 32)  # all tokens may choose one expert, padded as `model.moe.padded_rows` does
     one_expert = rows * (3 * hidden + 4 * config.moe_intermediate_size) * item
     if forward.dequantise:
-        one_expert += 3 * hidden * config.moe_intermediate_size * item
+        matrix = hidden * config.moe_intermediate_size
+        one_expert += 3 * matrix * item + matrix * (FLOAT32 + 1)  # the three, and one on its way through float32
     combine = tokens * hidden * ((2 * forward.choices + 1) * FLOAT32 + item)
     return max(dense, shared, routing, decision + outputs + max(one_expert, combine))

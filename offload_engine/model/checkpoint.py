@@ -33,12 +33,21 @@ READ_CHUNK = 16 * 2**20
 class Checkpoint:
     """The tensors of a checkpoint, by published name, each known to lie within its file. Holds no file open."""
 
-    def __init__(self, directory: Path, tensors: dict[str, TensorInfo], file_sizes: dict[Path, int]) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        tensors: dict[str, TensorInfo],
+        file_sizes: dict[Path, int],
+        metadata: dict[Path, dict[str, str]] | None = None,
+    ) -> None:
         """See `Checkpoint.open`."""
         self.directory = directory
         self.tensors: Mapping[str, TensorInfo] = MappingProxyType(tensors)
         self.file_sizes: Mapping[Path, int] = MappingProxyType(file_sizes)
         """Bytes of each safetensors file when its header was read."""
+        self.metadata: Mapping[Path, Mapping[str, str]] = MappingProxyType(metadata or {})
+        """The `__metadata__` of each safetensors file."""
+        self._stamps = {path: path.stat().st_mtime_ns for path in file_sizes}
 
     @classmethod
     def open(cls, directory: Path) -> Checkpoint:
@@ -53,8 +62,9 @@ class Checkpoint:
                 f"{directory}: can't be listed ({error.strerror}), wanted a directory with {SINGLE_FILE}"
             ) from None
         if SINGLE_FILE in files:
-            header = read_header(directory / SINGLE_FILE)
-            return cls(directory, header.tensors, {directory / SINGLE_FILE: header.size})
+            path = directory / SINGLE_FILE
+            header = read_header(path)
+            return cls(directory, header.tensors, {path: header.size}, {path: header.metadata})
         if INDEX_FILE in files:
             return cls._open_sharded(directory)
         raise CheckpointError(f"{directory}: {_nothing_to_read(files)}")
@@ -72,7 +82,8 @@ class Checkpoint:
                     f"{directory / file}: tensor {name!r} is missing, but {INDEX_FILE} places it here"
                 )
             tensors[name] = headers[file].tensors[name]
-        return cls(directory, tensors, {directory / file: header.size for file, header in headers.items()})
+        sizes = {directory / file: header.size for file, header in headers.items()}
+        return cls(directory, tensors, sizes, {directory / file: header.metadata for file, header in headers.items()})
 
     @property
     def nbytes(self) -> int:
@@ -99,6 +110,7 @@ class Checkpoint:
             raise CheckpointError(
                 f"{info.path}: {size} bytes long, but {self.file_sizes[info.path]} when opened; load the model again"
             )
+        self._check_header(info.path)
         cast = dtype is not None and dtype != info.dtype
         result = torch.empty(math.prod(info.shape), dtype=dtype if cast else info.dtype)
         try:
@@ -108,6 +120,17 @@ class Checkpoint:
         if done < info.nbytes:
             raise CheckpointError(f"{info.path}: tensor {name!r} ends after {done} bytes, wanted {info.nbytes}")
         return result.view(info.shape)
+
+    def _check_header(self, path: Path) -> None:
+        """Look at a file that was written to since `open`: its tensors must still be where they were."""
+        stamp = path.stat().st_mtime_ns
+        if stamp == self._stamps[path]:
+            return
+        found = read_header(path).tensors
+        for info in self.tensors.values():
+            if info.path == path and found.get(info.name) != info:
+                raise CheckpointError(f"{path}: has another header than when opened; load the model again")
+        self._stamps[path] = stamp
 
 
 def _bytes_of(tensor: Tensor) -> memoryview:

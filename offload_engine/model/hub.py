@@ -22,6 +22,7 @@ FILES = (
     "chat_template.jinja",
     "*.safetensors",
     "*.safetensors.index.json",
+    "*.packed",
 )
 """What is fetched of a repository: data only, never code."""
 NOT_FILES = ("*/*",)

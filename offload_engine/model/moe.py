@@ -12,17 +12,18 @@ from torch import Tensor, nn
 from offload_engine.core import ForwardInfo, RoutingDecision
 from offload_engine.model.config import ModelConfig
 from offload_engine.model.layers import SwiGLU
+from offload_engine.model.quantized import Matrix, in_dtype
 from offload_engine.routing.base import Route
 
 
 class ExpertWeights(NamedTuple):
-    """One expert's matrices in its stored dtype, `I` the expert's width and `H` the model's."""
+    """One expert's matrices as they are stored, `I` the expert's width and `H` the model's."""
 
-    gate: Tensor
+    gate: Matrix
     """[I, H]"""
-    up: Tensor
+    up: Matrix
     """[I, H]"""
-    down: Tensor
+    down: Matrix
     """[H, I]"""
 
 
@@ -76,12 +77,15 @@ def padded_rows(rows: int, dtype: torch.dtype) -> int:
 
 
 def expert_ffn(hidden: Tensor, weights: ExpertWeights) -> Tensor:
-    """One expert on its tokens: down(silu(gate(x)) * up(x)), [n, H] -> [n, H], in `hidden`'s dtype."""
+    """One expert on its tokens: down(silu(gate(x)) * up(x)), [n, H] -> [n, H], in `hidden`'s dtype.
+
+    Weights stored otherwise are converted, or dequantised, here.
+    """
     rows = hidden.shape[0]
     missing = padded_rows(rows, hidden.dtype) - rows
     if missing:
         hidden = F.pad(hidden, (0, 0, 0, missing))
-    gate, up, down = (matrix.to(hidden.dtype) for matrix in weights)
+    gate, up, down = (in_dtype(matrix, hidden.dtype) for matrix in weights)
     return F.linear(F.silu(F.linear(hidden, gate)) * F.linear(hidden, up), down)[:rows]
 
 

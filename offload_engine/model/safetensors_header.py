@@ -57,10 +57,11 @@ class TensorInfo(NamedTuple):
 
 
 class FileHeader(NamedTuple):
-    """One file's tensors by name, and the file's size in bytes when they were read."""
+    """One file's tensors by name, the file's size in bytes when they were read, and what else it says of itself."""
 
     tensors: dict[str, TensorInfo]
     size: int
+    metadata: dict[str, str]
 
 
 def regular_file_size(path: Path) -> int:
@@ -109,11 +110,11 @@ def read_header(path: Path) -> FileHeader:
     if len(header) < length:
         raise CheckpointError(f"{path}: header ends after {len(header)} bytes, wanted {length}")
     data = LENGTH_BYTES + length
-    tensors = [
-        _tensor(path, name, entry, data, size) for name, entry in _entries(path, header).items() if name != METADATA
-    ]
+    entries = _entries(path, header)
+    metadata = entries.pop(METADATA, {})
+    tensors = [_tensor(path, name, entry, data, size) for name, entry in entries.items()]
     _check_cover(path, tensors, data, size)
-    return FileHeader({tensor.name: tensor for tensor in tensors}, size)
+    return FileHeader({tensor.name: tensor for tensor in tensors}, size, metadata)
 
 
 def _entries(path: Path, header: bytes) -> dict[str, Any]:

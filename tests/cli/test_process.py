@@ -19,7 +19,9 @@ ENDLESS = ["--gpu-mem", "4GB", "--threads", 1, "--max-new-tokens", 16000, "--thr
 """Hundreds of blocks of 32 steps each: the eos is the mask, which is never an answer."""
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["run", "--help"], ["plan", "--help"], ["--version"]])
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["run", "--help"], ["plan", "--help"], ["convert", "--help"], ["--version"]]
+)
 def test_help_comes_without_the_heavy_libraries(arguments):
     program = (
         "import sys\n"

@@ -16,11 +16,13 @@ from offload_engine.core import ExpertKey, ForwardInfo, Phase
 from offload_engine.errors import InternalError, TransferError
 from offload_engine.experts.arena import SlotArena
 from offload_engine.experts.cache import ExpertCache
+from offload_engine.experts.conversion import Kind, convert
 from offload_engine.experts.eviction import EVICTION, make_eviction
 from offload_engine.experts.executor import OffloadedExperts
+from offload_engine.experts.opening import open_store
 from offload_engine.experts.predictor import make_predictor
 from offload_engine.experts.scheduler import ExpertScheduler
-from offload_engine.experts.store import SafetensorsStore, load_all
+from offload_engine.experts.store import ExpertStore, load_all
 from offload_engine.experts.transfer.base import OnComplete, Stream, TransferTicket
 from offload_engine.experts.transfer.cpu import CpuTransfers
 from offload_engine.metrics import EngineStats
@@ -37,7 +39,7 @@ from tests.checkpoints import tiny_config, write_checkpoint
 class ScrambledTransfers:
     """A driver that completes copies in an order drawn in advance, and only once the slab has been scribbled over."""
 
-    def __init__(self, store: SafetensorsStore, arena: SlotArena, order: Sequence[int]) -> None:
+    def __init__(self, store: ExpertStore, arena: SlotArena, order: Sequence[int]) -> None:
         self.store = store
         self.arena = arena
         self.order = list(order) or [0]
@@ -85,14 +87,15 @@ class ScrambledTransfers:
 
 
 class Model:
-    """A small checkpoint opened once: its network, store and oracle."""
+    """A small checkpoint opened once, converted before if `kind` says to what: its network, store and oracle."""
 
-    def __init__(self, directory: Path, dtype: torch.dtype) -> None:
+    def __init__(self, directory: Path, dtype: torch.dtype, kind: Kind | None = None) -> None:
         config = tiny_config(num_experts=32, n_group=4, topk_group=2, moe_intermediate_size=24)
-        write_checkpoint(directory, config, dtype=dtype)
-        checkpoint = Checkpoint.open(directory)
+        source = write_checkpoint(directory / "source", config, dtype=dtype)
+        read = source if kind is None else convert(source, directory / kind, kind, identity="one").directory
+        checkpoint = Checkpoint.open(read)
         self.config = ModelConfig.from_dict(config)
-        self.store = SafetensorsStore(self.config, checkpoint)
+        self.store = open_store(self.config, checkpoint)
         self.network: LLaDA2Model = load_resident(self.config, checkpoint, dtype, torch.device("cpu"), None)
         self.resident = ResidentExperts(load_all(self.store, self.store.keys()))
 
@@ -133,9 +136,18 @@ class Model:
         )
 
 
-@pytest.fixture(scope="module", params=[torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+KINDS = {
+    "fp32": (torch.float32, None),
+    "bf16": (torch.bfloat16, None),
+    "bf16-packed": (torch.bfloat16, "stored"),
+    "bf16-int8": (torch.bfloat16, "int8"),
+    "bf16-int4": (torch.bfloat16, "int4"),
+}
+
+
+@pytest.fixture(scope="module", params=list(KINDS))
 def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Model:
-    return Model(tmp_path_factory.mktemp("model"), request.param)
+    return Model(tmp_path_factory.mktemp("model"), *KINDS[request.param])
 
 
 @settings(max_examples=40)
@@ -201,7 +213,7 @@ def test_the_previous_steps_experts_are_prefetched(model: Model) -> None:
 class Faulty:
     """A store that refuses some reads."""
 
-    def __init__(self, store: SafetensorsStore) -> None:
+    def __init__(self, store: ExpertStore) -> None:
         self.store = store
         self.broken = False
 

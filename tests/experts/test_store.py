@@ -2,32 +2,25 @@
 
 from __future__ import annotations
 
-import errno
-import fcntl
-import os
-import threading
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
 import torch
-from torch import Tensor
 
 from offload_engine.core import ExpertKey, ForwardInfo, Phase, RoutingDecision
-from offload_engine.errors import CheckpointError, TransferError
+from offload_engine.errors import CheckpointError
 from offload_engine.experts.arena import SlotArena
 from offload_engine.experts.layout import SLOT_ALIGNMENT
 from offload_engine.experts.store import SafetensorsStore, load_all
 from offload_engine.model.checkpoint import Checkpoint
 from offload_engine.model.config import ModelConfig
-from offload_engine.model.moe import ExpertWeights, ResidentExperts
+from offload_engine.model.moe import ResidentExperts
+from offload_engine.model.quantized import ExpertFormat
 from tests.checkpoints import GOLDEN, needs_golden, random_tensors, tiny_config, write_checkpoint, write_tensors
-from tests.page_cache import cached_bytes, evictable
+from tests.contracts.store_contract import KEY, RAW, StoreContract, read, same, slab_for, stored
 
-RAW = tiny_config()
-KEY = ExpertKey(2, 7)
 FILE = "model.safetensors"
 
 
@@ -39,25 +32,19 @@ def every_key(store: SafetensorsStore) -> list[ExpertKey]:
     return list(store.keys())
 
 
-def slab_for(store: SafetensorsStore) -> memoryview:
-    buffer = SlotArena(1, store.slab_bytes).buffer(0)
-    buffer[:] = b"\xee" * len(buffer)
-    return buffer
+class TestSafetensorsStore(StoreContract):
+    FILE = FILE
+
+    def write(self, directory: Path) -> Path:
+        return write_checkpoint(directory, RAW)
+
+    def open(self, directory: Path, *, direct: bool = True) -> SafetensorsStore:
+        return open_store(directory, direct=direct)
 
 
-def read(store: SafetensorsStore, key: ExpertKey) -> ExpertWeights:
-    slab = slab_for(store)
-    store.read(key, slab)
-    return store.layout(key).weights(torch.frombuffer(slab, dtype=torch.uint8))
-
-
-def stored(tensors: dict[str, Tensor], key: ExpertKey) -> ExpertWeights:
-    prefix = f"model.layers.{key.layer}.mlp.experts.{key.expert}."
-    return ExpertWeights(*(tensors[f"{prefix}{which}_proj.weight"] for which in ("gate", "up", "down")))
-
-
-def same(found: ExpertWeights, wanted: ExpertWeights) -> bool:
-    return all(one.dtype == other.dtype and torch.equal(one, other) for one, other in zip(found, wanted, strict=True))
+class TestMergedLayout(TestSafetensorsStore):
+    def write(self, directory: Path) -> Path:
+        return write_checkpoint(directory, RAW, layout="merged")
 
 
 def lengthen_header(file: Path, by: int) -> None:
@@ -77,7 +64,7 @@ def test_every_expert_arrives_as_stored(
     write_checkpoint(tmp_path, RAW, dtype=dtype, layout=layout, shards=shards)
     tensors = random_tensors(RAW, dtype=dtype, layout="split", seed=0)
     store = open_store(tmp_path, direct=direct)
-    assert store.dtype == dtype
+    assert store.format == ExpertFormat(dtype)
     assert list(store.keys()) == [ExpertKey(layer, expert) for layer in (1, 2) for expert in range(16)]
     for key in every_key(store):
         assert same(read(store, key), stored(tensors, key))
@@ -105,20 +92,6 @@ def test_golden_experts() -> None:
     assert all(same(read(store, key), stored(tensors, key)) for key in every_key(store))
 
 
-@pytest.mark.parametrize("layout", ["split", "merged"])
-@pytest.mark.parametrize("direct", [True, False])
-def test_sizes_tell_what_happens(tmp_path: Path, direct: bool, layout: Any) -> None:
-    store = open_store(write_checkpoint(tmp_path, RAW, layout=layout), direct=direct)
-    assert store.slab_bytes % SLOT_ALIGNMENT == 0
-    assert store.slab_bytes == max(store.layout(key).nbytes for key in every_key(store))
-    last = max(store.keys(), key=lambda key: store.layout(key).nbytes)
-    for key in every_key(store):
-        assert store.payload_bytes(key) == 3 * 16 * 32 * 4
-        count = store.read(key, slab_for(store))
-        assert store.payload_bytes(key) <= count <= store.read_bytes(key)
-    assert store.read_bytes(last) <= store.slab_bytes
-
-
 def test_only_a_files_last_window_may_come_short(tmp_path: Path) -> None:
     """The window of whatever lies last in the file runs past its end; what is needed of it is there."""
     tensors = random_tensors(RAW, dtype=torch.float32, layout="split", seed=0)
@@ -137,117 +110,6 @@ def test_only_a_files_last_window_may_come_short(tmp_path: Path) -> None:
     assert same(read(store, KEY), stored(tensors, KEY))
 
 
-def test_direct_io_is_used_where_there_is_any(tmp_path: Path) -> None:
-    write_checkpoint(tmp_path, RAW)
-    try:
-        os.close(os.open(tmp_path / FILE, os.O_RDONLY | os.O_DIRECT))
-    except OSError:
-        pytest.skip("this file system has no direct I/O")
-    assert open_store(tmp_path).direct
-    assert not open_store(tmp_path, direct=False).direct
-
-
-def refuse_direct_opens(monkeypatch: pytest.MonkeyPatch) -> None:
-    real = os.open
-
-    def refusing(path: Any, flags: int, *args: Any, **kwargs: Any) -> int:
-        if flags & os.O_DIRECT:
-            raise OSError(errno.EINVAL, "Invalid argument")
-        return real(path, flags, *args, **kwargs)
-
-    monkeypatch.setattr(os, "open", refusing)
-
-
-def refuse_direct_reads(monkeypatch: pytest.MonkeyPatch) -> None:
-    real = os.preadv
-
-    def refusing(descriptor: int, buffers: Any, offset: int) -> int:
-        if fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_DIRECT:
-            raise OSError(errno.EINVAL, "Invalid argument")
-        return real(descriptor, buffers, offset)
-
-    monkeypatch.setattr(os, "preadv", refusing)
-
-
-@pytest.mark.parametrize("refuse", [refuse_direct_opens, refuse_direct_reads])
-def test_a_file_system_without_direct_io(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refuse: Any) -> None:
-    write_checkpoint(tmp_path, RAW)
-    refuse(monkeypatch)
-    store = open_store(tmp_path)
-    assert not store.direct
-    assert same(read(store, KEY), stored(random_tensors(RAW, dtype=torch.float32, layout="split", seed=0), KEY))
-
-
-@pytest.mark.parametrize("direct", [True, False])
-def test_reads_leave_the_page_cache_alone(tmp_path: Path, direct: bool) -> None:
-    raw = tiny_config(hidden_size=256, moe_intermediate_size=64)
-    write_checkpoint(tmp_path, raw)
-    store = open_store(tmp_path, raw, direct=direct)
-    if direct and not store.direct:
-        pytest.skip("this file system has no direct I/O")
-    if not evictable(tmp_path / FILE):
-        pytest.skip("this file system keeps its files in memory")
-    for key in every_key(store):
-        store.read(key, slab_for(store))
-    assert cached_bytes(tmp_path / FILE) == 0
-
-
-@pytest.mark.parametrize("direct", [True, False])
-def test_reads_in_pieces_are_put_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, direct: bool) -> None:
-    """A kernel may give less than it was asked for."""
-    store = open_store(write_checkpoint(tmp_path, RAW), direct=direct)
-    real = os.preadv
-    pieces = 0
-
-    def halting(descriptor: int, buffers: Any, offset: int) -> int:
-        nonlocal pieces
-        pieces += 1
-        if not store.direct:
-            return real(descriptor, [buffers[0][:1000]], offset)
-        assert offset % SLOT_ALIGNMENT == 0
-        return min(real(descriptor, [buffers[0][: 2 * SLOT_ALIGNMENT]], offset), SLOT_ALIGNMENT + 512)
-
-    monkeypatch.setattr(os, "preadv", halting)
-    assert same(read(store, KEY), stored(random_tensors(RAW, dtype=torch.float32, layout="split", seed=0), KEY))
-    assert pieces >= store.payload_bytes(KEY) // SLOT_ALIGNMENT
-
-
-@pytest.mark.parametrize("direct", [True, False])
-def test_a_short_read_names_expert_file_and_bytes(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, direct: bool
-) -> None:
-    store = open_store(write_checkpoint(tmp_path, RAW), direct=direct)
-    first: list[int] = []
-
-    def ending(_descriptor: int, _buffers: Any, offset: int) -> int:
-        first.append(offset)
-        return max(0, first[0] + 1000 - offset)
-
-    monkeypatch.setattr(os, "preadv", ending)
-    with pytest.raises(
-        TransferError, match=rf"expert 7 of layer 2: .*{FILE} gave 1000 bytes at offset \d+, wanted \d+"
-    ):
-        store.read(KEY, slab_for(store))
-
-
-@pytest.mark.parametrize("change", [lambda content: content[:-1], lambda content: content + b"\0"])
-def test_a_file_that_changes_size_is_refused(tmp_path: Path, change: Any) -> None:
-    store = open_store(write_checkpoint(tmp_path, RAW))
-    file = tmp_path / FILE
-    content = file.read_bytes()
-    file.write_bytes(change(content))
-    wanted = rf"expert 7 of layer 2: .*{FILE} has {len(change(content))} bytes, but {len(content)} when opened"
-    with pytest.raises(TransferError, match=wanted):
-        store.read(KEY, slab_for(store))
-
-
-def test_a_file_deleted_while_open_stays_readable(tmp_path: Path) -> None:
-    store = open_store(write_checkpoint(tmp_path, RAW))
-    before = read(store, KEY)
-    (tmp_path / FILE).unlink()
-    assert same(read(store, KEY), before)
-
-
 def open_descriptors() -> int:
     return psutil.Process().num_fds()
 
@@ -260,35 +122,6 @@ def test_a_file_that_vanished_before_the_store_opens(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"model-00002-of-00003\.safetensors: can't be opened"):
         SafetensorsStore(ModelConfig.from_dict(RAW), checkpoint)
     assert open_descriptors() == before
-
-
-def test_an_io_error_names_expert_and_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    store = open_store(write_checkpoint(tmp_path, RAW))
-
-    def failing(*_: Any) -> int:
-        raise OSError(errno.EIO, os.strerror(errno.EIO))
-
-    monkeypatch.setattr(os, "preadv", failing)
-    with pytest.raises(TransferError, match=rf"expert 7 of layer 2: .*{FILE} can't be read \(Input/output error\)"):
-        store.read(KEY, slab_for(store))
-
-
-def test_unknown_experts_and_small_slabs_are_refused(tmp_path: Path) -> None:
-    store = open_store(write_checkpoint(tmp_path, RAW))
-    with pytest.raises(TransferError, match="expert 0 of layer 0: no such expert"):
-        store.layout(ExpertKey(0, 0))
-    with pytest.raises(
-        TransferError, match=rf"expert 7 of layer 2: slab of 4096 bytes, wanted {store.read_bytes(KEY)}"
-    ):
-        store.read(KEY, slab_for(store)[:SLOT_ALIGNMENT])
-
-
-def test_close_is_idempotent_and_reads_after_it_say_so(tmp_path: Path) -> None:
-    store = open_store(write_checkpoint(tmp_path, RAW))
-    store.close()
-    store.close()
-    with pytest.raises(TransferError, match=r"expert 7 of layer 2: .* after the store was closed"):
-        store.read(KEY, slab_for(store))
 
 
 def test_all_experts_share_one_dtype(tmp_path: Path) -> None:
@@ -306,26 +139,6 @@ def test_a_model_without_routed_experts_has_an_empty_store(tmp_path: Path) -> No
     store = open_store(write_checkpoint(tmp_path, raw), raw)
     assert len(store.keys()) == 0
     assert store.slab_bytes == SLOT_ALIGNMENT
-
-
-@pytest.mark.parametrize("direct", [True, False])
-def test_threads_read_at_once(tmp_path: Path, direct: bool) -> None:
-    store = open_store(write_checkpoint(tmp_path, RAW, shards=2), direct=direct)
-    tensors = random_tensors(RAW, dtype=torch.float32, layout="split", seed=0)
-    arena = SlotArena(8, store.slab_bytes)
-    together = threading.Barrier(8, timeout=30)
-
-    def work(slot: int) -> bool:
-        together.wait()
-        keys = list(store.keys())
-        for key in keys[slot:] + keys[:slot]:
-            store.read(key, arena.buffer(slot))
-            if not same(arena.weights(slot, store.layout(key)), stored(tensors, key)):
-                return False
-        return True
-
-    with ThreadPoolExecutor(8) as pool:
-        assert all(pool.map(work, range(8)))
 
 
 def test_load_all_feeds_resident_experts(tmp_path: Path) -> None:
