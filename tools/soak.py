@@ -32,7 +32,7 @@ from offload_engine.cli.errors import ReportingCommand
 from offload_engine.core import SamplingParams
 from offload_engine.engine import Engine
 from offload_engine.errors import MemoryBudgetError, OffloadError, TransferError
-from offload_engine.experts import store as store_module
+from offload_engine.experts import disk_file
 from offload_engine.memory import MIN_SLOTS
 
 BLOCK = 32
@@ -99,7 +99,7 @@ class FaultyReads:
     @contextmanager
     def injected_into_stores(self) -> Iterator[None]:
         """Replace the call in the module that reads experts."""
-        with mock.patch.object(store_module.os, "preadv", self):
+        with mock.patch.object(disk_file.os, "preadv", self):
             yield
 
 
