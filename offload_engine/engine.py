@@ -359,6 +359,7 @@ class Engine:
     def _count_answer(self, state: DecodingState) -> None:
         self.stats.new_tokens += len(state.answer)
         self._parts.experts.idle()  # a prefetch under way belongs to this answer
+        self._parts.experts.arena.wait_touched()  # and all slots to its peak
         self.stats.measured_peak_bytes = measure_peak()
 
     def _count_unique(self, info: ForwardInfo, layer: int, decision: RoutingDecision) -> None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import mmap
+import sys
+import threading
 
 import torch
 from torch import Tensor
@@ -11,9 +14,19 @@ from offload_engine.errors import EngineClosedError, MemoryBudgetError
 from offload_engine.experts.layout import SLOT_ALIGNMENT, SlabLayout
 from offload_engine.model.moe import ExpertWeights
 
+POPULATE_WRITE = 23
+"""`MADV_POPULATE_WRITE` of Linux's madvise, which Python's mmap doesn't name."""
+
+TOUCH_BYTES = 64 * 2**20
+"""Touched at a time: at worst some 0.1 s, for which `close` may have to wait."""
+
 
 class SlotArena:
-    """`slots` x `slab_bytes` of host memory, of exactly that size and present from the start.
+    """`slots` x `slab_bytes` of host memory, of exactly that size.
+
+    Every page is touched by a thread of its own, begun here: a budget that is short must not show up mid-answer, but
+    gigabytes of fresh pages take seconds, in which weights can be read and a prompt be worked on. A slot may be used at
+    any time; `wait_touched` waits until all are there.
 
     Every slot begins on a multiple of `SLOT_ALIGNMENT`. Raises `MemoryBudgetError` when the system refuses the memory.
     """
@@ -27,7 +40,11 @@ class SlotArena:
         # An open memoryview keeps the mapping alive: the memory goes back when the last view of it does, never earlier.
         self._bytes: memoryview | None = memoryview(_map(slots, slab_bytes))
         self._tensor: Tensor | None = torch.frombuffer(self._bytes, dtype=torch.uint8)
-        self._tensor[::SLOT_ALIGNMENT] = 0  # touch every page now: a budget that is short must not show up mid-answer
+        self._closing = False
+        if not _populate(self._tensor[:SLOT_ALIGNMENT]):  # no thread may write where a reader may write as well
+            self._tensor[::SLOT_ALIGNMENT] = 0
+        self._toucher = threading.Thread(target=self._touch, args=(self._tensor,), name="slot-toucher", daemon=True)
+        self._toucher.start()
 
     @property
     def nbytes(self) -> int:
@@ -48,15 +65,36 @@ class SlotArena:
         start = self._start(slot)
         return layout.weights(self._tensor[start : start + self.slab_bytes])
 
+    def wait_touched(self) -> None:
+        """Wait until every page of the slots is there, or the arena is closed."""
+        self._toucher.join()
+
     def close(self) -> None:
         """Let go of the memory; it is returned once no buffer or matrix handed out is left. Idempotent."""
+        self._closing = True
+        self._toucher.join()
         self._tensor = None
         self._bytes = None
+
+    def _touch(self, memory: Tensor) -> None:
+        for piece in memory.split(TOUCH_BYTES):
+            if self._closing or not _populate(piece):
+                return
 
     def _start(self, slot: int) -> int:
         if not 0 <= slot < self.slots:
             raise IndexError(f"slot {slot}, wanted 0 to {self.slots - 1}")
         return slot * self.slab_bytes
+
+
+def _populate(memory: Tensor) -> bool:
+    """Have the kernel map these whole pages, as a write would, but leaving what they hold alone; False where it can't
+    (Linux before 5.14). Holds no interpreter lock.
+    """
+    if not sys.platform.startswith("linux"):
+        return False
+    libc = ctypes.CDLL(None)
+    return bool(libc.madvise(ctypes.c_void_p(memory.data_ptr()), ctypes.c_size_t(memory.numel()), POPULATE_WRITE) == 0)
 
 
 def _map(slots: int, slab_bytes: int) -> mmap.mmap:

@@ -49,7 +49,9 @@ class TransferContract:
 
     @pytest.fixture
     def arena(self, store: SafetensorsStore) -> SlotArena:
-        return SlotArena(self.SLOTS, store.slab_bytes)
+        arena = SlotArena(self.SLOTS, store.slab_bytes)
+        arena.wait_touched()  # its thread is none of the driver's
+        return arena
 
     def test_a_copy_fills_its_slot_and_is_reported_once(self, store: SafetensorsStore, arena: SlotArena) -> None:
         backend, inbox = self.make(store, arena), Inbox()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import time
 from pathlib import Path
 
 import psutil
@@ -10,6 +11,7 @@ import pytest
 import torch
 
 from offload_engine.errors import EngineClosedError, MemoryBudgetError
+from offload_engine.experts import arena as arena_module
 from offload_engine.experts.arena import SlotArena
 from offload_engine.experts.layout import SLOT_ALIGNMENT, plan_reads
 from offload_engine.model.weights import ExpertSpans, FileSpan
@@ -54,6 +56,7 @@ def test_memory_is_there_from_the_start_exact_and_returned() -> None:
     SlotArena(1, SLOT_ALIGNMENT).close()  # what the first arena costs besides is not the point
     before = resident_memory()
     arena = SlotArena(7, 8 * MIB + SLOT_ALIGNMENT)
+    arena.wait_touched()
     grown = resident_memory() - before
     assert 0.95 * arena.nbytes <= grown <= arena.nbytes + 4 * MIB
     arena.close()
@@ -101,3 +104,34 @@ def test_a_slot_that_is_not_there(slot: int) -> None:
         arena.buffer(slot)
     with pytest.raises(IndexError, match=f"slot {slot}"):
         arena.weights(slot, LAYOUT)
+
+
+def test_touching_leaves_what_a_reader_has_written_alone() -> None:
+    arena = SlotArena(64, 2 * MIB)
+    for slot in reversed(range(64)):  # the toucher comes from the other end
+        arena.buffer(slot)[:] = bytes([slot + 1]) * arena.slab_bytes
+    arena.wait_touched()
+    assert all(arena.buffer(slot).tobytes() == bytes([slot + 1]) * arena.slab_bytes for slot in range(64))
+
+
+def test_closing_does_not_wait_for_gigabytes_to_be_touched(monkeypatch: pytest.MonkeyPatch) -> None:
+    pieces = []
+
+    def slowly(piece: torch.Tensor) -> bool:
+        pieces.append(piece.numel())
+        time.sleep(0.01)
+        return True
+
+    monkeypatch.setattr(arena_module, "_populate", slowly)
+    monkeypatch.setattr(arena_module, "TOUCH_BYTES", SLOT_ALIGNMENT)
+    arena = SlotArena(10_000, SLOT_ALIGNMENT)
+    arena.close()
+    assert len(pieces) < 100
+    assert not arena._toucher.is_alive()
+
+
+def test_where_the_kernel_cannot_every_page_is_touched_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(arena_module, "_populate", lambda _piece: False)
+    before = resident_memory()
+    arena = SlotArena(4, 8 * MIB)
+    assert resident_memory() - before >= 0.95 * arena.nbytes
