@@ -97,7 +97,7 @@ class ExpertScheduler:
         self.cache.begin(info)
 
     def warm(self, keys: Iterable[ExpertKey]) -> list[Command]:
-        """Event: these experts were hot in earlier runs, the hottest first; none: stop warming.
+        """Event: these experts were hot in earlier runs, the hottest first.
 
         They fill free slots in the background, one at a time and only while nothing else is under way, so that a
         demand finds a transfer free (with `in_flight` of 2 or more). They are no prefetches: no probation, no waste.
@@ -183,6 +183,11 @@ class ExpertScheduler:
         self._wanted.clear()
         self._demand.clear()
         self._prefetch.clear()
+
+    def stop(self) -> None:
+        """Event: no transfer may begin any more but for a demand."""
+        self._prefetch.clear()
+        self._warm.clear()
 
     def _compute(self, key: ExpertKey) -> Compute:
         self.cache.pin(key)

@@ -104,7 +104,12 @@ class Replay:
     """One run of a trace through fresh parts. Not to be used twice."""
 
     def __init__(
-        self, scheduler: ExpertScheduler, predictor: ExpertPredictor, layers: Sequence[int], costs: Costs, depth: int = 1
+        self,
+        scheduler: ExpertScheduler,
+        predictor: ExpertPredictor,
+        layers: Sequence[int],
+        costs: Costs,
+        depth: int = 1,
     ) -> None:
         self.scheduler = scheduler
         self.predictor = predictor
@@ -135,7 +140,7 @@ class Replay:
     def _run_layer(self, run: LayerRun) -> None:
         place = self.layers.index(run.layer)
         ahead = self.layers[place : place + self.depth]
-        guesses = [(layer, self.predictor.predict(layer)) for layer in ahead]
+        guesses = [(layer, self.predictor.predict(layer, distance)) for distance, layer in enumerate(ahead)]
         self._carry_out(self.scheduler.predict(prefetch_order(guesses)))
         self._pass(self.costs.attention_seconds)
         self.predictor.observe(run.layer, run.experts, run.scores)
