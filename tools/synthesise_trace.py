@@ -5,7 +5,8 @@ layer are a weighted sum of standard normal vectors over the experts:
 
 - undecided: one that all mask tokens share in every block (what a block wants first), one of its place in the block;
 - decided: one of its own, drawn when it is decided;
-- both: one of the sequence, one of the block, and one that drifts from step to step (an AR(1) process), as attention moves every token.
+- both: one of the sequence, one of the block, and one that drifts from step to step (an AR(1) process), as attention
+  moves every token.
 
 Every step of a block decides an equal share of its tokens; the last is followed by a commit. The header's `model` says
 that the trace is synthetic and how it was made.
@@ -61,7 +62,7 @@ class Logits:
 
     def open_block(self) -> None:
         """A block begins: nothing of it is decided."""
-        layers, tokens, experts = self.shape
+        layers, _tokens, experts = self.shape
         self.block = self._normal(layers, 1, experts)
         self.place = self._normal(*self.shape)
         self.own = self._normal(*self.shape)

@@ -106,14 +106,14 @@ def fingerprint(directory: Path) -> str:
 
 
 def places(directory: Path) -> tuple[Path, Path]:
-    """Where the hot set of the checkpoint in `directory` may be: beside it, or, where it is read-only, in the user's cache."""
-    base = os.environ.get("XDG_CACHE_HOME", "")
-    cache = Path(base) if os.path.isabs(base) else Path.home() / ".cache"  # the XDG specification ignores relative ones
+    """Where the hot set of the checkpoint in `directory` may be: beside it; where that is read-only, in the user's cache."""
+    base = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    cache = base if base.is_absolute() else Path.home() / ".cache"  # the XDG specification ignores relative ones
     return directory / FILE, cache / "offload_engine" / "hot-experts" / f"{fingerprint(directory)}.json"
 
 
 def recall(directory: Path, known: Iterable[ExpertKey]) -> Remembered:
-    """The hot set last remembered for the checkpoint in `directory`, without experts that are not `known`; else an empty one."""
+    """The hot set last remembered for the checkpoint in `directory`, of `known` experts only; else an empty one."""
     checkpoint, keys = fingerprint(directory), frozenset(known)
     for path in places(directory):
         try:
@@ -132,7 +132,7 @@ def recall(directory: Path, known: Iterable[ExpertKey]) -> Remembered:
 
 
 def remember(directory: Path, hot: HotSet, count: int) -> Path | None:
-    """Write the `count` hottest experts, all or nothing; returns where, None where nothing could be or was to be written."""
+    """Write the `count` hottest experts, all or nothing. Returns where; None if nothing could be or was to be written."""
     if not hot.forwards or not count:
         return None
     experts = tuple((key.layer, key.expert, float(f"{uses:.4g}")) for key, uses in hot.hottest(count))

@@ -100,14 +100,14 @@ class _Entry(NamedTuple):
 class NextUse:
     """Evicts the lowest chance of a hit per time in the cache; ties to the least recent.
 
-    With the layers in a cycle an expert can be used again only when its layer comes: `d` layers from now, a whole sweep
-    for the layer under way. Its worth is p / d, p the chance that the layer's next forward uses it (hit density: Beckmann
-    et al., LHD, NSDI 2018). So what has just been used goes before what comes next, and a working set larger than the
-    cache keeps as many of its experts as there are slots, where recency keeps none.
+    With the layers in a cycle an expert can be used again only when its layer comes: `d` layers from now, a whole
+    sweep for the layer under way. Its worth is p / d, p the chance that the layer's next forward uses it (hit density:
+    Beckmann et al., LHD, NSDI 2018). So what has just been used goes before what comes next, and a working set larger
+    than the cache keeps as many of its experts as there are slots, where recency keeps none.
 
     p is a weighted sum of moving averages of the expert's uses: a fast one (the current block's coreset), a slow one
-    and, after a commit, one over the first steps of blocks alone, whose mask tokens want much the same in each. Uses are
-    remembered of experts outside the cache too. A prefill wants nearly all experts and is not learnt from.
+    and, after a commit, one over the first steps of blocks alone, whose mask tokens want much the same in each. Uses
+    are remembered of experts outside the cache too. A prefill wants nearly all experts and is not learnt from.
 
     An event is O(log n); a victim costs O(layers), and once per layer and forward the sorting of one layer's
     candidates.

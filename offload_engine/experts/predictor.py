@@ -25,7 +25,7 @@ class Kind(NamedTuple):
     ahead: int
     """Layers before the one predicted."""
     halves: tuple[int, ...]
-    """By source: 1 where it ranked the expert in the better half of what it named, 2 in the worse, 0 where not at all."""
+    """By source: 1 where the expert is in the better half of what it named, 2 in the worse, 0 where in neither."""
 
 
 MEMORY = 4096

@@ -29,6 +29,7 @@ class Ranking:
         return len(self._ranks)
 
     def worth(self, key: ExpertKey) -> float:
+        """What a candidate was placed at."""
         return self._ranks[key][0]
 
     def place(self, key: ExpertKey, worth: float) -> None:
@@ -40,6 +41,7 @@ class Ranking:
         insort(self._sorted, rank)
 
     def remove(self, key: ExpertKey) -> None:
+        """`key` is no candidate any more."""
         del self._sorted[bisect_left(self._sorted, self._ranks.pop(key))]
 
     def rescale(self, change: Callable[[float], float]) -> None:
@@ -57,4 +59,5 @@ class Ranking:
         return self._sorted[place] if place < len(self._sorted) else None
 
     def lowest(self, evictable: Callable[[ExpertKey], bool]) -> ExpertKey | None:
+        """The first candidate that is `evictable`."""
         return next((key for _worth, _event, key in self._sorted if evictable(key)), None)

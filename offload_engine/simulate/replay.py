@@ -1,7 +1,7 @@
 """Drives cache, eviction, predictor and scheduler through a recorded trace, as the executor does, on a virtual clock.
 
-Transfers share one channel: each takes it for `transfer_seconds`, in the order in which the scheduler issued them. Compute
-and attention are one thread. There are no hidden states in a trace, so previews are not offered.
+Transfers share one channel: each takes it for `transfer_seconds`, in the order in which the scheduler issued them.
+Compute and attention are one thread. There are no hidden states in a trace, so previews are not offered.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from offload_engine.trace import TraceRecord
 
 @dataclass(frozen=True, slots=True)
 class Costs:
-    """Seconds on the virtual clock. The defaults are one 6.29 MB expert at 1.6 GB/s and DRAM-bound compute (REFERENCE §6)."""
+    """Seconds on the virtual clock. The defaults: a 6.29 MB expert at 1.6 GB/s, computed at DRAM speed (REFERENCE §6)."""
 
     transfer_seconds: float = 0.004
     """One expert's transfer."""
@@ -70,7 +70,7 @@ def forwards(records: Iterable[TraceRecord]) -> Iterator[ForwardRun]:
 
 @dataclass(slots=True)
 class ReplayResult:
-    """What a replay counted. Every forward of the trace is in it, but see `Replay.run` for the warm-up."""
+    """What a replay counted, from an empty cache to the end of the trace."""
 
     counters: SchedulerCounters
     predictions: PredictionCounts

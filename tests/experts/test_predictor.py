@@ -96,7 +96,7 @@ def test_cross_layer_gate_passes_on_this_forwards_offer(phase: Phase) -> None:
 
 
 def test_only_the_gate_wants_previews() -> None:
-    assert [name for name in PREDICTORS if make_predictor(name).wants_preview] == ["cross-layer-gate"]
+    assert [name for name in PREDICTORS if make_predictor(name).wants_preview] == ["cross-layer-gate", "combined"]
 
 
 def test_the_oracle_reads_its_recording() -> None:
