@@ -106,7 +106,7 @@ def fingerprint(directory: Path) -> str:
 
 
 def places(directory: Path) -> tuple[Path, Path]:
-    """Where the hot set of the checkpoint in `directory` may be: beside it; where that is read-only, in the user's cache."""
+    """Where the hot set of the checkpoint in `directory` may be: beside it, else in the user's cache."""
     base = Path(os.environ.get("XDG_CACHE_HOME", ""))
     cache = base if base.is_absolute() else Path.home() / ".cache"  # the XDG specification ignores relative ones
     return directory / FILE, cache / "offload_engine" / "hot-experts" / f"{fingerprint(directory)}.json"
@@ -132,7 +132,7 @@ def recall(directory: Path, known: Iterable[ExpertKey]) -> Remembered:
 
 
 def remember(directory: Path, hot: HotSet, count: int) -> Path | None:
-    """Write the `count` hottest experts, all or nothing. Returns where; None if nothing could be or was to be written."""
+    """Write the `count` hottest experts, all or nothing. Returns where; None if there is nothing or nowhere to write."""
     if not hot.forwards or not count:
         return None
     experts = tuple((key.layer, key.expert, float(f"{uses:.4g}")) for key, uses in hot.hottest(count))
