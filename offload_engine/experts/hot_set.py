@@ -132,7 +132,7 @@ def recall(directory: Path, known: Iterable[ExpertKey]) -> Remembered:
 
 
 def remember(directory: Path, hot: HotSet, count: int) -> Path | None:
-    """Write the `count` hottest experts, all or nothing. Returns where; None if there is nothing or nowhere to write."""
+    """Write the `count` hottest experts, all or nothing. Returns where; None if nothing or nowhere to write."""
     if not hot.forwards or not count:
         return None
     experts = tuple((key.layer, key.expert, float(f"{uses:.4g}")) for key, uses in hot.hottest(count))

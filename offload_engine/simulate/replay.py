@@ -20,7 +20,7 @@ from offload_engine.trace import TraceRecord
 
 @dataclass(frozen=True, slots=True)
 class Costs:
-    """Seconds on the virtual clock; the defaults: 6.29 MB experts at 1.6 GB/s, computed at DRAM speed (REFERENCE §6)."""
+    """Seconds of virtual time; the defaults: 6.29 MB experts at 1.6 GB/s, computed at DRAM speed (REFERENCE §6)."""
 
     transfer_seconds: float = 0.004
     """One expert's transfer."""

@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -139,8 +138,8 @@ class TestEngine:
         monkeypatch.setattr(assembly, "keeps_hot_set", keeps_hot_set)
 
     @pytest.fixture
-    def checkpoint(self, tmp_path: Path) -> Iterator[Path]:
-        yield write_checkpoint(tmp_path, tiny_config(), seed=1)
+    def checkpoint(self, tmp_path: Path) -> Path:
+        return write_checkpoint(tmp_path, tiny_config(), seed=1)
 
     def answer(self, checkpoint: Path, **options: Any) -> tuple[list[int], Engine]:
         settings = {"gpu_mem": "3GB", "predictor": "none", **options}

@@ -91,6 +91,6 @@ def misses_of_sweeps(eviction: str, slots: int, layers: int, experts: int, sweep
 
 
 def test_a_working_set_larger_than_the_cache_does_not_thrash() -> None:
-    """Six layers of 10 with 40 slots: recency misses all 60 each time; of the best possible 60 + 5 * 21, at most 15 % more."""
+    """Six layers of 10 with 40 slots: recency misses all 60 each time; the best 60 + 5 * 21."""
     assert misses_of_sweeps("lru", 40, 6, 10, sweeps=6) == 360
     assert misses_of_sweeps("next-use", 40, 6, 10, sweeps=6) <= 1.15 * (60 + 5 * 21)
