@@ -15,32 +15,26 @@ NEVER = 2**62
 def belady_misses(demands: Sequence[Sequence[ExpertKey]], slots: int) -> int:
     """Misses when the expert whose next use is farthest makes room (L. A. Belady, IBM Systems Journal 5(2), 1966).
 
-    `demands` are the distinct experts of one layer run after the other. Within a demand what is resident is computed
-    first, as the scheduler does, so that nothing of it is evicted before its use; every miss takes a slot. The cache
-    starts empty. O(n log n) in the experts demanded. Raises `UsageError` for less than one slot.
+    `demands` are the experts of one layer run after the other, taken one by one in their order; every miss takes a
+    slot, and the cache starts empty. That is the optimum for this order of uses; a scheduler that computes what is
+    resident first uses the experts of one demand in another order, which can gain it a tie. O(n log n) in the experts
+    demanded. Raises `UsageError` for less than one slot.
     """
     if slots < 1:
         raise UsageError(f"a replay with {slots} slots; wanted at least 1")
-    next_uses = _next_uses(demands)
+    uses = [key for demand in demands for key in demand]
     resident: dict[ExpertKey, int] = {}
     """Next use of each."""
     farthest: list[tuple[int, ExpertKey]] = []
     """Heap of (-next use, key); an entry that `resident` doesn't confirm is out of date."""
     misses = 0
-    for demand, uses in zip(demands, next_uses, strict=True):
-        missing = []
-        for key, use in zip(demand, uses, strict=True):
-            if key in resident:
-                resident[key] = use
-                heapq.heappush(farthest, (-use, key))
-            else:
-                missing.append((key, use))
-        for key, use in missing:
+    for key, next_use in zip(uses, _next_uses(uses), strict=True):
+        if key not in resident:
+            misses += 1
             if len(resident) == slots:
                 _evict_farthest(resident, farthest)
-            resident[key] = use
-            heapq.heappush(farthest, (-use, key))
-        misses += len(missing)
+        resident[key] = next_use
+        heapq.heappush(farthest, (-next_use, key))
     return misses
 
 
@@ -52,11 +46,11 @@ def _evict_farthest(resident: dict[ExpertKey, int], farthest: list[tuple[int, Ex
             return
 
 
-def _next_uses(demands: Sequence[Sequence[ExpertKey]]) -> list[list[int]]:
-    """For each expert of each demand the number of the next demand that holds it."""
+def _next_uses(uses: Sequence[ExpertKey]) -> list[int]:
+    """For each use the number of the next one of the same expert."""
     upcoming: dict[ExpertKey, int] = {}
-    reversed_uses = []
-    for number in range(len(demands) - 1, -1, -1):
-        reversed_uses.append([upcoming.get(key, NEVER) for key in demands[number]])
-        upcoming |= dict.fromkeys(demands[number], number)
-    return reversed_uses[::-1]
+    found = []
+    for number in range(len(uses) - 1, -1, -1):
+        found.append(upcoming.get(uses[number], NEVER))
+        upcoming[uses[number]] = number
+    return found[::-1]

@@ -16,21 +16,17 @@ demand_lists = st.lists(st.lists(st.sampled_from((A, B, C, D)), min_size=1, max_
 
 def fewest_misses(demands: list[list[ExpertKey]], slots: int) -> int:
     """Every choice of victims tried."""
+    uses = [key for demand in demands for key in demand]
 
     @cache
     def from_here(number: int, resident: frozenset[ExpertKey]) -> int:
-        if number == len(demands):
+        if number == len(uses):
             return 0
-        missing = [key for key in demands[number] if key not in resident]
-        ends = {resident}
-        for key in missing:
-            ends = {end for held in ends for end in loaded(held, key)}
-        return len(missing) + min(from_here(number + 1, end) for end in ends)
-
-    def loaded(held: frozenset[ExpertKey], key: ExpertKey) -> set[frozenset[ExpertKey]]:
-        if len(held) < slots:
-            return {held | {key}}
-        return {held - {victim} | {key} for victim in held}
+        key = uses[number]
+        if key in resident:
+            return from_here(number + 1, resident)
+        ends = [resident - {victim} | {key} for victim in resident] if len(resident) == slots else [resident | {key}]
+        return 1 + min(from_here(number + 1, end) for end in ends)
 
     return from_here(0, frozenset())
 
