@@ -16,6 +16,7 @@ from offload_engine.experts.arena import SlotArena
 from offload_engine.experts.cache import ExpertCache
 from offload_engine.experts.eviction import make_eviction
 from offload_engine.experts.executor import OffloadedExperts
+from offload_engine.experts.hot_set import HotSet, recall, remember
 from offload_engine.experts.opening import open_store
 from offload_engine.experts.predictor import make_predictor
 from offload_engine.experts.scheduler import ExpertScheduler
@@ -278,7 +279,12 @@ def assemble(config: EngineConfig, stats: EngineStats, progress: Progress | None
             torch.device("cpu"),
             None if progress is None else lambda done, total: progress("weights", done, total),
         )
-        experts = _executor(config, store, plan, stats)
+        remembered = recall(source.directory, store.keys()) if keeps_hot_set(config) else None
+        if remembered is not None and remembered.notice:
+            notices.append(remembered.notice)
+        experts = _executor(config, store, plan, stats, remembered.hot if remembered else None)
+        if remembered is not None:
+            experts.warm_up()
         if isinstance(policy, SituatedCoreset):
             policy = replace(policy, residents=experts.residents)
     except BaseException:
@@ -288,7 +294,20 @@ def assemble(config: EngineConfig, stats: EngineStats, progress: Progress | None
     return Parts(source, setup, plan, policy, model, experts, store, dtype, threads, (*notices, *plan.warnings))
 
 
-def _executor(config: EngineConfig, store: ExpertStore, plan: MemoryPlan, stats: EngineStats) -> OffloadedExperts:
+def keeps_hot_set(config: EngineConfig) -> bool:
+    """Whether the run starts with what earlier ones used most. Not where an answer depends on what the cache holds."""
+    return config.hot_set == "on" and config.model is not None and not config.residency_bonus
+
+
+def keep_hot_set(config: EngineConfig, parts: Parts) -> None:
+    """At the end of a run: remember what it used most, where that is wanted. Never raises for what the disk does."""
+    if keeps_hot_set(config):
+        remember(parts.source.directory, parts.experts.hot, parts.plan.slots)
+
+
+def _executor(
+    config: EngineConfig, store: ExpertStore, plan: MemoryPlan, stats: EngineStats, hot: HotSet | None
+) -> OffloadedExperts:
     arena = SlotArena(plan.slots, store.slab_bytes)
     cache = ExpertCache(plan.slots, make_eviction(config.eviction))
     return OffloadedExperts(
@@ -299,4 +318,5 @@ def _executor(config: EngineConfig, store: ExpertStore, plan: MemoryPlan, stats:
         predictor=make_predictor(config.predictor),
         stats=stats,
         prefetch_depth=config.prefetch_depth,
+        hot=hot,
     )

@@ -149,12 +149,16 @@ class EngineConfig(BaseModel):
     """
     hold_steps: Annotated[int, Field(ge=1, le=4096)] = 1
     """dMoE: denoising steps of a block that one coreset serves; 1: chosen in every step."""
-    eviction: Literal["lru", "lfu", "score-aware"] = "score-aware"
+    eviction: Literal["lru", "lfu", "score-aware", "next-use"] = "next-use"
     """Which resident expert makes room."""
-    predictor: Literal["previous-step", "cross-layer-gate", "none"] = "previous-step"
+    predictor: Literal["previous-step", "block-history", "cross-layer-gate", "combined", "none"] = "combined"
     """What guesses a layer's experts before its router has spoken; none: nothing is prefetched."""
     prefetch_depth: Annotated[int, Field(ge=0, le=64)] = 1
     """MoE layers to prefetch ahead; 0: nothing is prefetched."""
+    hot_set: Literal["on", "off"] = "on"
+    """Whether the experts used most are remembered with the checkpoint, to fill free slots at the next start; the
+    built-in model, which is small, does without.
+    """
     transfers_in_flight: Annotated[int, Field(ge=1, le=2)] = 2
     """Transfers started and not finished; more would only delay a demand load that comes after them."""
     reader_threads: Annotated[int, Field(ge=1, le=64)] = 2
@@ -192,7 +196,7 @@ class EngineConfig(BaseModel):
             raise ValueError("wanted a directory or a hub id")
         return text
 
-    @field_validator("device", "dtype", "routing", "eviction", "predictor", "verify", mode="before")
+    @field_validator("device", "dtype", "routing", "eviction", "predictor", "hot_set", "verify", mode="before")
     @classmethod
     def _spelling(cls, value: Any) -> Any:
         """Case and underscores don't matter: Top_K and topk are top-k."""

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, Self, cast, overload
 import torch
 from torch import Tensor
 
-from offload_engine.assembly import Parts, Progress, assemble
+from offload_engine.assembly import Parts, Progress, assemble, keep_hot_set
 from offload_engine.config import EngineConfig, format_bytes
 from offload_engine.core import Completion, ForwardInfo, Phase, RoutingDecision, SamplingParams, StepEvent
 from offload_engine.decode.block_diffusion import BlockDiffusionDecoder, DecodingState
@@ -263,6 +263,7 @@ class Engine:
             return
         self._closed = True
         self._parts.experts.close()
+        keep_hot_set(self.config, self._parts)
         self._parts.store.close()
         self._parts.model.to("meta")
         self._decoder.cache.release()

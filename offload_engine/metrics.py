@@ -51,6 +51,8 @@ class EngineStats:
     prefetches_used: int = 0
     prefetches_wasted: int = 0
     """Prefetched experts that were evicted before any layer asked for them."""
+    warmed: int = 0
+    """Transfers that filled free slots with what earlier runs used most; no prefetches, used or wasted."""
     evictions: int = 0
     bytes_moved: int = 0
     """Bytes of experts brought into fast memory."""

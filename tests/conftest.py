@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
+from offload_engine import assembly
 from offload_engine.experts.executor import OffloadedExperts
 
 torch.set_num_threads(1)
@@ -24,3 +25,9 @@ def conserved_slots(monkeypatch: pytest.MonkeyPatch) -> None:
         experts.scheduler.cache.check()
 
     monkeypatch.setattr(OffloadedExperts, "close", checked)
+
+
+@pytest.fixture(autouse=True)
+def cold_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a test counts may not depend on which experts the test before it used most."""
+    monkeypatch.setattr(assembly, "keeps_hot_set", lambda _config: False)

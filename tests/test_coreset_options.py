@@ -123,7 +123,7 @@ def test_a_generation_broken_off_leaves_nothing_behind(checkpoint: Path, broken_
                 assert fresh.generate(prompt, PARAMS).token_ids == after
 
 
-@pytest.mark.parametrize("predictor", ["none", "previous-step", "cross-layer-gate"])
+@pytest.mark.parametrize("predictor", ["none", "previous-step", "cross-layer-gate", "block-history", "combined"])
 def test_a_held_coreset_does_not_depend_on_the_cache(checkpoint: Path, predictor: str) -> None:
     everything, *_ = answer(checkpoint, hold_steps=3, expert_mem=None)
     few, *_ = answer(checkpoint, hold_steps=3, expert_mem=4 * SLAB, predictor=predictor)

@@ -69,7 +69,7 @@ SHORT = SamplingParams(max_new_tokens=40, threshold=0.2)
 
 
 @pytest.mark.parametrize("routing", ["original", "top-k", "dmoe"])
-@pytest.mark.parametrize("eviction", ["lru", "lfu", "score-aware"])
+@pytest.mark.parametrize("eviction", ["lru", "lfu", "score-aware", "next-use"])
 def test_a_small_cache_gives_the_same_answer(checkpoint: Path, routing: str, eviction: str) -> None:
     prompt = list(range(5, 50))
     options = {"routing": routing, "min_experts": 6, "top_k_experts": 2}
@@ -77,7 +77,7 @@ def test_a_small_cache_gives_the_same_answer(checkpoint: Path, routing: str, evi
         expected = whole.generate(prompt, SHORT)
         assert whole.plan.slots == whole.plan.all_experts == 32
         logits = whole.logits(prompt)
-    for predictor in ("none", "previous-step", "cross-layer-gate"):
+    for predictor in ("none", "previous-step", "cross-layer-gate", "combined"):
         slots = 2 * whole.plan.slab_bytes
         with open_engine(checkpoint, **options, eviction=eviction, predictor=predictor, expert_mem=slots) as tiny:
             assert tiny.plan.slots == 2

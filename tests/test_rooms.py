@@ -16,16 +16,18 @@ FLOORS: list[tuple[str, ...]] = [
     ("model",),
     ("memory",),
     ("experts",),
-    ("decode",),
+    ("decode", "simulate"),
     ("engine", "assembly"),
     ("server", "evaluate", "bench"),
     ("cli",),
 ]
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
-TORCH_FREE = ["core", "errors", "metrics", "trace", "config", "memory"] + [
-    f"experts.{name}" for name in ("cache", "eviction", "predictor", "scheduler")
+TORCH_FREE = ["core", "errors", "metrics", "trace", "config", "memory", "simulate"] + [
+    f"experts.{name}"
+    for name in ("cache", "eviction", "hot_set", "next_use", "predictor", "prefetch", "ranking", "scheduler")
 ]
 SIMULATED = {"core", "metrics", "trace", "errors"}
+SIMULATED_EXPERTS = ("cache", "eviction", "next_use", "predictor", "prefetch", "ranking", "scheduler")
 
 
 def modules() -> list[Path]:
@@ -81,12 +83,21 @@ def test_the_pure_half_needs_no_torch(name: str) -> None:
         assert not {found for found in imports(file, at_run_time=True) if found.split(".")[0] == "torch"}
 
 
-@pytest.mark.parametrize("name", ["cache", "eviction", "predictor", "scheduler"])
+@pytest.mark.parametrize("name", SIMULATED_EXPERTS)
 def test_the_simulated_half_of_experts_sees_only_the_ground_floor(name: str) -> None:
     found = imports(PACKAGE / f"experts/{name}.py", at_run_time=True)
     inside = {item for item in found if item.startswith("offload_engine.experts.")}
     assert rooms_of(found - inside) <= SIMULATED
-    assert {item.split(".")[2] for item in inside} <= {"cache", "eviction", "predictor", "scheduler"}
+    assert {item.split(".")[2] for item in inside} <= set(SIMULATED_EXPERTS)
+
+
+@pytest.mark.parametrize("path", sorted((PACKAGE / "simulate").glob("*.py")), ids=dotted)
+def test_the_simulator_sees_the_simulated_half_alone(path: Path) -> None:
+    found = imports(path)
+    inside = {item for item in found if item.startswith("offload_engine.experts.")}
+    assert rooms_of(found - inside) <= SIMULATED | {"simulate"}
+    assert {item.split(".")[2] for item in inside} <= set(SIMULATED_EXPERTS)
+    assert not {item for item in found if item.split(".")[0] == "torch"}
 
 
 def test_nothing_in_the_package_imports_tools_or_transformers() -> None:

@@ -42,6 +42,7 @@ ENGINE_HELP: Final = {
     "eviction": "Which expert makes room for another.",
     "predictor": "What guesses a layer's experts before its router has spoken.",
     "prefetch_depth": "MoE layers to prefetch ahead; 0: none.",
+    "hot_set": "Remember the experts used most, and start with them.",
     "transfers_in_flight": "Transfers started and not finished, 1 or 2.",
     "reader_threads": "Threads that read experts from disk.",
     "verify": "When a converted checkpoint's experts are held against their checksums.",

@@ -60,6 +60,7 @@ def _rows(stats: EngineStats) -> list[tuple[str, str]]:
             f"{stats.prefetches_issued}: {stats.prefetches_used} used, {stats.prefetches_wasted} wasted",
         ),
         ("transfers", f"{stats.loads} experts, {format_bytes(stats.bytes_moved)}; {stats.evictions} evictions"),
+        *([("warmed", f"{stats.warmed} experts that earlier runs used most")] if stats.warmed else []),
         ("read from disk", format_bytes(stats.bytes_read)),
         ("unique experts", (layers and f"per layer, {layers}") or "none"),
     ]

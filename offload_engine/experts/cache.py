@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from enum import StrEnum
 from typing import NamedTuple
 
-from offload_engine.core import ExpertKey
+from offload_engine.core import ExpertKey, ForwardInfo
 from offload_engine.errors import InternalError
 from offload_engine.experts.eviction import EvictionPolicy
 
@@ -73,6 +73,19 @@ class ExpertCache:
         """Counts above 0 only."""
         self._probation: OrderedDict[ExpertKey, None] = OrderedDict()
         """By age of the prediction, oldest first."""
+
+    @property
+    def has_free(self) -> bool:
+        """Whether a slot may be had without evicting anything."""
+        return bool(self._free)
+
+    def begin(self, info: ForwardInfo) -> None:
+        """A forward starts; the policy is told."""
+        self.policy.begin(info)
+
+    def route(self, layer: int, experts: Sequence[int]) -> None:
+        """`layer` routed and wants these experts; the policy is told."""
+        self.policy.on_route(layer, experts)
 
     def state(self, key: ExpertKey) -> SlotState:
         """Where `key` stands; FREE where it has no slot."""

@@ -1,18 +1,19 @@
 """Which resident expert goes when a slot is needed.
 
 A policy only orders: it sees events and names victims. Slots, states, pins and probation are the cache's business,
-kept once for all policies. To add a policy, write a class here and enter it in `EVICTION`.
+kept once for all policies. To add a policy, write a class and enter it in `EVICTION`.
 """
 
 from __future__ import annotations
 
-from bisect import bisect_left, insort
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
-from offload_engine.core import ExpertKey
+from offload_engine.core import ExpertKey, ForwardInfo
 from offload_engine.errors import ConfigError
+from offload_engine.experts.next_use import NextUse
+from offload_engine.experts.ranking import Ranking
 
 
 class EvictionPolicy(Protocol):
@@ -26,6 +27,12 @@ class EvictionPolicy(Protocol):
     def name(self) -> str:
         """The policy's name in configs and on the command line."""
 
+    def begin(self, info: ForwardInfo) -> None:
+        """A forward starts."""
+
+    def on_route(self, layer: int, experts: Sequence[int]) -> None:
+        """`layer` routed and wants these experts, resident or not; their loads and uses follow."""
+
     def on_insert(self, key: ExpertKey) -> None:
         """`key`, unknown so far, is now among the candidates: it was loaded, or its probation ended."""
 
@@ -33,13 +40,23 @@ class EvictionPolicy(Protocol):
         """A candidate was used; `score` is how much the block wanted it (its block score, not negative)."""
 
     def on_remove(self, key: ExpertKey) -> None:
-        """A candidate left the cache. Nothing of it is remembered."""
+        """A candidate left the cache."""
 
     def victim(self, evictable: Callable[[ExpertKey], bool]) -> ExpertKey | None:
         """The candidate to evict first among those that are `evictable`; None where none is. Changes nothing."""
 
 
-class LRU:
+class _Unrouted:
+    """What policies share that go by a candidate's uses alone and remember nothing of those that left."""
+
+    def begin(self, info: ForwardInfo) -> None:
+        """See `EvictionPolicy`."""
+
+    def on_route(self, layer: int, experts: Sequence[int]) -> None:
+        """See `EvictionPolicy`."""
+
+
+class LRU(_Unrouted):
     """Evicts the least recently used. Every event is O(1); a victim costs one step per pinned expert passed over."""
 
     name = "lru"
@@ -65,50 +82,7 @@ class LRU:
         return next((key for key in self._order if evictable(key)), None)
 
 
-Rank = tuple[float, int, ExpertKey]
-"""What a candidate is worth, and the number of its last event; the lowest goes first."""
-
-
-class _Ranking:
-    """Candidates in rising order of (worth, last event), in a sorted list.
-
-    A search is O(log n); an insertion also moves pointers, 40 KB at 5000 experts: about a microsecond, and less than a
-    heap pays for passing over the pinned, who are mostly the newest and therefore the lowest.
-    """
-
-    def __init__(self) -> None:
-        self._events = 0
-        self._ranks: dict[ExpertKey, Rank] = {}
-        self._sorted: list[Rank] = []
-
-    def __len__(self) -> int:
-        return len(self._ranks)
-
-    def worth(self, key: ExpertKey) -> float:
-        return self._ranks[key][0]
-
-    def place(self, key: ExpertKey, worth: float) -> None:
-        """An event of `key`: it is now worth this, and the most recent."""
-        if key in self._ranks:
-            self.remove(key)
-        self._events += 1
-        rank = (worth, self._events, key)
-        self._ranks[key] = rank
-        insort(self._sorted, rank)
-
-    def remove(self, key: ExpertKey) -> None:
-        del self._sorted[bisect_left(self._sorted, self._ranks.pop(key))]
-
-    def rescale(self, change: Callable[[float], float]) -> None:
-        """Change every worth; no event."""
-        self._ranks = {key: (change(worth), event, key) for key, (worth, event, _key) in self._ranks.items()}
-        self._sorted = sorted(self._ranks.values())
-
-    def lowest(self, evictable: Callable[[ExpertKey], bool]) -> ExpertKey | None:
-        return next((key for _worth, _event, key in self._sorted if evictable(key)), None)
-
-
-class LFU:
+class LFU(_Unrouted):
     """Evicts the least frequently used; ties go to the least recently used.
 
     Old counts fade: whenever there were `uses_per_halving` uses per candidate since the last time, every count is
@@ -121,7 +95,7 @@ class LFU:
     def __init__(self, uses_per_halving: int = 8) -> None:
         self.uses_per_halving = uses_per_halving
         self._uses = 0
-        self._ranking = _Ranking()
+        self._ranking = Ranking()
 
     def on_insert(self, key: ExpertKey) -> None:
         """See `EvictionPolicy`."""
@@ -144,7 +118,7 @@ class LFU:
         return self._ranking.lowest(evictable)
 
 
-class ScoreAware:
+class ScoreAware(_Unrouted):
     """Evicts the lowest sum of block scores, each faded exponentially since its use; ties to the least recently used.
 
     An expert is worth the sum over its uses u of s(u) / prod over all later uses, of any expert, of (1 + 1 / (m n)),
@@ -160,7 +134,7 @@ class ScoreAware:
         self.memory = memory
         self._unit = 1.0
         """What a score of 1 is worth now. It grows instead of all others fading, which keeps their order as it is."""
-        self._ranking = _Ranking()
+        self._ranking = Ranking()
 
     def on_insert(self, key: ExpertKey) -> None:
         """See `EvictionPolicy`."""
@@ -183,7 +157,12 @@ class ScoreAware:
         return self._ranking.lowest(evictable)
 
 
-EVICTION: dict[str, Callable[[], EvictionPolicy]] = {"lru": LRU, "lfu": LFU, "score-aware": ScoreAware}
+EVICTION: dict[str, Callable[[], EvictionPolicy]] = {
+    "lru": LRU,
+    "lfu": LFU,
+    "score-aware": ScoreAware,
+    "next-use": NextUse,
+}
 
 
 def make_eviction(name: str) -> EvictionPolicy:

@@ -15,7 +15,9 @@ from offload_engine.core import ExpertKey, ForwardInfo, RoutingDecision
 from offload_engine.errors import InternalError, OffloadError
 from offload_engine.experts.arena import SlotArena
 from offload_engine.experts.cache import Occupancy
+from offload_engine.experts.hot_set import HotSet
 from offload_engine.experts.predictor import ExpertPredictor
+from offload_engine.experts.prefetch import prefetch_order
 from offload_engine.experts.scheduler import Command, Compute, ExpertScheduler, Load
 from offload_engine.experts.store import ExpertStore
 from offload_engine.experts.transfer.base import Stream, TransferBackend, TransferTicket
@@ -58,6 +60,7 @@ class OffloadedExperts:
         predictor: ExpertPredictor,
         stats: EngineStats,
         prefetch_depth: int = 1,
+        hot: HotSet | None = None,
     ) -> None:
         self.store = store
         self.arena = arena
@@ -66,6 +69,8 @@ class OffloadedExperts:
         self.predictor = predictor
         self.stats = stats
         self.prefetch_depth = prefetch_depth
+        self.hot = HotSet() if hot is None else hot
+        """What was used most, so far and in earlier runs; prefills, which use nearly everything, left out."""
         self._keys_of_layer: dict[int, list[ExpertKey]] = {}
         for key in store.keys():  # noqa: SIM118 (a store is no mapping)
             self._keys_of_layer.setdefault(key.layer, []).append(key)
@@ -82,17 +87,21 @@ class OffloadedExperts:
     def begin(self, info: ForwardInfo) -> None:
         """See `ExpertExecutor`."""
         self.predictor.begin(info)
+        if self.predictor.generating:
+            self.hot.begin()
+        with self._changed:
+            self.scheduler.begin(info)
 
     def prepare(self, layer: int, preview: Preview) -> None:
         """See `ExpertExecutor`: predict this layer, and up to `prefetch_depth - 1` after it, and start to fetch."""
-        predicted: list[ExpertKey] = []
+        guesses = []
         for ahead in range(layer, min(layer + self.prefetch_depth, self._last_layer + 1)):
             if self.predictor.wants_preview:
                 self.predictor.offer(ahead, *ranked_experts(preview(ahead)))
-            predicted += [ExpertKey(ahead, expert) for expert, _score in self.predictor.predict(ahead)]
+            guesses.append((ahead, self.predictor.predict(ahead, ahead - layer)))
         try:
             with self._changed:
-                self._carry_out(self.scheduler.predict(predicted))
+                self._carry_out(self.scheduler.predict(prefetch_order(guesses)))
         except BaseException:
             self._abandon()
             raise
@@ -101,6 +110,8 @@ class OffloadedExperts:
         """See `ExpertExecutor`."""
         ranked = ranked_experts(decision)
         self.predictor.observe(layer, ranked.experts, ranked.scores)
+        if self.predictor.generating:
+            self.hot.use(layer, ranked.experts)
         tokens = {group.expert: group for group in tokens_by_expert(decision.experts)}
         outputs = ExpertOutputs(hidden, decision)
         try:
@@ -124,6 +135,12 @@ class OffloadedExperts:
         self.transfers.synchronize()
         return outputs.combine()
 
+    def warm_up(self) -> None:
+        """Begin to fill free slots with what was hot in earlier runs. Returns at once; demands go first."""
+        with self._changed:
+            hottest = self.hot.hottest(self.scheduler.cache.slots)
+            self._carry_out(self.scheduler.warm(key for key, _uses in hottest))
+
     def idle(self, timeout: float = 60.0) -> None:
         """Wait until no transfer is under way, then check that the cache conserves its slots."""
         with self._changed:
@@ -146,6 +163,8 @@ class OffloadedExperts:
 
     def close(self) -> None:
         """Join the driver's threads and free the slots. Idempotent."""
+        with self._changed:
+            self.scheduler.stop()
         self.transfers.close()
         self.arena.close()
 
@@ -206,3 +225,4 @@ class OffloadedExperts:
         stats.hits, stats.misses, stats.late = counters.hits, counters.misses, counters.late
         stats.prefetches_issued, stats.prefetches_used = counters.prefetches, counters.prefetches_used
         stats.prefetches_wasted, stats.evictions = counters.prefetches_wasted, counters.evictions
+        stats.warmed = counters.warmed

@@ -8,12 +8,31 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from offload_engine.core import ForwardInfo, Phase
 from offload_engine.errors import ConfigError, TraceError
 
 Prediction = list[tuple[int, float]]
 """(expert, score) of distinct experts, best first."""
+
+
+class Kind(NamedTuple):
+    """What guesses that are as good as each other have in common."""
+
+    opening: bool
+    """Made in a block's first step."""
+    ahead: int
+    """Layers before the one predicted."""
+    halves: tuple[int, ...]
+    """By source: 1 where the expert is in the better half of what it named, 2 in the worse, 0 where in neither."""
+
+
+MEMORY = 4096
+"""Guesses of a kind after which the older ones count half."""
+
+LEAST_SHARE = 0.1
+"""Faded share of first steps below which an expert is forgotten: three blocks after its last."""
 
 
 @dataclass(slots=True)
@@ -53,6 +72,8 @@ class ExpertPredictor(ABC):
     def __init__(self) -> None:
         self.counts = PredictionCounts()
         self.info = ForwardInfo(Phase.PREFILL)
+        self.ahead = 0
+        """Layers still to run before the one that is being predicted."""
         self._guessed: dict[int, set[int]] = {}
 
     @property
@@ -69,8 +90,9 @@ class ExpertPredictor(ABC):
     def offer(self, layer: int, experts: Sequence[int], scores: Sequence[float]) -> None:  # noqa: B027
         """What `layer`'s own router chose when shown an earlier hidden state; falling score. Ignored by default."""
 
-    def predict(self, layer: int) -> Prediction:
-        """What `layer` will probably want in this forward."""
+    def predict(self, layer: int, ahead: int = 0) -> Prediction:
+        """What `layer`, `ahead` layers after the one about to run, will probably want in this forward."""
+        self.ahead = ahead
         prediction = self._predict(layer)
         self._guessed[layer] = {expert for expert, _score in prediction}
         return prediction
@@ -186,10 +208,108 @@ class Oracle(ExpertPredictor):
         return list(self.recorded[self._forward].get(layer, ())) if self._forward >= 0 else []
 
 
+class FirstStep(ExpertPredictor):
+    """For the first step of a block: what the first steps of earlier blocks chose, the newest counting most.
+
+    All its open positions hold the mask token, so a layer wants much the same in every block, and in every sequence.
+    Other steps get no prediction.
+    """
+
+    name = "first-step"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._shares: dict[int, dict[int, float]] = {}
+        """By layer: each expert's faded share of the first steps so far, from 0 to 1."""
+
+    @property
+    def opening(self) -> bool:
+        """Whether the forward under way is a block's first step."""
+        return self.info.phase is Phase.DENOISE and self.info.step == 0
+
+    def _observe(self, layer: int, experts: Sequence[int], scores: Sequence[float]) -> None:  # noqa: ARG002
+        if not self.opening:
+            return
+        shares = {expert: share / 2 for expert, share in self._shares.get(layer, {}).items() if share > LEAST_SHARE}
+        for expert in experts:
+            shares[expert] = shares.get(expert, 0.0) + 0.5
+        self._shares[layer] = dict(sorted(shares.items(), key=lambda item: item[1], reverse=True))
+
+    def _predict(self, layer: int) -> Prediction:
+        return list(self._shares.get(layer, {}).items()) if self.opening else []
+
+
+class Combined(ExpertPredictor):
+    """What its sources say together: each guess with the chance that guesses of its kind come true, best first.
+
+    Guesses are of one kind when the same sources name them, in the same halves of their rankings, and the forward is,
+    or is not, a block's first step. How often each kind came true is counted as layers are observed; kinds below
+    `least` are left out, for what they would bring costs more than it hides.
+    """
+
+    def __init__(self, name: str, sources: Sequence[ExpertPredictor], least: float = 0.5) -> None:
+        super().__init__()
+        self.name = name
+        self.sources = list(sources)
+        """Each keeps counts of its own."""
+        self.wants_preview = any(source.wants_preview for source in sources)
+        self.least = least
+        self._kinds: dict[int, dict[tuple[int, Kind], None]] = {}
+        """By layer: (expert, kind) of every guess that a source made in this forward."""
+        self._records: dict[Kind, list[float]] = {}
+        """By kind: how many came true, and how many there were."""
+
+    def offer(self, layer: int, experts: Sequence[int], scores: Sequence[float]) -> None:
+        """See `ExpertPredictor`."""
+        for source in self.sources:
+            source.offer(layer, experts, scores)
+
+    def chance(self, kind: Kind) -> float:
+        """How often guesses of this kind come true; 0.5 before any was seen."""
+        true, all_ = self._records.get(kind, (0.0, 0.0))
+        return (true + 1.0) / (all_ + 2.0)
+
+    def _begin(self) -> None:
+        self._kinds.clear()
+        for source in self.sources:
+            source.begin(self.info)
+
+    def _predict(self, layer: int) -> Prediction:
+        opening = self.info.phase is Phase.DENOISE and self.info.step == 0
+        named: dict[int, list[int]] = {}
+        for place, source in enumerate(self.sources):
+            said = source.predict(layer, self.ahead)
+            for rank, (expert, _score) in enumerate(said):
+                named.setdefault(expert, [0] * len(self.sources))[place] = 1 if 2 * rank < len(said) else 2
+        kinds = {expert: Kind(opening, self.ahead, tuple(halves)) for expert, halves in named.items()}
+        self._kinds.setdefault(layer, {}).update(dict.fromkeys(kinds.items()))
+        chances = {kind: self.chance(kind) for kind in set(kinds.values())}
+        guesses = [(expert, chances[kind]) for expert, kind in kinds.items() if chances[kind] >= self.least]
+        return sorted(guesses, key=lambda guess: guess[1], reverse=True)
+
+    def _observe(self, layer: int, experts: Sequence[int], scores: Sequence[float]) -> None:
+        for source in self.sources:
+            source.observe(layer, experts, scores)
+        if self.generating:
+            chosen = set(experts)
+            for expert, kind in self._kinds.get(layer, ()):
+                self._learn(kind, expert in chosen)
+
+    def _learn(self, kind: Kind, true: bool) -> None:
+        record = self._records.setdefault(kind, [0.0, 0.0])
+        record[0] += true
+        record[1] += 1
+        if record[1] >= MEMORY:
+            record[0] /= 2
+            record[1] /= 2
+
+
 PREDICTORS: dict[str, Callable[[], ExpertPredictor]] = {
     "none": NoPredictor,
     "previous-step": PreviousStep,
     "cross-layer-gate": CrossLayerGate,
+    "block-history": lambda: Combined("block-history", [PreviousStep(), FirstStep()]),
+    "combined": lambda: Combined("combined", [PreviousStep(), FirstStep(), CrossLayerGate()]),
 }
 """What a user may choose; the oracle needs a recording."""
 

@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 
-from offload_engine.core import ExpertKey
+from offload_engine.core import ExpertKey, ForwardInfo
 from offload_engine.errors import InternalError
 from offload_engine.experts.cache import ExpertCache, SlotState
 
@@ -52,6 +52,8 @@ class SchedulerCounters:
     prefetches_wasted: int = 0
     """Of those, the ones that were evicted, or failed, before any layer asked for them."""
     evictions: int = 0
+    warmed: int = 0
+    """Transfers begun to fill free slots with what was hot before (`ExpertScheduler.warm`); no prefetches."""
 
 
 class ExpertScheduler:
@@ -73,6 +75,8 @@ class ExpertScheduler:
         """Pinned, because their `Compute` was issued and is not reported yet."""
         self._speculative: set[ExpertKey] = set()
         """Prefetched and not asked for yet."""
+        self._warm: deque[ExpertKey] = deque()
+        """To be loaded into free slots when nothing else is to be moved."""
 
     @property
     def done(self) -> bool:
@@ -88,6 +92,19 @@ class ExpertScheduler:
         """Whether the current layer still has to compute `key`."""
         return key in self._wanted
 
+    def begin(self, info: ForwardInfo) -> None:
+        """Event: a forward starts."""
+        self.cache.begin(info)
+
+    def warm(self, keys: Iterable[ExpertKey]) -> list[Command]:
+        """Event: these experts were hot in earlier runs, the hottest first.
+
+        They fill free slots in the background, one at a time and only while nothing else is under way, so that a
+        demand finds a transfer free (with `in_flight` of 2 or more). They are no prefetches: no probation, no waste.
+        """
+        self._warm = deque(keys)
+        return self._start_transfers()
+
     def want(self, layer: int, experts: Sequence[int], scores: Sequence[float]) -> list[Command]:
         """Event: `layer` routed. `experts` are distinct and in falling order of block score, as `scores` are.
 
@@ -95,6 +112,7 @@ class ExpertScheduler:
         """
         if self._wanted:
             raise InternalError(f"layer {layer} was routed while {len(self._wanted)} experts were still to be computed")
+        self.cache.route(layer, experts)
         computes: list[Command] = []
         for expert, score in zip(experts, scores, strict=True):
             key = ExpertKey(layer, expert)
@@ -166,6 +184,11 @@ class ExpertScheduler:
         self._demand.clear()
         self._prefetch.clear()
 
+    def stop(self) -> None:
+        """Event: no transfer may begin any more but for a demand."""
+        self._prefetch.clear()
+        self._warm.clear()
+
     def _compute(self, key: ExpertKey) -> Compute:
         self.cache.pin(key)
         self._computing.add(key)
@@ -203,6 +226,21 @@ class ExpertScheduler:
             self._speculative.add(key)
             self.counters.prefetches += 1
             return Load(key, reservation.slot, prefetch=True)
+        return self._next_warm()
+
+    def _next_warm(self) -> Load | None:
+        if self._in_flight:
+            return None
+        while self._warm:
+            if not self.cache.has_free:
+                self._warm.clear()  # what moves in now is what this run wants
+                return None
+            key = self._warm.popleft()
+            if self.cache.state(key) is SlotState.FREE:
+                reservation = self.cache.reserve(key, prefetch=False)
+                if reservation is not None:
+                    self.counters.warmed += 1
+                    return Load(key, reservation.slot, prefetch=False)
         return None
 
     def _count_eviction(self, evicted: ExpertKey | None) -> None:

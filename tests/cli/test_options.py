@@ -58,7 +58,7 @@ def test_every_option_is_explained_here_and_in_the_manual(command):
 
 def test_defaults_are_shown():
     shown = " ".join(dmoe_command("run", "--help").stdout.split())
-    for text in ("[default: score-aware]", "[default: 0.95]", "[default: the planner decides]"):
+    for text in ("[default: next-use]", "[default: 0.95]", "[default: the planner decides]"):
         assert text in shown
 
 

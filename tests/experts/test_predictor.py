@@ -12,6 +12,7 @@ from offload_engine.experts.predictor import (
     PREDICTORS,
     CrossLayerGate,
     ExpertPredictor,
+    FirstStep,
     NoPredictor,
     Oracle,
     Prediction,
@@ -96,7 +97,7 @@ def test_cross_layer_gate_passes_on_this_forwards_offer(phase: Phase) -> None:
 
 
 def test_only_the_gate_wants_previews() -> None:
-    assert [name for name in PREDICTORS if make_predictor(name).wants_preview] == ["cross-layer-gate"]
+    assert [name for name in PREDICTORS if make_predictor(name).wants_preview] == ["cross-layer-gate", "combined"]
 
 
 def test_the_oracle_reads_its_recording() -> None:
@@ -161,3 +162,62 @@ def test_names() -> None:
         ConfigError, match="predictor is 'psychic'; choose one of none, previous-step, cross-layer-gate"
     ):
         make_predictor("psychic")
+
+
+def test_first_step_knows_what_blocks_begin_with_and_nothing_else() -> None:
+    predictor = FirstStep()
+    assert forward(predictor, Phase.DENOISE, 0, 0, ONE) == []
+    assert forward(predictor, Phase.DENOISE, 0, 1, TWO) == []
+    forward(predictor, Phase.COMMIT, 0, 2, TWO)
+    assert forward(predictor, Phase.DENOISE, 1, 0, TWO) == [(5, 0.5), (3, 0.5)]
+    forward(predictor, Phase.PREFILL, 0, 0, THREE)
+    assert forward(predictor, Phase.DENOISE, 1, 0, TWO) == [(3, 0.75), (8, 0.5), (5, 0.25)]
+
+
+def test_first_step_forgets_what_blocks_stopped_beginning_with() -> None:
+    predictor = FirstStep()
+    forward(predictor, Phase.DENOISE, 0, 0, ONE)
+    for block in range(1, 5):
+        forward(predictor, Phase.DENOISE, block, 0, THREE)
+    assert [expert for expert, _share in forward(predictor, Phase.DENOISE, 5, 0, THREE)] == [1]
+
+
+def test_combined_adds_what_its_sources_know() -> None:
+    predictor = make_predictor("combined")
+    forward(predictor, Phase.DENOISE, 0, 0, ONE)
+    guessed = forward(predictor, Phase.DENOISE, 0, 1, ONE, offer=THREE)
+    assert {expert for expert, _chance in guessed} == {5, 3, 1}
+
+
+def test_combined_learns_which_kind_of_guess_comes_true() -> None:
+    """The step before is always right, the gate never: after a while only the former is followed."""
+    predictor = make_predictor("combined")
+    for number in range(1, 12):
+        guessed = forward(predictor, Phase.DENOISE, 0, number, ONE, offer=THREE)
+    assert {expert for expert, _chance in guessed} == {5, 3}
+    assert all(chance > 0.8 for _expert, chance in guessed)
+
+
+def test_combined_judges_guesses_by_how_far_ahead_they_were_made() -> None:
+    """Offers for the layer are wrong a layer earlier, and right just before it."""
+    predictor = make_predictor("combined")
+    for number in range(1, 12):
+        predictor.begin(ForwardInfo(Phase.DENOISE, 0, number))
+        predictor.offer(LAYER, [number + 100], [1.0])
+        early = predictor.predict(LAYER, 1)
+        predictor.offer(LAYER, [number], [1.0])
+        late = predictor.predict(LAYER)
+        predictor.observe(LAYER, [number], [1.0])
+    assert number + 100 not in dict(early)
+    assert number in dict(late)
+
+
+@given(chosen=st.lists(st.sets(st.integers(0, 9), min_size=1), min_size=2, max_size=8))
+def test_combined_guesses_are_distinct_and_fall_in_chance(chosen: list[set[int]]) -> None:
+    predictor = make_predictor("combined")
+    for number, experts in enumerate(chosen):
+        ranked = [(expert, float(10 - expert)) for expert in sorted(experts)]
+        guessed = forward(predictor, Phase.DENOISE, number // 3, number % 3, ranked, offer=ranked[:2])
+        assert len(dict(guessed)) == len(guessed)
+        assert all(one >= other for (_, one), (_, other) in pairwise(guessed))
+        assert all(0.5 <= chance < 1.0 for _expert, chance in guessed)

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from offload_engine.core import ExpertKey
+from offload_engine.core import ExpertKey, ForwardInfo, Phase
 from offload_engine.errors import InternalError
 from offload_engine.experts.cache import ExpertCache, SlotState
 from offload_engine.experts.eviction import EVICTION, make_eviction
@@ -134,8 +134,12 @@ def test_every_layer_is_computed_whole_whatever_happens_in_between(
         assert len(flying) <= in_flight
 
     landing: dict[ExpertKey, int] = {}
+    hot = [ExpertKey(*key) for key in data.draw(st.lists(st.tuples(st.integers(0, 2), st.integers(0, 7))), label="hot")]
+    carry_out(scheduler.warm(hot))
+    assert len(flying) <= 1
     expert_sets = st.lists(st.integers(0, 7), min_size=1, max_size=8, unique=True)
     for layer in data.draw(st.lists(st.integers(0, 2), max_size=6), label="layers"):
+        scheduler.begin(ForwardInfo(data.draw(st.sampled_from(Phase)), 0, data.draw(st.integers(0, 1))))
         carry_out(scheduler.predict(keys(data.draw(st.integers(0, 2)), *data.draw(expert_sets))))
         wanted = data.draw(expert_sets, label="wanted")
         carry_out(scheduler.want(layer, wanted, [float(len(wanted) - i) for i in range(len(wanted))]))
@@ -155,6 +159,7 @@ def test_every_layer_is_computed_whole_whatever_happens_in_between(
         assert sorted(computed) == sorted(keys(layer, *wanted))
     counters = scheduler.counters
     assert counters.prefetches_used + counters.prefetches_wasted <= counters.prefetches
+    assert counters.warmed <= min(slots, len(set(hot)))
 
 
 def test_wasted_prefetches_and_evictions_are_counted() -> None:
@@ -164,3 +169,42 @@ def test_wasted_prefetches_and_evictions_are_counted() -> None:
     assert loads(scheduler.want(1, [1], [1.0])) == keys(1, 1)
     counters = scheduler.counters
     assert (counters.evictions, counters.prefetches_wasted, counters.prefetches_used) == (1, 1, 0)
+
+
+def test_hot_experts_fill_free_slots_one_at_a_time() -> None:
+    scheduler = scheduler_of(2)
+    assert loads(scheduler.warm(keys(1, 0, 1, 2))) == keys(1, 0)
+    assert loads(scheduler.arrived(ExpertKey(1, 0))) == keys(1, 1)
+    assert loads(scheduler.arrived(ExpertKey(1, 1))) == [], "nothing is evicted for them"
+    counters = scheduler.counters
+    assert (counters.warmed, counters.prefetches, counters.evictions) == (2, 0, 0)
+    scheduler.want(1, [0], [1.0])
+    assert counters.hits == 1
+    assert not scheduler.cache.on_probation(ExpertKey(1, 1))
+
+
+def test_a_demand_never_waits_for_a_hot_expert() -> None:
+    scheduler = scheduler_of(8)
+    scheduler.warm(keys(1, 0, 1, 2))
+    assert loads(scheduler.want(2, [5, 6], [2.0, 1.0])) == keys(2, 5), "one of two transfers was free"
+    assert loads(scheduler.arrived(ExpertKey(1, 0))) == keys(2, 6)
+    assert loads(scheduler.arrived(ExpertKey(2, 5))) == [], "a demand is under way"
+    assert loads(scheduler.arrived(ExpertKey(2, 6))) == keys(1, 1)
+
+
+def test_warming_passes_over_what_is_here_and_ends_when_stopped() -> None:
+    scheduler = scheduler_of(8, in_flight=1)
+    scheduler.predict(keys(1, 0))
+    assert loads(scheduler.warm(keys(1, 0, 1, 2))) == []
+    assert loads(scheduler.arrived(ExpertKey(1, 0))) == keys(1, 1)
+    scheduler.stop()
+    assert loads(scheduler.arrived(ExpertKey(1, 1))) == []
+    scheduler.cache.check()
+
+
+def test_a_hot_expert_that_fails_to_load_is_left_out() -> None:
+    scheduler = scheduler_of(4)
+    scheduler.warm(keys(1, 0, 1))
+    assert loads(scheduler.failed(ExpertKey(1, 0))) == keys(1, 1)
+    assert scheduler.counters.prefetches_wasted == 0
+    scheduler.cache.check()

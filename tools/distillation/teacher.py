@@ -26,7 +26,7 @@ BAD_PROMPT = "bad prompt"
 HARMLESS = frozenset(
     {
         *("device", "gpu_mem", "host_mem", "expert_mem", "threads"),
-        *("eviction", "predictor", "prefetch_depth", "transfers_in_flight", "reader_threads"),
+        *("eviction", "predictor", "prefetch_depth", "hot_set", "transfers_in_flight", "reader_threads"),
     }
 )
 """Engine options that change how fast an answer comes and never what it is."""

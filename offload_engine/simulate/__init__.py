@@ -1,0 +1,1 @@
+"""Recorded routing through the real cache, eviction, predictor and scheduler, on a virtual clock."""

@@ -1,0 +1,96 @@
+from __future__ import annotations
+
+from offload_engine.core import ExpertKey, ForwardInfo, Phase
+from offload_engine.experts.cache import ExpertCache
+from offload_engine.experts.eviction import EvictionPolicy, make_eviction
+from offload_engine.experts.next_use import NextUse
+from offload_engine.experts.scheduler import Compute, ExpertScheduler, Load
+from tests.contracts.eviction_contract import drain
+
+
+def keys(layer: int, *experts: int) -> list[ExpertKey]:
+    return [ExpertKey(layer, expert) for expert in experts]
+
+
+def told(policy: NextUse, info: ForwardInfo, *layers: tuple[int, list[int]]) -> None:
+    """One forward; what it uses becomes a candidate if it is none."""
+    policy.begin(info)
+    for layer, experts in layers:
+        policy.on_route(layer, experts)
+        for key in keys(layer, *experts):
+            if key not in policy._layer(layer).ranking._ranks:
+                policy.on_insert(key)
+            policy.on_use(key, 1.0)
+
+
+def steps(policy: NextUse, count: int, *layers: tuple[int, list[int]]) -> None:
+    for number in range(count):
+        told(policy, ForwardInfo(Phase.DENOISE, 0, number + 1), *layers)
+
+
+def test_what_comes_next_stays_and_what_has_just_run_goes() -> None:
+    policy = NextUse()
+    steps(policy, 3, (1, [0]), (2, [0]), (3, [0]))
+    policy.on_route(1, [0])
+    assert [key.layer for key in drain(policy)] == [1, 3, 2]
+
+
+def test_what_the_layer_stopped_using_goes_first() -> None:
+    policy = NextUse()
+    steps(policy, 3, (1, [0, 1]), (2, [0, 1]))
+    steps(policy, 2, (1, [0]), (2, [0]))
+    assert {key.expert for key in drain(policy)[:2]} == {1}
+
+
+def test_uses_are_remembered_of_what_has_left() -> None:
+    policy = NextUse()
+    steps(policy, 4, (1, [0]))
+    policy.on_remove(ExpertKey(1, 0))
+    told(policy, ForwardInfo(Phase.DENOISE, 0, 5), (1, [0, 7]))
+    assert drain(policy) == keys(1, 7, 0)
+
+
+def test_after_a_commit_what_blocks_want_first_counts() -> None:
+    policy = NextUse()
+    for block in range(3):
+        told(policy, ForwardInfo(Phase.DENOISE, block, 0), (1, [0]))
+        for number in range(1, 4):
+            told(policy, ForwardInfo(Phase.DENOISE, block, number), (1, [5]))
+        if block < 2:
+            told(policy, ForwardInfo(Phase.COMMIT, block, 4), (1, [5]))
+    assert policy.victim(lambda _key: True) == ExpertKey(1, 0), "within a block its own experts count"
+    told(policy, ForwardInfo(Phase.COMMIT, 2, 4), (1, [5]))
+    assert policy.victim(lambda _key: True) == ExpertKey(1, 5), "what the next block begins with is kept"
+
+
+def test_a_prefill_is_not_learnt_from() -> None:
+    policy = NextUse()
+    steps(policy, 3, (1, [0]))
+    told(policy, ForwardInfo(Phase.PREFILL, 0, 0), (1, [3]))
+    told(policy, ForwardInfo(Phase.PREFILL, 1, 0), (1, [3]))
+    steps(policy, 1, (1, [0]))
+    assert drain(policy) == keys(1, 3, 0)
+
+
+def misses_of_sweeps(eviction: str, slots: int, layers: int, experts: int, sweeps: int) -> int:
+    """Every layer wants the same experts in every sweep, and together they are more than the cache holds."""
+    policy: EvictionPolicy = make_eviction(eviction)
+    scheduler = ExpertScheduler(ExpertCache(slots, policy))
+    for sweep in range(sweeps):
+        scheduler.begin(ForwardInfo(Phase.DENOISE, 0, sweep))
+        for layer in range(layers):
+            commands = scheduler.want(layer, range(experts), [1.0] * experts)
+            while commands:
+                command = commands.pop(0)
+                if isinstance(command, Load):
+                    commands += scheduler.arrived(command.key)
+                elif isinstance(command, Compute):
+                    commands += scheduler.computed(command.key)
+            assert scheduler.done
+    return scheduler.counters.misses
+
+
+def test_a_working_set_larger_than_the_cache_does_not_thrash() -> None:
+    """Six layers of 10 with 40 slots: recency misses all 60 each time; the best 60 + 5 * 21."""
+    assert misses_of_sweeps("lru", 40, 6, 10, sweeps=6) == 360
+    assert misses_of_sweeps("next-use", 40, 6, 10, sweeps=6) <= 1.15 * (60 + 5 * 21)
