@@ -74,7 +74,7 @@ def main(
         raise click.ClickException(str(error)) from None
     table = Table(*COLUMNS, title=f"{header.routing}; {header.model}")
     demands = [layer.keys for run in runs for layer in run.layers]
-    bounds = {count: belady_misses(demands, count * len(header.layers)) for count in slots}
+    bounds = {count: sum(belady_misses(demands, count * len(header.layers))) for count in slots}
     for row in _rows(runs, header.layers, costs, depth, itertools.product(slots, eviction, predictor), bounds):
         table.add_row(*row)
     Console(width=160).print(table)

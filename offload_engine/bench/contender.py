@@ -15,7 +15,6 @@ import torch
 
 from offload_engine.assembly import find_source
 from offload_engine.bench.bandwidth import measure_bandwidth
-from offload_engine.bench.belady import belady_misses
 from offload_engine.bench.overlap import LayerRun, missed_bytes
 from offload_engine.bench.probe import (
     Probe,
@@ -36,6 +35,7 @@ from offload_engine.memory.footprint import estimated_slab_bytes
 from offload_engine.metrics import EngineStats, measure_peak, reset_peak
 from offload_engine.model.checkpoint import Checkpoint
 from offload_engine.model.moe import ExpertExecutor, ResidentExperts
+from offload_engine.simulate.belady import belady_misses
 
 TOKEN_SLOTS = 8
 """Slots of an engine whose experts another takes over: as good as none, and given back before anything is measured."""

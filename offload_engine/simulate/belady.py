@@ -12,8 +12,8 @@ NEVER = 2**62
 """Next use of an expert that no later demand asks for."""
 
 
-def belady_misses(demands: Sequence[Sequence[ExpertKey]], slots: int) -> int:
-    """Misses when the expert whose next use is farthest makes room (L. A. Belady, IBM Systems Journal 5(2), 1966).
+def belady_misses(demands: Sequence[Sequence[ExpertKey]], slots: int) -> list[int]:
+    """Misses of each demand when the expert whose next use is farthest makes room (Belady, IBM Systems Journal 5(2), 1966).
 
     `demands` are the experts of one layer run after the other, taken one by one in their order; every miss takes a
     slot, and the cache starts empty. That is the optimum for this order of uses; a scheduler that computes what is
@@ -27,14 +27,16 @@ def belady_misses(demands: Sequence[Sequence[ExpertKey]], slots: int) -> int:
     """Next use of each."""
     farthest: list[tuple[int, ExpertKey]] = []
     """Heap of (-next use, key); an entry that `resident` doesn't confirm is out of date."""
-    misses = 0
-    for key, next_use in zip(uses, _next_uses(uses), strict=True):
-        if key not in resident:
-            misses += 1
-            if len(resident) == slots:
-                _evict_farthest(resident, farthest)
-        resident[key] = next_use
-        heapq.heappush(farthest, (-next_use, key))
+    next_uses = iter(_next_uses(uses))
+    misses = [0] * len(demands)
+    for place, demand in enumerate(demands):
+        for key in demand:
+            if key not in resident:
+                misses[place] += 1
+                if len(resident) == slots:
+                    _evict_farthest(resident, farthest)
+            resident[key] = next_use = next(next_uses)
+            heapq.heappush(farthest, (-next_use, key))
     return misses
 
 

@@ -109,7 +109,7 @@ def test_next_use_stays_near_the_optimum_and_ahead_of_the_others(recorded: Recor
     header, trace = recorded
     demands = [layer.keys for run in trace for layer in run.layers]
     for slots, bar in BARS[header.routing.split()[0]].items():
-        least = belady_misses(demands, slots * len(header.layers))
+        least = sum(belady_misses(demands, slots * len(header.layers)))
         others = {name: loads_of(recorded, slots, name) for name in ("lru", "score-aware")}
         loads = loads_of(recorded, slots, "next-use")
         assert least <= loads <= bar * least
