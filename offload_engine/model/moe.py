@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from offload_engine import kernels
 from offload_engine.core import ForwardInfo, RoutingDecision
 from offload_engine.model.config import ModelConfig
 from offload_engine.model.layers import SwiGLU
@@ -76,7 +77,13 @@ def padded_rows(rows: int, dtype: torch.dtype) -> int:
 
 
 def expert_ffn(hidden: Tensor, weights: ExpertWeights) -> Tensor:
-    """One expert on its tokens: down(silu(gate(x)) * up(x)), [n, H] -> [n, H], in `hidden`'s dtype."""
+    """One expert on its tokens: down(silu(gate(x)) * up(x)), [n, H] -> [n, H], in `hidden`'s dtype.
+
+    In bf16 on the CPU by our kernel, if it is there; otherwise by torch, in `hidden`'s dtype throughout.
+    """
+    stored = [kernels.Matrix(matrix) for matrix in weights]
+    if hidden.dtype == torch.bfloat16 and kernels.serves(hidden, *stored):
+        return kernels.expert_ffn(hidden, *stored)
     rows = hidden.shape[0]
     missing = padded_rows(rows, hidden.dtype) - rows
     if missing:
