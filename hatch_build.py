@@ -17,7 +17,7 @@ class KernelBuildHook(BuildHookInterface):  # type: ignore[misc]
 
     PLUGIN_NAME = "custom"
 
-    def initialize(self, version: str, build_data: dict[str, Any]) -> None:
+    def initialize(self, version: str, build_data: dict[str, Any]) -> None:  # noqa: ARG002
         """Compile in place; the wheel then carries the library and this platform's tag."""
         spec = importlib.util.spec_from_file_location("kernels_build", Path(self.root) / KERNELS / "build.py")
         assert spec is not None

@@ -22,15 +22,15 @@ NO_MEMORY = 1
 _INT, _INT64, _POINTER = ctypes.c_int, ctypes.c_int64, ctypes.c_void_p
 
 
-class Unavailable(Exception):
+class UnavailableError(Exception):
     """The kernels can't be used; the message says why and what to do."""
 
 
 class Library:
     """A loaded library of kernels.
 
-    Calls release the GIL. Raises Unavailable if `path` (default: where the build leaves it) is absent, can't be loaded,
-    or was built from other sources than those beside this module.
+    Calls release the GIL. Raises UnavailableError if `path` (default: where the build leaves it) is absent, can't be
+    loaded, or was built from other sources than those beside this module.
     """
 
     def __init__(self, path: Path | None = None) -> None:
@@ -38,16 +38,16 @@ class Library:
 
         path = path or LIBRARY
         if not path.exists():
-            raise Unavailable(f"{path.name} is not built: {REBUILD}")
+            raise UnavailableError(f"{path.name} is not built: {REBUILD}")
         try:
             library = ctypes.CDLL(str(path))
             library.dmoe_sources.restype = ctypes.c_char_p
             library.dmoe_variant.restype = ctypes.c_char_p
             built_from = library.dmoe_sources().decode()
         except (OSError, AttributeError) as error:
-            raise Unavailable(f"{path.name} can't be loaded ({error}): {REBUILD}") from error
+            raise UnavailableError(f"{path.name} can't be loaded ({error}): {REBUILD}") from error
         if built_from != fingerprint():
-            raise Unavailable(
+            raise UnavailableError(
                 f"{path.name} was built from other sources ({built_from}, not {fingerprint()}): {REBUILD}"
             )
         self.path = path
@@ -109,7 +109,7 @@ class KernelStatus:
 def _loaded() -> Library | str:
     try:
         return Library()
-    except Unavailable as error:
+    except UnavailableError as error:
         return str(error)
 
 

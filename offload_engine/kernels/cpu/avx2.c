@@ -17,7 +17,7 @@ TARGET static void pack(const float *row, int64_t cols, int64_t padded, void *pa
     pack_float_inline(row, cols, padded, packed);
 }
 
-TARGET static float quantise(const float *row, int64_t cols, int64_t padded, int32_t limit, int16_t *packed)
+TARGET static float quantise(const float *row, int64_t cols, int64_t padded, int32_t limit, void *packed)
 {
     return quantise_inline(row, cols, padded, limit, packed);
 }
@@ -44,13 +44,14 @@ TARGET DMOE_INLINE int32_t total_integer(__m256i sums)
 /* `tokens` is a constant at every call, so that the sums stay in registers. */
 TARGET DMOE_INLINE void tile(const struct product *p, int64_t first, const int tokens)
 {
+    struct stream stream = tile_stream(p, first, tokens);
     __m256 sums[DMOE_ROWS][TOKENS];
     for (int row = 0; row < DMOE_ROWS; row++)
         for (int t = 0; t < tokens; t++)
             sums[row][t] = _mm256_setzero_ps();
     for (int64_t k = 0; k < p->padded; k += 8) {
-        if (first == 0 && k % DMOE_PAD == 0)
-            prefetch_inline(p, k);
+        if (k % DMOE_PAD == 0)
+            prefetch_step(&stream);
         __m256 x[TOKENS];
         for (int t = 0; t < tokens; t++)
             x[t] = _mm256_loadu_ps((const float *)(p->packed + (first + t) * p->stride) + k);
@@ -67,13 +68,14 @@ TARGET DMOE_INLINE void tile(const struct product *p, int64_t first, const int t
 
 TARGET DMOE_INLINE void tile_integer(const struct product *p, int64_t first, const int tokens)
 {
+    struct stream stream = tile_stream(p, first, tokens);
     __m256i sums[DMOE_ROWS][TOKENS];
     for (int row = 0; row < DMOE_ROWS; row++)
         for (int t = 0; t < tokens; t++)
             sums[row][t] = _mm256_setzero_si256();
     for (int64_t k = 0; k < p->padded; k += 16) {
-        if (first == 0 && k % DMOE_PAD == 0)
-            prefetch_inline(p, k);
+        if (k % DMOE_PAD == 0)
+            prefetch_step(&stream);
         for (int row = 0; row < DMOE_ROWS; row++) {
             __m256i w = _mm256_loadu_si256((const __m256i *)((const int16_t *)p->weights[row] + k));
             for (int t = 0; t < tokens; t++) {
@@ -111,12 +113,22 @@ TARGET static void multiply_integer(const struct product *p)
         tile_integer(p, t, 1);
 }
 
+TARGET static void scale(float *sums, const unsigned char *scales, float worth, int64_t count)
+{
+    scale_inline(sums, scales, worth, count);
+}
+
 TARGET static void silu_times(float *gate, const float *up, int64_t count)
 {
     silu_times_inline(gate, up, count);
 }
 
+TARGET static void round_bf16(const float *from, int64_t count, uint16_t *to)
+{
+    round_inline(from, count, to);
+}
+
 const struct variant dmoe_avx2 = {
-    "avx2", supported, sizeof(float), pack, quantise, decode, multiply, multiply_integer, silu_times,
+    "avx2", supported, sizeof(float), pack, quantise, decode, multiply, multiply_integer, scale, silu_times, round_bf16,
 };
 #endif

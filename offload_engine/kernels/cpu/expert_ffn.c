@@ -11,6 +11,7 @@
 #include "variant.h"
 
 #define CHUNK 32 /* rows of weights that a thread takes at a time; a multiple of DMOE_ROWS */
+#define LEAD 16  /* rows between what is computed and what is prefetched; below CHUNK */
 #define ALIGN 64
 
 enum { OK = 0, NO_MEMORY = 1, NO_VARIANT = 2 };
@@ -47,7 +48,7 @@ static int64_t element_size(const struct job *job)
 static int32_t integer_limit(int64_t cols)
 {
     int64_t limit = INT32_MAX / (128 * cols);
-    return (int32_t)(limit > INT16_MAX ? INT16_MAX : limit);
+    return (int32_t)(limit > DMOE_LARGEST ? DMOE_LARGEST : limit);
 }
 
 static void pack_row(struct job *job, const float *row, int64_t token, int64_t cols)
@@ -60,37 +61,45 @@ static void pack_row(struct job *job, const float *row, int64_t token, int64_t c
         job->variant->pack(row, cols, padded, packed);
 }
 
-/* Rows `first` to `last` of a matrix times the packed activations, into tile[t * CHUNK + row - first]. */
-static void project(const struct job *job, const struct matrix *matrix, int64_t first, int64_t last, char *scratch, float *tile)
+static int64_t row_size(const struct matrix *matrix)
+{
+    return row_values(matrix, 1) - matrix->values;
+}
+
+/* Rows `first` to `last` of a matrix times the packed activations, into tile[t * CHUNK + row - first]. `after` is what
+ * this thread reads next: the memory is asked for LEAD rows early, which may lie there.
+ */
+static void project(
+    const struct job *job, const struct matrix *matrix, int64_t first, int64_t last, const unsigned char *after,
+    char *scratch, float *tile)
 {
     int integer = matrix->format == DMOE_INT8;
-    int64_t padded = round_up(matrix->cols, DMOE_PAD), element = element_size(job);
+    int64_t padded = round_up(matrix->cols, DMOE_PAD), element = element_size(job), size = row_size(matrix);
     struct product product = {
-        .packed = job->packed, .stride = job->stride, .padded = padded, .tokens = job->tokens, .out_stride = CHUNK};
+        .packed = job->packed,
+        .stride = job->stride,
+        .padded = padded,
+        .tokens = job->tokens,
+        .ahead_bytes = DMOE_ROWS * size,
+        .out_stride = CHUNK,
+    };
     for (int64_t row = first; row < last; row += DMOE_ROWS) {
         for (int r = 0; r < DMOE_ROWS; r++) {
             int64_t at = row + r < last ? row + r : last - 1; /* the last rows are computed again, and not used */
             product.weights[r] = job->variant->decode(matrix, at, padded, scratch + r * padded * element);
         }
-        int64_t following = row + DMOE_ROWS < matrix->rows ? row + DMOE_ROWS : row;
-        product.ahead = (const char *)row_values(matrix, following);
-        product.ahead_step = DMOE_ROWS * DMOE_PAD * (row_values(matrix, 1) - matrix->values) / matrix->cols;
+        int64_t lead = row + LEAD;
+        product.ahead = (const char *)(lead < last ? row_values(matrix, lead) : after + (lead - last) * size);
         product.out = tile + (row - first);
         if (integer)
             job->variant->multiply_integer(&product);
         else
             job->variant->multiply(&product);
     }
-    if (!integer)
-        return;
-    for (int64_t t = 0; t < job->tokens; t++)
-        for (int64_t row = first; row < last; row++) {
-            float *cell = tile + t * CHUNK + row - first, scale;
-            int32_t sum;
-            memcpy(&sum, cell, sizeof sum);
-            memcpy(&scale, matrix->scales + row * (int64_t)sizeof scale, sizeof scale);
-            *cell = (float)sum * (scale * job->packed_scale[t]);
-        }
+    if (integer)
+        for (int64_t t = 0; t < job->tokens; t++)
+            job->variant->scale(
+                tile + t * CHUNK, matrix->scales + first * (int64_t)sizeof(float), job->packed_scale[t], last - first);
 }
 
 static char *my_scratch(struct job *job)
@@ -98,11 +107,15 @@ static char *my_scratch(struct job *job)
     return job->scratch + __atomic_fetch_add(&job->workers, 1, __ATOMIC_RELAXED) * job->scratch_size;
 }
 
-static int next_chunk(struct job *job, int64_t rows, int64_t *first, int64_t *last)
+/* The first row of a chunk that nobody else has; `rows` or more when all are taken. */
+static int64_t take_chunk(struct job *job)
 {
-    *first = __atomic_fetch_add(&job->next, CHUNK, __ATOMIC_RELAXED);
-    *last = *first + CHUNK < rows ? *first + CHUNK : rows;
-    return *first < rows;
+    return __atomic_fetch_add(&job->next, CHUNK, __ATOMIC_RELAXED);
+}
+
+static int64_t chunk_end(int64_t first, int64_t rows)
+{
+    return first + CHUNK < rows ? first + CHUNK : rows;
 }
 
 static void gate_and_up(void *argument)
@@ -110,13 +123,15 @@ static void gate_and_up(void *argument)
     struct job *job = argument;
     char *scratch = my_scratch(job);
     float *gate = (float *)(scratch + job->decoded_size), *up = gate + job->tokens * CHUNK;
-    int64_t first, last;
-    while (next_chunk(job, job->gate.rows, &first, &last)) {
-        project(job, &job->gate, first, last, scratch, gate);
-        project(job, &job->up, first, last, scratch, up);
+    int64_t rows = job->gate.rows;
+    for (int64_t first = take_chunk(job), next; first < rows; first = next) {
+        int64_t last = chunk_end(first, rows);
+        next = take_chunk(job);
+        project(job, &job->gate, first, last, row_values(&job->up, first), scratch, gate);
+        project(job, &job->up, first, last, row_values(&job->gate, next), scratch, up);
         for (int64_t t = 0; t < job->tokens; t++) {
             job->variant->silu_times(gate + t * CHUNK, up + t * CHUNK, last - first);
-            memcpy(job->inner + t * job->gate.rows + first, gate + t * CHUNK, (size_t)(last - first) * sizeof *gate);
+            memcpy(job->inner + t * rows + first, gate + t * CHUNK, (size_t)(last - first) * sizeof *gate);
         }
     }
 }
@@ -126,14 +141,15 @@ static void down(void *argument)
     struct job *job = argument;
     char *scratch = my_scratch(job);
     float *tile = (float *)(scratch + job->decoded_size);
-    int64_t first, last;
-    while (next_chunk(job, job->down.rows, &first, &last)) {
-        project(job, &job->down, first, last, scratch, tile);
+    int64_t rows = job->down.rows;
+    for (int64_t first = take_chunk(job), next; first < rows; first = next) {
+        int64_t last = chunk_end(first, rows);
+        next = take_chunk(job);
+        project(job, &job->down, first, last, row_values(&job->down, next), scratch, tile);
         for (int64_t t = 0; t < job->tokens; t++) {
-            int64_t at = t * job->down.rows + first, count = last - first;
+            int64_t at = t * rows + first, count = last - first;
             if (job->bf16)
-                for (int64_t i = 0; i < count; i++)
-                    ((uint16_t *)job->out)[at + i] = to_bf16(tile[t * CHUNK + i]);
+                job->variant->round(tile + t * CHUNK, count, (uint16_t *)job->out + at);
             else
                 memcpy((float *)job->out + at, tile + t * CHUNK, (size_t)count * sizeof *tile);
         }
@@ -212,23 +228,23 @@ EXPORT int dmoe_expert_ffn(
         .out = out,
     };
     int64_t widest = round_up(h > i ? h : i, DMOE_PAD);
-    job.stride = round_up(widest * element_size(&job), ALIGN);
+    job.stride = round_up(widest * element_size(&job), ALIGN) + DMOE_SPARE;
     job.decoded_size = round_up(DMOE_ROWS * widest * element_size(&job), ALIGN);
     job.scratch_size = round_up(job.decoded_size + 2 * tokens * CHUNK * (int64_t)sizeof(float), ALIGN);
 
     int64_t packed_size = tokens * job.stride;
     int64_t inner_size = round_up(tokens * i * (int64_t)sizeof(float), ALIGN);
     int64_t scale_size = round_up(tokens * (int64_t)sizeof(float), ALIGN);
-    int64_t row_size = round_up(h * (int64_t)sizeof(float), ALIGN);
+    int64_t one_row = round_up(h * (int64_t)sizeof(float), ALIGN);
     char *workspace = NULL;
-    size_t size = (size_t)(packed_size + inner_size + scale_size + row_size + threads * job.scratch_size);
+    size_t size = (size_t)(packed_size + inner_size + scale_size + one_row + threads * job.scratch_size);
     if (posix_memalign((void **)&workspace, ALIGN, size))
         return NO_MEMORY;
     job.packed = workspace;
     job.inner = (float *)(job.packed + packed_size);
     job.packed_scale = (float *)((char *)job.inner + inner_size);
     float *row = (float *)((char *)job.packed_scale + scale_size);
-    job.scratch = (char *)row + row_size;
+    job.scratch = (char *)row + one_row;
 
     pack_hidden(&job, hidden, row);
     run(&job, gate_and_up, threads, parallel);

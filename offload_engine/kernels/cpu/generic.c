@@ -13,7 +13,7 @@ static void pack(const float *row, int64_t cols, int64_t padded, void *packed)
     pack_float_inline(row, cols, padded, packed);
 }
 
-static float quantise(const float *row, int64_t cols, int64_t padded, int32_t limit, int16_t *packed)
+static float quantise(const float *row, int64_t cols, int64_t padded, int32_t limit, void *packed)
 {
     return quantise_inline(row, cols, padded, limit, packed);
 }
@@ -65,11 +65,21 @@ static void multiply_integer(const struct product *p)
                 dot_integer((const int16_t *)(p->packed + t * p->stride), p->weights[row], p->padded);
 }
 
+static void scale(float *sums, const unsigned char *scales, float worth, int64_t count)
+{
+    scale_inline(sums, scales, worth, count);
+}
+
 static void silu_times(float *gate, const float *up, int64_t count)
 {
     silu_times_inline(gate, up, count);
 }
 
+static void round_bf16(const float *from, int64_t count, uint16_t *to)
+{
+    round_inline(from, count, to);
+}
+
 const struct variant dmoe_generic = {
-    "generic", supported, sizeof(float), pack, quantise, decode, multiply, multiply_integer, silu_times,
+    "generic", supported, sizeof(float), pack, quantise, decode, multiply, multiply_integer, scale, silu_times, round_bf16,
 };

@@ -12,7 +12,9 @@
 #include <stdint.h>
 #include <string.h>
 
-#define DMOE_PAD 32
+#define DMOE_PAD 64
+#define DMOE_SPARE 64        /* bytes behind a packed row that a variant may use */
+#define DMOE_LARGEST 32639   /* integer activation: 127 * 256 + 127 */
 #define DMOE_ROWS 4 /* rows of weights that a dot product takes at once */
 #define DMOE_INLINE static inline __attribute__((always_inline))
 
@@ -30,23 +32,25 @@ struct product {
     const void *weights[DMOE_ROWS]; /* decoded rows, `padded` elements each */
     const char *packed;             /* activations, `padded` elements each, `stride` bytes apart */
     int64_t stride, padded, tokens;
-    const char *ahead;  /* what will be read next, */
-    int64_t ahead_step; /* and how many bytes of it to prefetch for every DMOE_PAD columns */
-    float *out;         /* out[t * out_stride + r]; int32 on the integer path */
+    const char *ahead;   /* what will be read next, to be prefetched meanwhile, */
+    int64_t ahead_bytes; /* and how much of it */
+    float *out;          /* out[t * out_stride + r]; int32 on the integer path */
     int64_t out_stride;
 };
 
 struct variant {
     const char *name;
     int (*supported)(void);
-    int64_t element; /* bytes per element on the float path; 2 on the integer path */
+    int64_t element; /* bytes per element on the float path; on the integer path 2, or less where `decode` says so */
     void (*pack)(const float *row, int64_t cols, int64_t padded, void *packed);
-    float (*quantise)(const float *row, int64_t cols, int64_t padded, int32_t limit, int16_t *packed);
+    float (*quantise)(const float *row, int64_t cols, int64_t padded, int32_t limit, void *packed);
     /* A row in the path's element type, zeros behind `cols`: in `scratch`, or where it lies. */
     const void *(*decode)(const struct matrix *matrix, int64_t row, int64_t padded, void *scratch);
     void (*multiply)(const struct product *product);
     void (*multiply_integer)(const struct product *product);
+    void (*scale)(float *sums, const unsigned char *scales, float worth, int64_t count); /* int32 to float32, in place */
     void (*silu_times)(float *gate, const float *up, int64_t count); /* gate = silu(gate) * up */
+    void (*round)(const float *from, int64_t count, uint16_t *to);   /* to bf16, to nearest even */
 };
 
 extern const struct variant dmoe_generic;
@@ -111,8 +115,19 @@ DMOE_INLINE void silu_times_inline(float *gate, const float *up, int64_t count)
         gate[i] = gate[i] / (1.0f + fast_exp(-gate[i])) * up[i];
 }
 
-/* Integers of at most `limit` in size, and what one of them is worth: NaN for a row that is not finite. */
-DMOE_INLINE float quantise_inline(const float *row, int64_t cols, int64_t padded, int32_t limit, int16_t *packed)
+DMOE_INLINE void round_inline(const float *from, int64_t count, uint16_t *to)
+{
+    for (int64_t i = 0; i < count; i++)
+        to[i] = to_bf16(from[i]);
+}
+
+/* How a row of activations becomes integers: times `inverse`, rounded; and what one of them is worth. */
+struct rounding {
+    float inverse, worth;
+};
+
+/* To integers of at most `limit`. A row that is not finite is worth NaN; one too small to be told from zero is zero. */
+DMOE_INLINE struct rounding row_rounding(const float *row, int64_t cols, int32_t limit)
 {
     int32_t largest = 0; /* as bits: these order like the sizes they stand for, NaN above all */
     for (int64_t i = 0; i < cols; i++) {
@@ -120,16 +135,32 @@ DMOE_INLINE float quantise_inline(const float *row, int64_t cols, int64_t padded
         largest = size > largest ? size : largest;
     }
     float peak = float_of((uint32_t)largest);
-    int usable = peak >= 1e-30f && largest < 0x7F800000;
-    float inverse = usable ? (float)limit / peak : 0.0f;
-    for (int64_t i = 0; i < cols; i++) {
-        float value = usable ? row[i] * inverse : 0.0f;
-        packed[i] = (int16_t)(int32_t)(bits_of(value + DMOE_ROUNDER) - 0x4B400000u);
-    }
-    memset(packed + cols, 0, (size_t)(padded - cols) * sizeof *packed);
     if (largest >= 0x7F800000)
-        return float_of(0x7FC00000);
-    return usable ? peak / (float)limit : 0.0f;
+        return (struct rounding){0.0f, float_of(0x7FC00000)};
+    if (peak < 1e-30f)
+        return (struct rounding){0.0f, 0.0f};
+    return (struct rounding){(float)limit / peak, peak / (float)limit};
+}
+
+DMOE_INLINE float quantise_inline(const float *row, int64_t cols, int64_t padded, int32_t limit, void *packed)
+{
+    struct rounding rounding = row_rounding(row, cols, limit);
+    int16_t *out = packed;
+    memset(out, 0, (size_t)padded * sizeof *out);
+    if (rounding.inverse != 0.0f)
+        for (int64_t i = 0; i < cols; i++)
+            out[i] = (int16_t)(int32_t)(bits_of(row[i] * rounding.inverse + DMOE_ROUNDER) - 0x4B400000u);
+    return rounding.worth;
+}
+
+/* Sums of the integer path (int32, in cells of float32) times their rows' scales and the worth of an activation. */
+DMOE_INLINE void scale_inline(float *sums, const unsigned char *scales, float worth, int64_t count)
+{
+    for (int64_t i = 0; i < count; i++) {
+        float scale;
+        memcpy(&scale, scales + i * (int64_t)sizeof scale, sizeof scale);
+        sums[i] = (float)(int32_t)bits_of(sums[i]) * (scale * worth);
+    }
 }
 
 DMOE_INLINE void decode_int8_inline(const unsigned char *values, int64_t cols, int64_t padded, int16_t *row)
@@ -195,11 +226,27 @@ DMOE_INLINE void pack_float_inline(const float *row, int64_t cols, int64_t padde
     memset((float *)packed + cols, 0, (size_t)(padded - cols) * sizeof *row);
 }
 
-DMOE_INLINE void prefetch_inline(const struct product *product, int64_t column)
+/* The part of what comes next that one tile of tokens asks for: spread evenly, since bursts wait for the memory. */
+struct stream {
+    const char *next, *end;
+    int64_t step; /* bytes for every DMOE_PAD columns, whole cache lines */
+};
+
+DMOE_INLINE struct stream tile_stream(const struct product *product, int64_t first, int64_t tokens)
 {
-    const char *at = product->ahead + column / DMOE_PAD * product->ahead_step;
-    for (int64_t line = 0; line < product->ahead_step; line += 64)
-        __builtin_prefetch(at + line, 0, 2);
+    int64_t from = product->ahead_bytes * first / product->tokens;
+    int64_t to = product->ahead_bytes * (first + tokens) / product->tokens;
+    int64_t step = (to - from) * DMOE_PAD / product->padded;
+    return (struct stream){product->ahead + from, product->ahead + to, (step + 63) / 64 * 64};
+}
+
+DMOE_INLINE void prefetch_step(struct stream *stream)
+{
+    for (int64_t line = 0; line < stream->step; line += 64)
+        if (stream->next < stream->end) {
+            __builtin_prefetch(stream->next, 0, 2);
+            stream->next += 64;
+        }
 }
 
 #endif
