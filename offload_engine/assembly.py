@@ -9,6 +9,7 @@ from pathlib import Path
 import psutil
 import torch
 
+from offload_engine import kernels
 from offload_engine.config import EngineConfig
 from offload_engine.decode.warm_up import warm_up
 from offload_engine.errors import CheckpointError, DeviceError, MemoryBudgetError, TokenizerError
@@ -37,8 +38,11 @@ BUILT_IN = Path(__file__).parent / "assets" / "tiny"
 LLADA2_MASK, LLADA2_EOS = 156895, 156892
 """The special ids of published LLaDA2 checkpoints, for those that come without a tokenizer (REFERENCE §1)."""
 
-RUNTIME_MARGIN = 16 * 2**20
+RUNTIME_MARGIN = 8 * 2**20
 """Beside what the process takes once warm: kernels compiled for further shapes, stacks, the allocator's leftovers."""
+
+EXPERT_SHAPES_MARGIN = 8 * 2**20
+"""And where torch computes the experts: oneDNN compiles for every number of tokens that one of them gets."""
 
 SMALL_MATRIX = 2**18
 """Weights of the largest matrix of a layer, below which a model counts as small."""
@@ -209,6 +213,7 @@ def setup_for(
     config: EngineConfig, model: ModelConfig, *, dtype: torch.dtype, stored: torch.dtype, slab_bytes: int | None = None
 ) -> Setup:
     """What decides the memory a run takes, for this process as it stands."""
+    margin = RUNTIME_MARGIN + (EXPERT_SHAPES_MARGIN if kernels.status().variant is None else 0)
     return Setup(
         device="cpu",
         itemsize=dtype.itemsize,
@@ -216,7 +221,7 @@ def setup_for(
         slab_bytes=slab_bytes,
         prefill_chunk=config.prefill_chunk,
         choices=max(config.top_k_experts, model.num_experts_per_tok) if config.routing == "top-k" else None,
-        runtime_bytes=round_up(psutil.Process().memory_info().rss + RUNTIME_MARGIN, RUNTIME_STEP),
+        runtime_bytes=round_up(psutil.Process().memory_info().rss + margin, RUNTIME_STEP),
         transfers_in_flight=config.transfers_in_flight,
     )
 

@@ -111,8 +111,8 @@ class ExpertOutputs:
 
     def combine(self) -> Tensor:
         """The weighted sum [T, H]: accumulated in float32, then cast (REFERENCE §1)."""
-        per_choice = self.outputs.view(*self.decision.experts.shape, -1).float()
-        return (per_choice * self.decision.weights.unsqueeze(-1)).sum(dim=1).to(self.hidden.dtype)
+        per_choice = self.outputs.view(*self.decision.experts.shape, -1).to(torch.float32, copy=True)
+        return per_choice.mul_(self.decision.weights.unsqueeze(-1)).sum(dim=1).to(self.hidden.dtype)
 
 
 class ResidentExperts:
