@@ -11,7 +11,7 @@
 #include "variant.h"
 
 #define CHUNK 32 /* rows of weights that a thread takes at a time; a multiple of DMOE_ROWS */
-#define LEAD 16  /* rows between what is computed and what is prefetched; below CHUNK */
+#define LEAD 4   /* rows between what is computed and what is prefetched; below CHUNK */
 #define ALIGN 64
 
 enum { OK = 0, NO_MEMORY = 1, NO_VARIANT = 2 };

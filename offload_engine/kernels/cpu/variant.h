@@ -244,7 +244,7 @@ DMOE_INLINE void prefetch_step(struct stream *stream)
 {
     for (int64_t line = 0; line < stream->step; line += 64)
         if (stream->next < stream->end) {
-            __builtin_prefetch(stream->next, 0, 2);
+            __builtin_prefetch(stream->next, 0, 3);
             stream->next += 64;
         }
 }
