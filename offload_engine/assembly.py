@@ -9,6 +9,7 @@ from pathlib import Path
 import psutil
 import torch
 
+from offload_engine import kernels
 from offload_engine.config import EngineConfig
 from offload_engine.decode.warm_up import warm_up
 from offload_engine.errors import CheckpointError, DeviceError, MemoryBudgetError, TokenizerError
@@ -40,8 +41,11 @@ BUILT_IN = Path(__file__).parent / "assets" / "tiny"
 LLADA2_MASK, LLADA2_EOS = 156895, 156892
 """The special ids of published LLaDA2 checkpoints, for those that come without a tokenizer (REFERENCE §1)."""
 
-RUNTIME_MARGIN = 16 * 2**20
+RUNTIME_MARGIN = 8 * 2**20
 """Beside what the process takes once warm: kernels compiled for further shapes, stacks, the allocator's leftovers."""
+
+EXPERT_SHAPES_MARGIN = 8 * 2**20
+"""And where torch computes the experts: oneDNN compiles for every number of tokens that one of them gets."""
 
 SMALL_MATRIX = 2**18
 """Weights of the largest matrix of a layer, below which a model counts as small."""
@@ -215,6 +219,7 @@ def setup_for(
     config: EngineConfig, model: ModelConfig, *, dtype: torch.dtype, stored: ExpertFormat, slab_bytes: int | None = None
 ) -> Setup:
     """What decides the memory a run takes, for this process as it stands."""
+    margin = RUNTIME_MARGIN + (EXPERT_SHAPES_MARGIN if kernels.status().variant is None else 0)
     return Setup(
         device="cpu",
         itemsize=dtype.itemsize,
@@ -222,7 +227,7 @@ def setup_for(
         slab_bytes=slab_bytes,
         prefill_chunk=config.prefill_chunk,
         choices=max(config.top_k_experts, model.num_experts_per_tok) if config.routing == "top-k" else None,
-        runtime_bytes=round_up(psutil.Process().memory_info().rss + RUNTIME_MARGIN, RUNTIME_STEP),
+        runtime_bytes=round_up(psutil.Process().memory_info().rss + margin, RUNTIME_STEP),
         transfers_in_flight=config.transfers_in_flight,
     )
 
@@ -245,9 +250,9 @@ def plan_for(config: EngineConfig, model: ModelConfig, setup: Setup) -> MemoryPl
     try:
         return plan(setup)
     except MemoryBudgetError:
-        # The next process may measure itself larger, by more than one step where this one was the first to touch the
-        # libraries' files; the budget that the refusal names must do for it too.
-        plan(replace(setup, runtime_bytes=(setup.runtime_bytes or 0) + 3 * RUNTIME_STEP))
+        # The next process may measure itself larger, by over 30 MB where the libraries' files weren't in the page cache when
+        # this one touched them; the budget that the refusal names must do for it too.
+        plan(replace(setup, runtime_bytes=(setup.runtime_bytes or 0) + 6 * RUNTIME_STEP))
         raise
 
 

@@ -2,17 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
 from offload_engine import assembly
 from offload_engine.experts.executor import OffloadedExperts
+from offload_engine.kernels import library
 
 torch.set_num_threads(1)
 
 settings.register_profile("default", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("default")
+
+
+@pytest.fixture
+def torch_computes(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Experts are computed by torch, as where our kernel isn't built."""
+    monkeypatch.setenv(library.CHOICE, "off")
+    library.status.cache_clear()
+    yield
+    library.status.cache_clear()
 
 
 @pytest.fixture(autouse=True)

@@ -257,7 +257,7 @@ def test_the_refusal_shows_the_table() -> None:
 
 
 def test_a_context_that_is_too_long_for_the_budget_has_a_way_out() -> None:
-    with pytest.raises(MemoryBudgetError, match=r"or max_context to at most 3456\n"):
+    with pytest.raises(MemoryBudgetError, match=r"or max_context to at most 3872\n"):
         plan_memory(mini(), Setup(device="cpu"), 2_720_000_000, max_context=16384)
 
 

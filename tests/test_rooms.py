@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ PACKAGE = Path(__file__).parent.parent / "offload_engine"
 
 FLOORS: list[tuple[str, ...]] = [
     ("errors", "core"),
-    ("config", "metrics", "trace", "text"),
+    ("config", "metrics", "trace", "text", "kernels"),
     ("routing",),
     ("model",),
     ("memory",),
@@ -98,6 +99,14 @@ def test_the_simulator_sees_the_simulated_half_alone(path: Path) -> None:
     assert rooms_of(found - inside) <= SIMULATED | {"simulate"}
     assert {item.split(".")[2] for item in inside} <= set(SIMULATED_EXPERTS)
     assert not {item for item in found if item.split(".")[0] == "torch"}
+
+
+def test_kernels_see_only_errors_and_torch() -> None:
+    for path in (PACKAGE / "kernels").glob("*.py"):
+        found = imports(path)
+        assert rooms_of(found) <= {"errors", "kernels"}, path
+        others = {name.split(".")[0] for name in found} - set(sys.stdlib_module_names)
+        assert others <= {"torch", "offload_engine"}, path
 
 
 def test_nothing_in_the_package_imports_tools_or_transformers() -> None:

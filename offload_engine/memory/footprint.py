@@ -19,7 +19,7 @@ FLOAT32 = 4
 INT64 = 8
 SLAB_ALIGNMENT = 4096
 """Direct reads start and end on multiples of this."""
-GEMM_SCRATCH_BYTES = 32 * 2**20
+GEMM_SCRATCH_BYTES: dict[DeviceKind, int] = {"cpu": 16 * 2**20, "cuda": 32 * 2**20}
 """The matrix libraries' own buffers: up to 11 MB were measured with MKL and oneDNN on 2 threads; cuBLAS takes 8 to 32
 MiB."""
 ROUTING_BYTES_PER_SCORE = 64
@@ -113,7 +113,7 @@ def workspace_bytes(config: ModelConfig, forward: Forward, device: DeviceKind) -
     largest = fixed + max(stages)
     if device == "cuda":
         largest += largest // 4  # torch's caching allocator keeps freed blocks whose size fits no later stage
-    return largest + GEMM_SCRATCH_BYTES
+    return largest + GEMM_SCRATCH_BYTES[device]
 
 
 def _attention_bytes(config: ModelConfig, forward: Forward, device: DeviceKind) -> int:
@@ -144,10 +144,11 @@ def _feed_forward_bytes(config: ModelConfig, forward: Forward) -> int:
     routing = tokens * (hidden * FLOAT32 + config.num_experts * ROUTING_BYTES_PER_SCORE)
     decision = tokens * forward.choices * (4 * INT64 + 2 * FLOAT32)
     outputs = tokens * forward.choices * hidden * item
-    rows = round_up(tokens, 32)  # all tokens may choose one expert, padded as `model.moe.padded_rows` does
-    one_expert = rows * (3 * hidden + 4 * config.moe_intermediate_size) * item
+    # All tokens may choose one expert: padded as `model.moe.padded_rows` does, or packed as float32 by the CPU kernel.
+    rows = round_up(tokens, 32)
+    one_expert = rows * (4 * hidden + 4 * config.moe_intermediate_size) * item
     if forward.dequantise:
         matrix = hidden * config.moe_intermediate_size
         one_expert += 3 * matrix * item + matrix * (FLOAT32 + 1)  # the three, and one on its way through float32
-    combine = tokens * hidden * ((2 * forward.choices + 1) * FLOAT32 + item)
+    combine = tokens * hidden * ((forward.choices + 1) * FLOAT32 + item)
     return max(dense, shared, routing, decision + outputs + max(one_expert, combine))

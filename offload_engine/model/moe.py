@@ -9,10 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from offload_engine import kernels
 from offload_engine.core import ForwardInfo, RoutingDecision
 from offload_engine.model.config import ModelConfig
 from offload_engine.model.layers import SwiGLU
-from offload_engine.model.quantized import Matrix, in_dtype
+from offload_engine.model.quantized import Matrix, QuantizedMatrix, in_dtype
 from offload_engine.routing.base import Route
 
 
@@ -79,14 +80,25 @@ def padded_rows(rows: int, dtype: torch.dtype) -> int:
 def expert_ffn(hidden: Tensor, weights: ExpertWeights) -> Tensor:
     """One expert on its tokens: down(silu(gate(x)) * up(x)), [n, H] -> [n, H], in `hidden`'s dtype.
 
-    Weights stored otherwise are converted, or dequantised, here.
+    In bf16 on the CPU by our kernel, if it is there, from whatever the weights are stored as; otherwise by torch, with
+    weights of another kind converted, or dequantised, here.
     """
+    if hidden.dtype == torch.bfloat16:
+        stored = [_kernel_matrix(matrix) for matrix in weights]
+        if kernels.serves(hidden, *stored):
+            return kernels.expert_ffn(hidden, *stored)
     rows = hidden.shape[0]
     missing = padded_rows(rows, hidden.dtype) - rows
     if missing:
         hidden = F.pad(hidden, (0, 0, 0, missing))
     gate, up, down = (in_dtype(matrix, hidden.dtype) for matrix in weights)
     return F.linear(F.silu(F.linear(hidden, gate)) * F.linear(hidden, up), down)[:rows]
+
+
+def _kernel_matrix(matrix: Matrix) -> kernels.Matrix:
+    if isinstance(matrix, QuantizedMatrix):
+        return kernels.Matrix(matrix.values, matrix.scales)
+    return kernels.Matrix(matrix)
 
 
 class ExpertOutputs:
@@ -108,8 +120,8 @@ class ExpertOutputs:
 
     def combine(self) -> Tensor:
         """The weighted sum [T, H]: accumulated in float32, then cast (REFERENCE §1)."""
-        per_choice = self.outputs.view(*self.decision.experts.shape, -1).float()
-        return (per_choice * self.decision.weights.unsqueeze(-1)).sum(dim=1).to(self.hidden.dtype)
+        per_choice = self.outputs.view(*self.decision.experts.shape, -1).to(torch.float32, copy=True)
+        return per_choice.mul_(self.decision.weights.unsqueeze(-1)).sum(dim=1).to(self.hidden.dtype)
 
 
 class ResidentExperts:

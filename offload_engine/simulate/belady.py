@@ -13,7 +13,7 @@ NEVER = 2**62
 
 
 def belady_misses(demands: Sequence[Sequence[ExpertKey]], slots: int) -> list[int]:
-    """Misses of each demand when the expert whose next use is farthest makes room (Belady, IBM Systems Journal 5(2), 1966).
+    """Misses of each demand when the expert whose next use is farthest makes room (Belady, IBM Syst. J. 5(2), 1966).
 
     `demands` are the experts of one layer run after the other, taken one by one in their order; every miss takes a
     slot, and the cache starts empty. That is the optimum for this order of uses; a scheduler that computes what is

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from offload_engine import kernels
 from offload_engine.model.moe import ExpertWeights, expert_ffn
 from offload_engine.model.quantized import (
     ExpertFormat,
@@ -108,6 +109,7 @@ def test_formats_have_names():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("quantize", [quantize_int8, lambda matrix: quantize_int4(matrix, 8)])
+@pytest.mark.usefixtures("torch_computes")
 def test_an_expert_computes_with_its_dequantised_weights(dtype, quantize):
     gate, up, down = (quantize(drawn(*shape, 1, torch.float32, 0.3)) for shape in ((16, 32), (16, 32), (32, 16)))
     hidden = drawn(5, 32, 2, dtype, 1.0)
@@ -117,3 +119,18 @@ def test_an_expert_computes_with_its_dequantised_weights(dtype, quantize):
     assert torch.equal(found, expert_ffn(hidden, plain))
     wanted = F.linear(F.silu(F.linear(hidden, plain.gate)) * F.linear(hidden, plain.up), plain.down)
     torch.testing.assert_close(found, wanted)
+
+
+@pytest.mark.parametrize("quantize", [quantize_int8, lambda matrix: quantize_int4(matrix, 8)])
+def test_the_kernel_takes_them_as_they_are(quantize):
+    """Against float32 with the very weights; in bf16 an activation is rounded to 8 bits three times on the way."""
+    if not kernels.status().variant:
+        pytest.skip(kernels.status().reason)
+    weights = ExpertWeights(
+        *(quantize(drawn(*shape, 1, torch.float32, 0.3)) for shape in ((16, 32), (16, 32), (32, 16)))
+    )
+    hidden = drawn(5, 32, 2, torch.bfloat16, 1.0)
+    found = expert_ffn(hidden, weights)
+    assert found.dtype == torch.bfloat16
+    plain = ExpertWeights(*(matrix.dequantize(torch.float32) for matrix in weights))
+    torch.testing.assert_close(found.float(), expert_ffn(hidden.float(), plain), rtol=0.03, atol=0.03)

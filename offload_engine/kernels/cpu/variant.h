@@ -1,0 +1,252 @@
+/* What an instruction set has to bring, and the arithmetic that all of them share.
+ *
+ * Two paths: bf16 and int4 weights are multiplied in the variant's own float type (bf16 pairs on AVX512-BF16, float32
+ * elsewhere) and summed in float32; int8 weights are multiplied with activations rounded to 16-bit integers, and summed
+ * exactly in int32. Every variant therefore agrees bit for bit on int8.
+ *
+ * Rows are padded with zeros to a multiple of DMOE_PAD columns, so that no inner loop has a remainder.
+ */
+#ifndef DMOE_VARIANT_H
+#define DMOE_VARIANT_H
+
+#include <stdint.h>
+#include <string.h>
+
+#define DMOE_PAD 64
+#define DMOE_SPARE 64        /* bytes behind a packed row that a variant may use */
+#define DMOE_LARGEST 32639   /* integer activation: 127 * 256 + 127 */
+#define DMOE_ROWS 4 /* rows of weights that a dot product takes at once */
+#define DMOE_INLINE static inline __attribute__((always_inline))
+
+enum format { DMOE_BF16 = 0, DMOE_INT8 = 1, DMOE_INT4 = 2 };
+
+struct matrix {
+    const unsigned char *values; /* row-major: bf16 [rows, cols], int8 [rows, cols], uint8 [rows, cols / 2] */
+    const unsigned char *scales; /* nothing, float32 [rows], bf16 [rows, cols / group] */
+    int64_t rows, cols, group;
+    int format;
+};
+
+/* Four rows of weights against `tokens` packed rows of activations. */
+struct product {
+    const void *weights[DMOE_ROWS]; /* decoded rows, `padded` elements each */
+    const char *packed;             /* activations, `padded` elements each, `stride` bytes apart */
+    int64_t stride, padded, tokens;
+    const char *ahead;   /* what will be read next, to be prefetched meanwhile, */
+    int64_t ahead_bytes; /* and how much of it */
+    float *out;          /* out[t * out_stride + r]; int32 on the integer path */
+    int64_t out_stride;
+};
+
+struct variant {
+    const char *name;
+    int (*supported)(void);
+    int64_t element; /* bytes per element on the float path; on the integer path 2, or less where `decode` says so */
+    void (*pack)(const float *row, int64_t cols, int64_t padded, void *packed);
+    float (*quantise)(const float *row, int64_t cols, int64_t padded, int32_t limit, void *packed);
+    /* A row in the path's element type, zeros behind `cols`: in `scratch`, or where it lies. */
+    const void *(*decode)(const struct matrix *matrix, int64_t row, int64_t padded, void *scratch);
+    void (*multiply)(const struct product *product);
+    void (*multiply_integer)(const struct product *product);
+    void (*scale)(float *sums, const unsigned char *scales, float worth, int64_t count); /* int32 to float32, in place */
+    void (*silu_times)(float *gate, const float *up, int64_t count); /* gate = silu(gate) * up */
+    void (*round)(const float *from, int64_t count, uint16_t *to);   /* to bf16, to nearest even */
+};
+
+extern const struct variant dmoe_generic;
+#if defined(__x86_64__)
+extern const struct variant dmoe_avx2;
+extern const struct variant dmoe_avx512;
+#endif
+
+DMOE_INLINE float float_of(uint32_t bits)
+{
+    float value;
+    memcpy(&value, &bits, sizeof value);
+    return value;
+}
+
+DMOE_INLINE uint32_t bits_of(float value)
+{
+    uint32_t bits;
+    memcpy(&bits, &value, sizeof bits);
+    return bits;
+}
+
+DMOE_INLINE float load_bf16(const unsigned char *at)
+{
+    uint16_t half;
+    memcpy(&half, at, sizeof half);
+    return float_of((uint32_t)half << 16);
+}
+
+/* Round to nearest even; NaN stays NaN. */
+DMOE_INLINE uint16_t to_bf16(float value)
+{
+    uint32_t bits = bits_of(value);
+    uint32_t rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16;
+    return (uint16_t)((bits & 0x7FFFFFFF) > 0x7F800000 ? (bits >> 16) | 0x40 : rounded);
+}
+
+#define DMOE_ROUNDER 12582912.0f /* 1.5 * 2^23: adding it rounds to an integer, to nearest even */
+
+/* exp(x) to about 2 ulp: 2^n * e^r with |r| <= ln(2) / 2, e^r by its Taylor series of degree 7. NaN stays NaN. */
+DMOE_INLINE float fast_exp(float x)
+{
+    x = x < -87.0f ? -87.0f : x;
+    x = x > 88.0f ? 88.0f : x;
+    float shifted = x * 1.44269504f + DMOE_ROUNDER;
+    float n = shifted - DMOE_ROUNDER;
+    float r = (x - n * 0.693359375f) - n * -2.12194440e-4f;
+    float e = 1.0f / 5040;
+    e = e * r + 1.0f / 720;
+    e = e * r + 1.0f / 120;
+    e = e * r + 1.0f / 24;
+    e = e * r + 1.0f / 6;
+    e = e * r + 0.5f;
+    e = e * r + 1.0f;
+    e = e * r + 1.0f;
+    return e * float_of((bits_of(shifted) + 127) << 23);
+}
+
+DMOE_INLINE void silu_times_inline(float *gate, const float *up, int64_t count)
+{
+    for (int64_t i = 0; i < count; i++)
+        gate[i] = gate[i] / (1.0f + fast_exp(-gate[i])) * up[i];
+}
+
+DMOE_INLINE void round_inline(const float *from, int64_t count, uint16_t *to)
+{
+    for (int64_t i = 0; i < count; i++)
+        to[i] = to_bf16(from[i]);
+}
+
+/* How a row of activations becomes integers: times `inverse`, rounded; and what one of them is worth. */
+struct rounding {
+    float inverse, worth;
+};
+
+/* To integers of at most `limit`. A row that is not finite is worth NaN; one too small to be told from zero is zero. */
+DMOE_INLINE struct rounding row_rounding(const float *row, int64_t cols, int32_t limit)
+{
+    int32_t largest = 0; /* as bits: these order like the sizes they stand for, NaN above all */
+    for (int64_t i = 0; i < cols; i++) {
+        int32_t size = (int32_t)(bits_of(row[i]) & 0x7FFFFFFF);
+        largest = size > largest ? size : largest;
+    }
+    float peak = float_of((uint32_t)largest);
+    if (largest >= 0x7F800000)
+        return (struct rounding){0.0f, float_of(0x7FC00000)};
+    if (peak < 1e-30f)
+        return (struct rounding){0.0f, 0.0f};
+    return (struct rounding){(float)limit / peak, peak / (float)limit};
+}
+
+DMOE_INLINE float quantise_inline(const float *row, int64_t cols, int64_t padded, int32_t limit, void *packed)
+{
+    struct rounding rounding = row_rounding(row, cols, limit);
+    int16_t *out = packed;
+    memset(out, 0, (size_t)padded * sizeof *out);
+    if (rounding.inverse != 0.0f)
+        for (int64_t i = 0; i < cols; i++)
+            out[i] = (int16_t)(int32_t)(bits_of(row[i] * rounding.inverse + DMOE_ROUNDER) - 0x4B400000u);
+    return rounding.worth;
+}
+
+/* Sums of the integer path (int32, in cells of float32) times their rows' scales and the worth of an activation. */
+DMOE_INLINE void scale_inline(float *sums, const unsigned char *scales, float worth, int64_t count)
+{
+    for (int64_t i = 0; i < count; i++) {
+        float scale;
+        memcpy(&scale, scales + i * (int64_t)sizeof scale, sizeof scale);
+        sums[i] = (float)(int32_t)bits_of(sums[i]) * (scale * worth);
+    }
+}
+
+DMOE_INLINE void decode_int8_inline(const unsigned char *values, int64_t cols, int64_t padded, int16_t *row)
+{
+    const int8_t *from = (const int8_t *)values;
+    for (int64_t i = 0; i < cols; i++)
+        row[i] = from[i];
+    memset(row + cols, 0, (size_t)(padded - cols) * sizeof *row);
+}
+
+/* int4 to float32: byte i of a group holds column i in its low nibble and column i + group / 2 in its high one. */
+DMOE_INLINE void decode_int4_inline(
+    const unsigned char *values, const unsigned char *scales, int64_t cols, int64_t padded, int64_t group, float *row)
+{
+    int64_t half = group / 2;
+    for (int64_t start = 0; start < cols; start += group, values += half, scales += 2) {
+        float scale = load_bf16(scales);
+        for (int64_t i = 0; i < half; i++) {
+            row[start + i] = (float)((values[i] & 15) - 8) * scale;
+            row[start + half + i] = (float)((values[i] >> 4) - 8) * scale;
+        }
+    }
+    memset(row + cols, 0, (size_t)(padded - cols) * sizeof *row);
+}
+
+DMOE_INLINE void decode_bf16_inline(const unsigned char *values, int64_t cols, int64_t padded, float *row)
+{
+    for (int64_t i = 0; i < cols; i++)
+        row[i] = load_bf16(values + 2 * i);
+    memset(row + cols, 0, (size_t)(padded - cols) * sizeof *row);
+}
+
+/* Where row `row` begins. */
+DMOE_INLINE const unsigned char *row_values(const struct matrix *matrix, int64_t row)
+{
+    int64_t bytes = matrix->format == DMOE_BF16 ? 2 * matrix->cols
+                    : matrix->format == DMOE_INT8 ? matrix->cols
+                                                  : matrix->cols / 2;
+    return matrix->values + row * bytes;
+}
+
+DMOE_INLINE const unsigned char *int4_scales(const struct matrix *matrix, int64_t row)
+{
+    return matrix->scales + row * (matrix->cols / matrix->group) * 2;
+}
+
+/* Rows in float32, or int16 on the integer path: what the variants without bf16 products decode to. */
+DMOE_INLINE const void *decode_inline(const struct matrix *matrix, int64_t row, int64_t padded, void *scratch)
+{
+    const unsigned char *values = row_values(matrix, row);
+    if (matrix->format == DMOE_INT8)
+        decode_int8_inline(values, matrix->cols, padded, scratch);
+    else if (matrix->format == DMOE_INT4)
+        decode_int4_inline(values, int4_scales(matrix, row), matrix->cols, padded, matrix->group, scratch);
+    else
+        decode_bf16_inline(values, matrix->cols, padded, scratch);
+    return scratch;
+}
+
+DMOE_INLINE void pack_float_inline(const float *row, int64_t cols, int64_t padded, void *packed)
+{
+    memcpy(packed, row, (size_t)cols * sizeof *row);
+    memset((float *)packed + cols, 0, (size_t)(padded - cols) * sizeof *row);
+}
+
+/* The part of what comes next that one tile of tokens asks for: spread evenly, since bursts wait for the memory. */
+struct stream {
+    const char *next, *end;
+    int64_t step; /* bytes for every DMOE_PAD columns, whole cache lines */
+};
+
+DMOE_INLINE struct stream tile_stream(const struct product *product, int64_t first, int64_t tokens)
+{
+    int64_t from = product->ahead_bytes * first / product->tokens;
+    int64_t to = product->ahead_bytes * (first + tokens) / product->tokens;
+    int64_t step = (to - from) * DMOE_PAD / product->padded;
+    return (struct stream){product->ahead + from, product->ahead + to, (step + 63) / 64 * 64};
+}
+
+DMOE_INLINE void prefetch_step(struct stream *stream)
+{
+    for (int64_t line = 0; line < stream->step; line += 64)
+        if (stream->next < stream->end) {
+            __builtin_prefetch(stream->next, 0, 3);
+            stream->next += 64;
+        }
+}
+
+#endif

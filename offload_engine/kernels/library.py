@@ -1,0 +1,136 @@
+"""Finds and loads the compiled kernels, picks the variant for this CPU, and tells what came of it."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import torch
+
+from offload_engine.errors import UsageError
+
+CHOICE = "OFFLOAD_ENGINE_KERNEL"
+"""Environment variable: auto (the default), off, or the name of a variant."""
+
+REBUILD = "run `python -m offload_engine.kernels.build`"
+NO_MEMORY = 1
+"""`dmoe_expert_ffn` could not allocate its workspace."""
+
+_INT, _INT64, _POINTER = ctypes.c_int, ctypes.c_int64, ctypes.c_void_p
+
+
+class UnavailableError(Exception):
+    """The kernels can't be used; the message says why and what to do."""
+
+
+class Library:
+    """A loaded library of kernels.
+
+    Calls release the GIL. Raises UnavailableError if `path` (default: where the build leaves it) is absent, can't be
+    loaded, or was built from other sources than those beside this module.
+    """
+
+    def __init__(self, path: Path | None = None) -> None:
+        from offload_engine.kernels.build import LIBRARY, fingerprint  # here, for `python -m` runs that module afresh
+
+        path = path or LIBRARY
+        if not path.exists():
+            raise UnavailableError(f"{path.name} is not built: {REBUILD}")
+        try:
+            library = ctypes.CDLL(str(path))
+            library.dmoe_sources.restype = ctypes.c_char_p
+            library.dmoe_variant.restype = ctypes.c_char_p
+            built_from = library.dmoe_sources().decode()
+        except (OSError, AttributeError) as error:
+            raise UnavailableError(f"{path.name} can't be loaded ({error}): {REBUILD}") from error
+        if built_from != fingerprint():
+            raise UnavailableError(
+                f"{path.name} was built from other sources ({built_from}, not {fingerprint()}): {REBUILD}"
+            )
+        self.path = path
+        self.parallel = _parallel()
+        self._run = library.dmoe_expert_ffn
+        self._run.argtypes = [*(_INT,) * 4, _POINTER, *(_INT64,) * 4, *(_POINTER,) * 8]
+        self.variants: dict[str, int] = {}
+        """Variants that this CPU can run, fastest first, with their numbers."""
+        for number in range(8):
+            name = library.dmoe_variant(number)
+            if name is not None and library.dmoe_supported(number):
+                self.variants[name.decode()] = number
+
+    def threads(self) -> int:
+        """How many threads a call may use: torch's number, if its OpenMP runtime can be shared."""
+        return torch.get_num_threads() if self.parallel else 1
+
+    def run(self, variant: int, kind: int, bf16: bool, threads: int, sizes: tuple[int, ...], *data: int | None) -> None:
+        """Call `dmoe_expert_ffn` (cpu/expert_ffn.c) with checked arguments. Raises MemoryError."""
+        failure = self._run(variant, kind, bf16, threads, self.parallel, *sizes, *data)
+        if failure == NO_MEMORY:
+            raise MemoryError(f"no memory for the workspace of an expert of {sizes[0]} tokens")
+        if failure:
+            raise ValueError(f"{self.path.name} refused variant {variant} with code {failure}")
+
+
+def _parallel() -> int | None:
+    """Address of `GOMP_parallel` in the OpenMP runtime that torch runs on; None where it has another one."""
+    for name in ("libtorch_cpu.so", "libtorch.so"):
+        try:
+            torch_library = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / name))
+            return ctypes.cast(torch_library.GOMP_parallel, _POINTER).value
+        except (OSError, AttributeError):
+            continue
+    return None
+
+
+@dataclass(frozen=True, slots=True)
+class KernelStatus:
+    """What computes experts on the CPU."""
+
+    variant: str | None
+    """The instruction set in use; None: torch computes."""
+    reason: str
+    """Why, in one line."""
+    usable: tuple[str, ...] = ()
+    """Every variant this CPU could run."""
+    library: Library | None = None
+
+    @property
+    def number(self) -> int:
+        """The variant's number in the library."""
+        if self.library is None or self.variant is None:
+            raise ValueError(f"no kernel is in use: {self.reason}")
+        return self.library.variants[self.variant]
+
+
+@cache
+def _loaded() -> Library | str:
+    try:
+        return Library()
+    except UnavailableError as error:
+        return str(error)
+
+
+def choose(library: Library | str, choice: str) -> KernelStatus:
+    """Which variant of `library` (or the reason that there is none) `choice` means. Raises UsageError."""
+    if choice == "off":
+        return KernelStatus(None, f"{CHOICE} is off")
+    if isinstance(library, str):
+        if choice != "auto":
+            raise UsageError(f"{CHOICE}={choice!r}: {library}")
+        return KernelStatus(None, library)
+    usable = tuple(library.variants)
+    name = usable[0] if choice == "auto" else choice
+    if name not in usable:
+        raise UsageError(f"{CHOICE}={choice!r} is none of auto, off, {', '.join(usable)}, which this CPU can run")
+    shared = "on torch's threads" if library.parallel else "on one thread (torch brings no libgomp to share)"
+    why = "the fastest this CPU can run" if choice == "auto" else f"asked for by {CHOICE}"
+    return KernelStatus(name, f"{why}, {shared}", usable, library)
+
+
+@cache
+def status() -> KernelStatus:
+    """What computes experts on the CPU in this process, decided once. Raises UsageError for a bad `CHOICE`."""
+    return choose(_loaded(), os.environ.get(CHOICE) or "auto")

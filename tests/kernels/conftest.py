@@ -1,0 +1,17 @@
+"""The kernels, compiled for this run from the sources as they are."""
+
+from __future__ import annotations
+
+import pytest
+
+from offload_engine.kernels import build
+from offload_engine.kernels.library import Library
+
+
+@pytest.fixture(scope="session")
+def library(tmp_path_factory: pytest.TempPathFactory) -> Library:
+    try:
+        built = build.build(tmp_path_factory.mktemp("kernels") / "libexpert_ffn.so")
+    except build.BuildError as error:
+        pytest.skip(str(error))
+    return Library(built)

@@ -1,0 +1,159 @@
+"""Times one expert on the CPU: torch's F.linear in bf16 beside our kernel on bf16, int8 and int4 weights, in one run.
+
+`python -m tools.bench_kernels`. Experts lie in arenas of more than `--megabytes` and are used in turn, so that their
+weights come from DRAM; contenders alternate expert by expert, and medians are told.
+"""
+
+from __future__ import annotations
+
+import json
+import mmap
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import click
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from offload_engine import kernels
+from offload_engine.kernels import Matrix
+
+Expert = tuple[Matrix, Matrix, Matrix]
+CONTENDERS = ("F.linear", "bf16", "int8", "int4")
+
+
+class Arena:
+    """Memory that tensors are cut from: one mapping, like the engine's slots, in huge pages if asked for and had."""
+
+    def __init__(self, size: int, huge: bool) -> None:
+        mapping = mmap.mmap(-1, size)
+        if huge:
+            mapping.madvise(mmap.MADV_HUGEPAGE)
+        self.memory = torch.frombuffer(mapping, dtype=torch.uint8)
+        self.used = 0
+
+    def put(self, tensor: Tensor) -> Tensor:
+        """A copy of `tensor` in here, on a cache line."""
+        size = tensor.numel() * tensor.element_size()
+        place = self.memory[self.used : self.used + size].view(tensor.dtype).view(tensor.shape)
+        self.used += -(-size // 64) * 64
+        return place.copy_(tensor)
+
+
+def quantised(weights: Tensor, form: str, group: int) -> Matrix:
+    """`weights` [rows, cols] in the format that `offload_engine.kernels.Matrix` describes."""
+    if form == "bf16":
+        return Matrix(weights.bfloat16())
+    if form == "int8":
+        scales = weights.abs().amax(1) / 127
+        return Matrix((weights / scales[:, None]).round().to(torch.int8), scales)
+    grouped = weights.unflatten(1, (-1, group))
+    scales = (grouped.abs().amax(2) / 7).bfloat16()
+    values = ((grouped / scales.float()[..., None]).round().clamp(-8, 7) + 8).to(torch.uint8)
+    return Matrix((values[..., : group // 2] | values[..., group // 2 :] << 4).flatten(1), scales)
+
+
+def experts(form: str, hidden: int, inner: int, group: int, megabytes: int, huge: bool) -> list[Expert]:
+    """As many experts as fill `megabytes`; all of them the same numbers at different places."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((inner, hidden), (inner, hidden), (hidden, inner))
+    one = [quantised(torch.randn(shape, generator=generator) * shape[1] ** -0.5, form, group) for shape in shapes]
+    size = weight_bytes((one[0], one[1], one[2]))
+    count = -(-megabytes * 10**6 // size)
+    arena = Arena(count * (size + 6 * 64), huge)
+    made = []
+    for _ in range(count):
+        copies = [Matrix(*(None if part is None else arena.put(part) for part in matrix)) for matrix in one]  # type: ignore[arg-type]
+        made.append((copies[0], copies[1], copies[2]))
+    return made
+
+
+def weight_bytes(expert: Expert) -> int:
+    """What has to be read of an expert."""
+    return sum(part.numel() * part.element_size() for matrix in expert for part in matrix if part is not None)
+
+
+def by_torch(hidden: Tensor, expert: Expert) -> Tensor:
+    """The same by F.linear."""
+    gate, up, down = (matrix.values for matrix in expert)
+    return F.linear(F.silu(F.linear(hidden, gate)) * F.linear(hidden, up), down)
+
+
+def dram_rate() -> float:
+    """GB/s of summing 512 MB with torch on the threads set, best of seven."""
+    memory = torch.ones(2**27)
+    times = []
+    for _ in range(7):
+        began = time.perf_counter()
+        memory.sum()
+        times.append(time.perf_counter() - began)
+    return memory.numel() * 4 / min(times) / 1e9
+
+
+def measure(tokens: int, stores: dict[str, list[Expert]], rounds: int) -> dict[str, float]:
+    """Median seconds per expert and contender."""
+    width = stores["bf16"][0][0].values.shape[1]
+    hidden = torch.randn(tokens, width).bfloat16()
+    calls: dict[str, Callable[[int], Tensor]] = {
+        "F.linear": lambda i: by_torch(hidden, stores["F.linear"][i]),
+        **{form: lambda i, form=form: kernels.expert_ffn(hidden, *stores[form][i]) for form in CONTENDERS[1:]},  # type: ignore[misc]
+    }
+    times: dict[str, list[float]] = {name: [] for name in CONTENDERS}
+    for turn in range(rounds + 5):
+        for name, call in calls.items():
+            began = time.perf_counter()
+            call(turn % len(stores[name]))
+            times[name].append(time.perf_counter() - began)
+    return {name: statistics.median(spent[5:]) for name, spent in times.items()}
+
+
+@click.command(help=__doc__)
+@click.option("--hidden", default=2048, show_default=True, help="The model's width.")
+@click.option("--inner", default=512, show_default=True, help="The expert's width.")
+@click.option("--group", default=128, show_default=True, help="Columns per int4 scale.")
+@click.option("--tokens", default="1,4,8,16,32,64", show_default=True, help="Tokens per expert.")
+@click.option("--threads", default="1,2", show_default=True, help="Numbers of threads to try.")
+@click.option("--rounds", default=120, show_default=True, help="Experts per contender and number of tokens.")
+@click.option("--megabytes", default=300, show_default=True, help="Weights to go round, per contender.")
+@click.option("--huge/--small", default=False, show_default=True, help="Ask for huge pages.")
+@click.option("--json", "output", type=click.Path(path_type=Path), help="Write the figures here as well.")
+def main(
+    hidden: int,
+    inner: int,
+    group: int,
+    tokens: str,
+    threads: str,
+    rounds: int,
+    megabytes: int,
+    huge: bool,
+    output: Path | None,
+) -> None:
+    """Measure and print."""
+    torch.manual_seed(0)
+    stores = {form: experts(form, hidden, inner, group, megabytes, huge) for form in CONTENDERS[1:]}
+    stores["F.linear"] = experts("bf16", hidden, inner, group, megabytes, huge)
+    status = kernels.status()
+    click.echo(f"kernel: {status.variant} ({status.reason}); torch {torch.__version__}; {platform.machine()}")
+    rows = []
+    for count in (int(part) for part in threads.split(",")):
+        torch.set_num_threads(count)
+        click.echo(f"\n{count} thread(s), DRAM read {dram_rate():.1f} GB/s; ms per expert (GB/s of weights) x F.linear")
+        for number in (int(part) for part in tokens.split(",")):
+            medians = measure(number, stores, rounds)
+            cells = []
+            for name, seconds in medians.items():
+                rate = weight_bytes(stores[name][0]) / seconds / 1e9
+                ratio = medians["F.linear"] / seconds
+                rows.append({"threads": count, "tokens": number, "what": name, "seconds": seconds, "GB/s": rate})
+                cells.append(f"{name} {seconds * 1e3:.3f} ({rate:4.1f}) {ratio:.2f}x")
+            click.echo(f"{number:4d} tokens  " + "   ".join(cells))
+    if output is not None:
+        output.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
