@@ -215,6 +215,8 @@ def setup_for(
         stored_itemsize=stored.itemsize,
         slab_bytes=slab_bytes,
         prefill_chunk=config.prefill_chunk,
+        sequences=config.batch_size,
+        fused_commit=config.fused_commit,
         choices=max(config.top_k_experts, model.num_experts_per_tok) if config.routing == "top-k" else None,
         runtime_bytes=round_up(psutil.Process().memory_info().rss + RUNTIME_MARGIN, RUNTIME_STEP),
         transfers_in_flight=config.transfers_in_flight,

@@ -46,6 +46,11 @@ class Forward:
     """Bytes of one number of the compute dtype."""
     dequantise: bool = False
     """Expert weights are stored in another dtype than they are computed in."""
+    prompt: int = 0
+    """Tokens of a prefill that go through the layers together, `tokens` of them attending at a time; 0: no more than
+    those."""
+    masked: bool = False
+    """Attention is to the sequence itself under a mask, rather than block by block to a prefix."""
 
 
 def round_up(count: int, step: int) -> int:
@@ -110,10 +115,19 @@ def workspace_bytes(config: ModelConfig, forward: Forward, device: DeviceKind) -
         _feed_forward_bytes(config, forward),
         forward.block * config.vocab_size * (item + SAMPLER_BYTES_PER_LOGIT),
     )
-    largest = fixed + max(stages)
+    largest = fixed + max(stages) + _prompt_bytes(config, forward)
     if device == "cuda":
         largest += largest // 4  # torch's caching allocator keeps freed blocks whose size fits no later stage
     return largest + GEMM_SCRATCH_BYTES
+
+
+def _prompt_bytes(config: ModelConfig, forward: Forward) -> int:
+    """What a prefill in several pieces keeps of all its tokens (`offload_engine.model.prefill`)."""
+    streams = config.hidden_size * (2 * forward.itemsize + FLOAT32)  # residual, its norm, the experts' sum
+    # Twice while pieces are joined; then the choices sorted, with what they are sorted by, and in the order of experts.
+    routed = forward.choices * (2 * (INT64 + FLOAT32) + 4 * INT64)
+    angles = 2 * config.rotary * forward.itemsize
+    return forward.prompt * (streams + routed + angles + 2 * INT64)
 
 
 def _attention_bytes(config: ModelConfig, forward: Forward, device: DeviceKind) -> int:
@@ -123,7 +137,7 @@ def _attention_bytes(config: ModelConfig, forward: Forward, device: DeviceKind) 
     one_layer = 2 * positions * kv_heads * head_dim  # keys and values
     projected = tokens * (heads + 2 * kv_heads) * head_dim * item * 2  # fused, and queries and keys once normed
     turning = query * max(5 * item, 2 * (FLOAT32 + item))  # rotary's products, or the norm's float32 copies
-    mask = tokens * positions * (1 + FLOAT32)  # bool, and the additive mask torch makes of it
+    mask = tokens * positions * (1 + FLOAT32) if forward.masked else 0  # bool, and the additive mask torch makes of it
     attended = one_layer * item + mask + 2 * query * item  # keys and values packed, output, output made contiguous
     if device == "cuda":
         # No fused kernel takes both a mask and shared key-value heads, so torch may fall back to its math path:
