@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -18,9 +17,10 @@ from torch import Tensor
 from offload_engine.assembly import Parts, Progress, assemble
 from offload_engine.config import EngineConfig
 from offload_engine.core import Completion, ForwardInfo, Phase, RoutingDecision, SamplingParams, StepEvent
-from offload_engine.decode.answers import Answer, over
+from offload_engine.decode.answers import Answer, Events, completions, events_of_one, over
 from offload_engine.decode.block_diffusion import BlockDiffusionDecoder
 from offload_engine.decode.kv_cache import PrefixCache
+from offload_engine.decode.prompts import Prompt, check_fits, checked_batch_size, checked_ids, is_prompt
 from offload_engine.decode.scoring import check_room, score
 from offload_engine.decode.state import DecodingState, Request, never
 from offload_engine.decode.threads import compute_threads
@@ -37,9 +37,6 @@ from offload_engine.trace import TraceHeader
 
 NO_TOKEN = -1
 """Stands for a special token that is unknown; nothing is generated then."""
-
-Prompt = str | Sequence[int]
-"""Text, or token ids."""
 
 
 class LayerRouting(NamedTuple):
@@ -196,7 +193,7 @@ class Engine:
         """
         if not isinstance(prompt, str) and hasattr(prompt, "tolist"):
             prompt = prompt.tolist()  # a tensor or an array
-        several = not isinstance(prompt, str) and len(prompt) > 0 and all(map(_is_prompt, prompt))
+        several = not isinstance(prompt, str) and len(prompt) > 0 and all(map(is_prompt, prompt))
         prompts = cast("list[Prompt]", prompt if several else [prompt])
         done = dict(self.complete(prompts, params, raw=raw, batch_size=batch_size))
         return [done[number] for number in range(len(prompts))] if several else done[0]
@@ -215,10 +212,9 @@ class Engine:
         Prompts are refused as a whole or not at all, and by this call rather than by the first answer. Once `cancelled`
         says so, every answer ends with what was decided.
         """
-        together = self._together(batch_size)
+        together = checked_batch_size(batch_size, self.plan)
         ids = [self.prepare(one, params, raw=raw) for one in prompts]
-        events = self._events(ids, params or SamplingParams(), cancelled, together)
-        return ((number, event.completion) for number, event in events if event.completion is not None)
+        return completions(self._events(ids, params or SamplingParams(), cancelled, together))
 
     def stream(
         self,
@@ -234,7 +230,7 @@ class Engine:
         arguments are raised by this call, not by the first event.
         """
         ids = self.prepare(prompt, params, raw=raw)
-        return (event for _number, event in self._events([ids], params or SamplingParams(), cancelled, together=1))
+        return events_of_one(self._events([ids], params or SamplingParams(), cancelled, together=1))
 
     def prepare(self, prompt: Prompt, params: SamplingParams | None = None, *, raw: bool = False) -> list[int]:
         """The token ids that `stream` would begin with; raises what it would raise of these arguments."""
@@ -330,15 +326,9 @@ class Engine:
             if raw:
                 return self.tokenizer.encode_text(prompt)
             return self.tokenizer.encode_chat([Message(role="user", content=prompt)])
-        vocab = self.model_config.vocab_size
-        ids: list[int] = prompt.tolist() if hasattr(prompt, "tolist") else list(prompt)  # of a tensor or an array
-        for place, token in enumerate(ids):
-            if not hasattr(token, "__index__") or isinstance(token, bool) or not 0 <= token < vocab:
-                raise PromptError(f"prompt token {place} is {token!r}; wanted an id from 0 to {vocab - 1}")
-        return [operator.index(token) for token in ids]
+        return checked_ids(prompt, self.model_config.vocab_size)
 
     def _check_fits(self, ids: Sequence[int], params: SamplingParams) -> None:
-        plan, length = self.plan, params.block_length
         for kind, token in (("mask", self.mask_token_id), ("eos", self.eos_token_id)):
             if token is None:
                 raise TokenizerError(
@@ -347,35 +337,12 @@ class Engine:
                 )
         if params.stop and self.tokenizer is None:
             raise UsageError("stop strings need a tokenizer, and this checkpoint has none")
-        if length > plan.forward_tokens:
-            raise UsageError(
-                f"block_length is {length}, but the memory plan allows forwards of {plan.forward_tokens} tokens; "
-                f"set prefill_chunk to {length} or more"
-            )
-        room = self._decoder.positions(length)
-        if len(ids) >= room:
-            longest = self.model_config.max_position_embeddings
-            way_out = "shorten it"
-            if plan.context < longest:
-                way_out = f"set max_context higher (the model has {longest} positions; gpu_mem must hold them)"
-            raise PromptError(
-                f"the prompt has {len(ids)} tokens, but the context holds {room} with the answer in whole blocks of "
-                f"{length}; {way_out}"
-            )
-
-    def _together(self, batch_size: int | None) -> int:
-        """How many prompts to answer at a time."""
-        most = self.plan.sequences
-        if batch_size is not None and not 1 <= batch_size <= most:
-            raise UsageError(
-                f"batch_size is {batch_size}, but the memory plan holds {most} sequence{'s' * (most > 1)}; "
-                f"wanted 1 to {most}, or an engine made with a larger batch_size"
-            )
-        return batch_size or most
+        room = self._decoder.positions(params.block_length)
+        check_fits(ids, params, self.plan, room, self.model_config.max_position_embeddings)
 
     def _events(
         self, prompts: Sequence[list[int]], params: SamplingParams, cancelled: Callable[[], bool], together: int
-    ) -> Iterator[tuple[int, StepEvent]]:
+    ) -> Events:
         """Each event with its prompt's place in `prompts`."""
         with self._exclusive():
             began = time.perf_counter()
@@ -420,8 +387,3 @@ class Engine:
         self.stats.forwards[Phase.SCORE] = self.stats.forwards.get(Phase.SCORE, 0) + 1
         with self.stats.phase(Phase.SCORE), compute_threads(parts.threads):
             return score(parts.model, ids, block_length, parts.policy, experts)
-
-
-def _is_prompt(one: object) -> bool:
-    """Whether an item of what `generate` was given is a prompt of its own, rather than a token id."""
-    return isinstance(one, Sequence) or getattr(one, "ndim", 0) > 0

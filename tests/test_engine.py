@@ -324,16 +324,23 @@ def test_statistics_add_up(engine: Engine) -> None:
     assert stats.measured_peak_bytes > 0
 
 
-def test_the_trace_holds_every_decision(checkpoint: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("fused", [False, True])
+def test_the_trace_holds_every_decision(checkpoint: Path, tmp_path: Path, fused: bool) -> None:
     path = tmp_path / "run.trace"
-    with open_engine(checkpoint) as engine:
+    with open_engine(checkpoint, fused_commit=fused) as engine:
         engine.record_trace(path)
         done = engine.generate([1] * 40, SHORT)
         engine.close_trace()
     header, records = read_trace(path)
     entries = list(records)
     assert header.layers == (1, 2)
-    assert len(entries) == 2 * sum(done.stats.forwards.values())
+    forwards = done.stats.forwards
+    commits = {entry.block for entry in entries if entry.phase is Phase.COMMIT}
+    assert len(commits) == done.stats.blocks - 1
+    assert forwards.get(Phase.COMMIT, 0) == (0 if fused else len(commits))
+    in_both_layers = forwards[Phase.DENOISE] + (len(commits) if fused else 0)
+    alone = forwards[Phase.PREFILL] + forwards.get(Phase.COMMIT, 0)
+    assert len(entries) == 2 * in_both_layers + alone, "keys and values don't need the last layer's experts"
     denoising = [entry for entry in entries if entry.phase is Phase.DENOISE]
     mean = sum(len(entry.experts) for entry in denoising) / len(denoising)
     assert mean == pytest.approx(done.stats.unique_experts)
@@ -507,11 +514,11 @@ def test_a_small_model_computes_in_float32_on_one_thread_and_leaves_the_process_
     seen = set()
     try:
         with open_engine(directory) as engine:
-            assert engine._decoder.cache.keys.dtype == torch.float32
+            assert engine._decoder.caches[0].keys.dtype == torch.float32
             for _ in engine.stream([1, 2, 3], SHORT, cancelled=lambda: bool(seen.add(torch.get_num_threads()))):
                 assert torch.get_num_threads() == 2
         with open_engine(directory, dtype="bfloat16", threads=2) as engine:
-            assert engine._decoder.cache.keys.dtype == torch.bfloat16
+            assert engine._decoder.caches[0].keys.dtype == torch.bfloat16
             assert engine._decoder.threads == 2
     finally:
         torch.set_num_threads(1)

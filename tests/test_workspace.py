@@ -60,25 +60,27 @@ def peak_of(run: Callable[[], object], folder: Path) -> int:
     return peak
 
 
+@pytest.mark.parametrize("pieces", [1, 8])
 @pytest.mark.parametrize("itemsize", [2, 4])
 @pytest.mark.parametrize("shape", [WIDE, NARROW, DENSE], ids=["experts", "attention", "dense"])
-def test_prefill_stays_within_the_workspace(tmp_path: Path, itemsize: int, shape: dict[str, Any]) -> None:
-    config = mini(num_hidden_layers=2, vocab_size=64, num_experts=16, **shape)
-    plan = plan_memory(config, Setup(device="cpu", itemsize=itemsize, prefill_chunk=128), 10**9, max_context=1024)
+def test_prefill_stays_within_the_workspace(tmp_path: Path, itemsize: int, shape: dict[str, Any], pieces: int) -> None:
+    config = mini(num_hidden_layers=3, vocab_size=64, num_experts=16, **shape)
+    setup = Setup(device="cpu", itemsize=itemsize, prefill_chunk=128)
+    plan = plan_memory(config, setup, 10**9, max_context=128 * pieces)
     dtype, tokens = DTYPES[itemsize], plan.forward_tokens
     model = model_of(config, dtype)
     wide = torch.zeros(config.moe_intermediate_size, config.hidden_size, dtype=dtype)
     experts = ResidentExperts(lambda _layer, _expert: ExpertWeights(wide, wide, wide.T.contiguous()))
     cache = PrefixCache(config, plan.kv_positions, dtype, torch.device("cpu"))
-    cache.commit(plan.kv_positions - tokens)
+    info, policy = ForwardInfo(Phase.PREFILL), make_policy("dmoe", config.router)
 
     def prefill() -> None:
         with torch.inference_mode():
-            positions = cache.begin(tokens, 32)
-            info, policy = ForwardInfo(Phase.PREFILL), make_policy("dmoe", config.router)
-            model(
-                torch.ones(tokens, dtype=torch.long), Forward(info, positions, positions // 32, cache, policy, experts)
-            )
+            spans = [cache.span(tokens, 32, start) for start in range(0, plan.kv_positions, tokens)]
+            blocks = torch.arange(tokens) // 32
+            forwards = [Forward(info, span.positions, blocks, span, policy, experts) for span in spans]
+            assert len(forwards) == pieces
+            model.prefill(torch.randint(0, 64, (plan.kv_positions,)), forwards)
 
     peak = peak_of(prefill, tmp_path)
     promised = plan.workspace - GEMM_SCRATCH_BYTES

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import closing
 from dataclasses import replace
 
 from offload_engine.core import Completion, SamplingParams, StepEvent
@@ -71,3 +72,22 @@ def over(state: DecodingState) -> bool:
 def _without_eos(state: DecodingState) -> list[int]:
     """The answer's ids that have text, whether or not the tokenizer knows the eos for a special token."""
     return state.answer[:-1] if state.finish_reason == "eos" else state.answer
+
+
+Events = Generator[tuple[int, StepEvent], None, None]
+"""Each event with the number of its prompt."""
+
+
+def events_of_one(events: Events) -> Iterator[StepEvent]:
+    """The events of the only prompt there is."""
+    with closing(events):
+        for _number, event in events:
+            yield event
+
+
+def completions(events: Events) -> Iterator[tuple[int, Completion]]:
+    """The finished answers, each with the number of its prompt."""
+    with closing(events):
+        for number, event in events:
+            if event.completion is not None:
+                yield number, event.completion

@@ -150,9 +150,7 @@ class BlockDiffusionDecoder:
         return lane
 
     @torch.inference_mode()
-    def _remember(
-        self, lane: Lane, ids: list[int], passing: BlockPass, cancelled: Callable[[], bool] = never
-    ) -> bool:
+    def _remember(self, lane: Lane, ids: list[int], passing: BlockPass, cancelled: Callable[[], bool] = never) -> bool:
         """Bring `ids`, whole blocks, into the lane's cache. False if cancelled on the way."""
         if not ids:
             return True
@@ -199,14 +197,12 @@ class BlockDiffusionDecoder:
     def _commit_alone(self, active: Sequence[Lane]) -> list[bool]:
         """Commit the finished blocks that the coming step is not to commit; which lanes it is to commit for."""
         room = len(active) if self.forward_tokens is None else self.forward_tokens // active[0].length - len(active)
-        fused = []
+        fused: list[bool] = []
         for lane in active:
             fuse = lane.uncommitted and self.fused_commit and sum(fused) < room
             if lane.uncommitted and not fuse:
                 start = (lane.state.block - 1) * lane.length
-                self._remember(
-                    lane, lane.state.ids[start : start + lane.length], lane.block_pass(Phase.COMMIT)
-                )
+                self._remember(lane, lane.state.ids[start : start + lane.length], lane.block_pass(Phase.COMMIT))
                 lane.uncommitted = False
             fused.append(fuse)
         return fused
@@ -229,7 +225,8 @@ class BlockDiffusionDecoder:
             if fuse:
                 lane.cache.commit(lane.length)
                 lane.uncommitted = False
-        return [rows[-lane.length :] for lane, rows in zip(active, hidden.split([s.tokens for s in spans]), strict=True)]
+        parts = hidden.split([span.tokens for span in spans])
+        return [rows[-lane.length :] for lane, rows in zip(active, parts, strict=True)]
 
     def _propose(self, active: Sequence[Lane], chosen: Sequence[Tensor]) -> list[Proposal]:
         """Proposals for the rows [n, H] of each lane, a few at a time: logits over a large vocabulary are the largest

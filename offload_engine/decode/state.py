@@ -70,7 +70,7 @@ class DecodingState:
         self.block_finished = False
 
     def masked(self, length: int, mask: int) -> list[int]:
-        """Positions of the current block that are to be decided. A mask id that the prompt holds is its own business."""
+        """Positions of the current block still undecided. A mask id that the prompt holds is the prompt's business."""
         first = max(self.block * length, self.prompt_length)
         return [place for place in range(first, len(self.ids)) if self.ids[place] == mask]
 

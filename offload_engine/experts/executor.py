@@ -161,9 +161,10 @@ class OffloadedExperts:
             for start in range(0, len(groups), window):
                 now, later = groups[start : start + window], groups[start + window : start + window + ahead]
                 wanted = [group.expert for group in now]
+                following = [ExpertKey(layer, group.expert) for group in later]
                 with self._changed:
                     self._carry_out(self.scheduler.want(layer, wanted, [scores[expert] for expert in wanted]))
-                    self._carry_out(self.scheduler.predict((ExpertKey(layer, one.expert) for one in later), routed=True))
+                    self._carry_out(self.scheduler.predict(following, routed=True))
                     self.stats.expert_requests += len(wanted)
                 arrived: dict[int, Compute] = {}
                 for group in now:

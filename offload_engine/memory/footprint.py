@@ -109,13 +109,13 @@ def workspace_bytes(config: ModelConfig, forward: Forward, device: DeviceKind) -
     angles = tokens * config.rotary * 2 * max(item, FLOAT32)
     predictor = tokens * config.hidden_size * FLOAT32 + tokens * config.num_experts * FLOAT32
     fixed = 3 * stream + angles + predictor  # residual before and after attention, and the normed input of a half-layer
-    stages = (
-        tokens * config.hidden_size * 2 * (FLOAT32 + item),  # RMSNorm of the stream: input and product in float32
-        _attention_bytes(config, forward, device),
-        _feed_forward_bytes(config, forward),
-        forward.block * config.vocab_size * (item + SAMPLER_BYTES_PER_LOGIT),
-    )
-    largest = fixed + max(stages) + _prompt_bytes(config, forward)
+    norm = tokens * config.hidden_size * 2 * (FLOAT32 + item)  # RMSNorm of the stream: input and product in float32
+    attention = _attention_bytes(config, forward, device)
+    logits = forward.block * config.vocab_size * (item + SAMPLER_BYTES_PER_LOGIT)
+    largest = fixed + max(norm, attention, _feed_forward_bytes(config, forward), logits)
+    if forward.prompt:
+        swept = max(norm, attention, _feed_forward_bytes(config, forward, swept=True))
+        largest = max(largest, _prompt_bytes(config, forward) + fixed + swept)
     if device == "cuda":
         largest += largest // 4  # torch's caching allocator keeps freed blocks whose size fits no later stage
     return largest + GEMM_SCRATCH_BYTES
@@ -124,7 +124,7 @@ def workspace_bytes(config: ModelConfig, forward: Forward, device: DeviceKind) -
 def _prompt_bytes(config: ModelConfig, forward: Forward) -> int:
     """What a prefill in several pieces keeps of all its tokens (`offload_engine.model.prefill`)."""
     streams = config.hidden_size * (2 * forward.itemsize + FLOAT32)  # residual, its norm, the experts' sum
-    # Twice while pieces are joined; then the choices sorted, with what they are sorted by, and in the order of experts.
+    # Choices and weights, twice while pieces are joined; then the choices' order, and the places of each expert.
     routed = forward.choices * (2 * (INT64 + FLOAT32) + 4 * INT64)
     angles = 2 * config.rotary * forward.itemsize
     return forward.prompt * (streams + routed + angles + 2 * INT64)
@@ -148,8 +148,8 @@ def _attention_bytes(config: ModelConfig, forward: Forward, device: DeviceKind) 
     return projected + max(turning, attended)
 
 
-def _feed_forward_bytes(config: ModelConfig, forward: Forward) -> int:
-    """The larger of a dense layer's and a MoE layer's need."""
+def _feed_forward_bytes(config: ModelConfig, forward: Forward, *, swept: bool = False) -> int:
+    """The larger of a dense layer's and a MoE layer's need; `swept`: without what is kept of all tokens."""
     tokens, item, hidden = forward.tokens, forward.itemsize, config.hidden_size
     dense = tokens * (4 * config.intermediate_size + hidden) * item
     if not config.moe_layers:
@@ -162,5 +162,7 @@ def _feed_forward_bytes(config: ModelConfig, forward: Forward) -> int:
     one_expert = rows * (3 * hidden + 4 * config.moe_intermediate_size) * item
     if forward.dequantise:
         one_expert += 3 * hidden * config.moe_intermediate_size * item
+    if swept:
+        return max(dense, shared, routing, one_expert + tokens * hidden * FLOAT32)
     combine = tokens * hidden * ((2 * forward.choices + 1) * FLOAT32 + item)
     return max(dense, shared, routing, decision + outputs + max(one_expert, combine))
