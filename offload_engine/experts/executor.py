@@ -124,6 +124,8 @@ class OffloadedExperts:
             if self.predictor.wants_preview:
                 self.predictor.offer(ahead, *ranked_experts(preview(ahead)))
             predicted += [ExpertKey(ahead, expert) for expert, _score in self.predictor.predict(ahead)]
+        if self._info.phase is Phase.PREFILL:  # in the order of a sweep, lest what comes first makes room for the rest
+            predicted = sorted(predicted)[: self.scheduler.cache.probation_limit]
         return predicted
 
     def run(self, layer: int, hidden: Tensor, decision: RoutingDecision) -> Tensor:
@@ -156,7 +158,8 @@ class OffloadedExperts:
         self.predictor.observe(layer, ranked.experts, ranked.scores)
         scores = dict(zip(ranked.experts, ranked.scores, strict=True))
         total = ExpertSum(hidden, decision, rows)
-        window, ahead = min(SWEEP_WINDOW, self.scheduler.cache.slots), self.scheduler.cache.probation_limit
+        ahead = self.scheduler.cache.probation_limit
+        window = min(SWEEP_WINDOW, self.scheduler.cache.slots - ahead)  # more would push out what is fetched ahead
         try:
             for start in range(0, len(groups), window):
                 now, later = groups[start : start + window], groups[start + window : start + window + ahead]

@@ -103,12 +103,12 @@ class ExpertScheduler:
             self._wanted[key] = score
             state = self.cache.state(key)
             self._count_request(key, state)
+            if state is SlotState.FREE:
+                self._demand.append(key)
+                continue
+            self.cache.promote(key)  # at once: what waits for its turn must not take the place of further prefetches
             if state is SlotState.RESIDENT:
                 computes.append(self._compute(key))
-            elif state is SlotState.LOADING:
-                self.cache.promote(key)
-            else:
-                self._demand.append(key)
         self._prefetch = deque(key for key in self._prefetch if key.layer != layer)  # too late to be early
         return [*self._start_transfers(), *computes]
 
