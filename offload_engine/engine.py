@@ -210,7 +210,7 @@ class Engine:
         """The answers of several prompts as they are finished, each with its prompt's place in `prompts`.
 
         Prompts are refused as a whole or not at all, and by this call rather than by the first answer. Once `cancelled`
-        says so, every answer ends with what was decided.
+        says so, every answer under way ends with what was decided, and no other is begun.
         """
         together = checked_batch_size(batch_size, self.plan)
         ids = [self.prepare(one, params, raw=raw) for one in prompts]
@@ -350,6 +350,8 @@ class Engine:
 
             def requests() -> Iterator[Request]:
                 for prompt in prompts:
+                    if answers and cancelled():
+                        return
                     answers.append(Answer(prompt, params, self.tokenizer, self.stats))
                     yield answers[-1].request(cancelled)
 
