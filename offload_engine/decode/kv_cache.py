@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from offload_engine.model.attention import KeyValues, grouped_attention
+from offload_engine.model.attention import KeyValues, prefix_attention
 from offload_engine.model.config import ModelConfig
 
 
@@ -67,7 +67,7 @@ class Span:
         for first in range(0, self.tokens, self.block_length):
             rows = query[first : first + self.block_length]
             end = self.start + first + rows.shape[0]
-            outputs.append(grouped_attention(rows, keys[:end], values[:end], None))
+            outputs.append(prefix_attention(rows, keys[:end], values[:end]))
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
 

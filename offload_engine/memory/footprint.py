@@ -19,6 +19,8 @@ FLOAT32 = 4
 INT64 = 8
 SLAB_ALIGNMENT = 4096
 """Direct reads start and end on multiples of this."""
+ATTENTION_ROWS = 32
+"""As in `model.attention`."""
 GEMM_SCRATCH_BYTES = 32 * 2**20
 """The matrix libraries' own buffers: up to 11 MB were measured with MKL and oneDNN on 2 threads; cuBLAS takes 8 to 32
 MiB."""
@@ -138,7 +140,9 @@ def _attention_bytes(config: ModelConfig, forward: Forward, device: DeviceKind) 
     projected = tokens * (heads + 2 * kv_heads) * head_dim * item * 2  # fused, and queries and keys once normed
     turning = query * max(5 * item, 2 * (FLOAT32 + item))  # rotary's products, or the norm's float32 copies
     mask = tokens * positions * (1 + FLOAT32) if forward.masked else 0  # bool, and the additive mask torch makes of it
-    attended = one_layer * item + mask + 2 * query * item  # keys and values packed, output, output made contiguous
+    attended = one_layer * item + mask + 3 * query * item  # keys and values packed, output, output made contiguous
+    if item < FLOAT32:  # scores of a few positions in one key-value head, plain, scaled in float32, and their softmax
+        attended += ATTENTION_ROWS * (heads // kv_heads) * positions * 2 * (item + FLOAT32)
     if device == "cuda":
         # No fused kernel takes both a mask and shared key-value heads, so torch may fall back to its math path:
         # scores and their softmax, and keys and values repeated for every head, once plain and once scaled.

@@ -25,7 +25,8 @@ def prefill(
 
     `pieces` are consecutive in the sequence and belong to one forward: one `info`, one executor. Activations besides
     the residual stream are bounded by the largest piece; its experts see the tokens of all of them at once. `cancelled`
-    is asked before every layer; once it says so the result is False, and the keys and values are incomplete.
+    is asked before every layer; once it says so the result is False, and the keys and values are incomplete. For
+    inference mode only: the residual stream is added to in place.
     """
     experts = pieces[0].experts
     experts.begin(pieces[0].info)
