@@ -6,6 +6,7 @@ import secrets
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -20,6 +21,8 @@ from offload_engine.metrics import EngineStats
 from offload_engine.model.llada2 import Forward, LLaDA2Model
 from offload_engine.model.moe import ExpertExecutor
 from offload_engine.routing.base import RoutingPolicy
+
+Item = TypeVar("Item")
 
 LOGIT_ROWS = 32
 """Positions whose logits are taken together."""
@@ -104,15 +107,17 @@ class BlockDiffusionDecoder:
         free = list(range(len(self.caches) if together is None else min(together, len(self.caches))))
         active: list[Lane] = []
         while True:
-            while free and self._room_for(active) and (following := next(waiting, None)) is not None:
-                lane = self._enter(free[0], *following)
-                if lane.state.finish_reason is not None:
-                    yield lane.number, lane.state
-                else:
-                    active.append(lane)
-                    free.pop(0)
-            if not active:
+            entering: list[Lane] = []
+            while free and self._room_for([*active, *entering]) and (following := next(waiting, None)) is not None:
+                entering.append(self._enter(free.pop(0), *following))
+            self._prefill(entering)
+            yield from ((lane.number, lane.state) for lane in entering if lane.state.finish_reason is not None)
+            free += [lane.index for lane in entering if lane.state.finish_reason is not None]
+            active += [lane for lane in entering if lane.state.finish_reason is None]
+            if not active and not entering:
                 return
+            if not active:
+                continue
             self._step(active)
             for lane in active:
                 yield from self._conclude(lane)
@@ -131,39 +136,60 @@ class BlockDiffusionDecoder:
         return (len(active) + 1) * active[0].length <= self.forward_tokens
 
     def _enter(self, index: int, number: int, request: Request) -> Lane:
-        """Prefill a prompt into the cache of lane `index`, and open the first block of its answer."""
+        """Give lane `index` to a request, of which nothing is computed yet."""
         prompt, length = list(request.prompt), request.params.block_length
         whole = len(prompt) // length * length
         end = min(len(prompt) + request.params.max_new_tokens, self.positions(length))
         state = DecodingState(prompt[:whole], len(prompt), end, len(prompt) // length, lane=index)
         cache = self.caches[index]
-        generator = _generator(request.params, cache.keys.device)
-        lane = Lane(index, cache, number, request, state, generator)
         cache.reset()
-        passing = BlockPass(Phase.PREFILL, index, 0, 0, whole)
-        if not self._remember(lane, state.ids, passing, request.cancelled):
-            state.ids = prompt
-            state.finish("cancelled", 0)
-            state.block_finished = True
-        else:
-            state.open_block(prompt, length, self.mask_token_id)
-        return lane
+        return Lane(index, cache, number, request, state, _generator(request.params, cache.keys.device))
+
+    def _prefill(self, entering: Sequence[Lane]) -> None:
+        """Bring the whole blocks of the prompts into their caches, and open the first block of each answer.
+
+        As many prompts as the memory plan has room for go through the layers together: one long one, or some short.
+        """
+        for group in packed(entering, lambda lane: len(lane.state.ids), self.caches[0].context):
+            long = [lane for lane in group if lane.state.ids]
+            passes = [BlockPass(Phase.PREFILL, lane.index, 0, 0, len(lane.state.ids)) for lane in long]
+            shares = [(lane, lane.state.ids) for lane in long]
+            remembered = not long or self._remember(
+                shares,
+                passes,
+                lambda: all(lane.request.cancelled() for lane in long),  # noqa: B023 (called at once)
+            )
+            for lane in group:
+                if remembered or lane not in long:
+                    lane.state.open_block(lane.request.prompt, lane.length, self.mask_token_id)
+                else:
+                    lane.state.ids = list(lane.request.prompt)
+                    lane.state.finish("cancelled", 0)
+                    lane.state.block_finished = True
 
     @torch.inference_mode()
-    def _remember(self, lane: Lane, ids: list[int], passing: BlockPass, cancelled: Callable[[], bool] = never) -> bool:
-        """Bring `ids`, whole blocks, into the lane's cache. False if cancelled on the way."""
-        if not ids:
-            return True
-        chunk = max(1, self.prefill_chunk // lane.length) * lane.length
-        info = ForwardInfo.of([passing])
-        pieces = [
-            self._forward(info, [lane.cache.span(min(chunk, len(ids) - start), lane.length, start)])
+    def _remember(
+        self,
+        shares: Sequence[tuple[Lane, list[int]]],
+        passes: Sequence[BlockPass],
+        cancelled: Callable[[], bool] = never,
+    ) -> bool:
+        """Bring ids, whole blocks, into the caches of their lanes. False if cancelled on the way."""
+        length = shares[0][0].length
+        chunk = max(1, self.prefill_chunk // length) * length
+        spans = [
+            lane.cache.span(min(chunk, len(ids) - start), length, start)
+            for lane, ids in shares
             for start in range(0, len(ids), chunk)
         ]
+        info = ForwardInfo.of(passes)
+        pieces = [self._forward(info, together) for together in packed(spans, lambda span: span.tokens, chunk)]
+        token_ids = torch.tensor([token for _lane, ids in shares for token in ids], device=pieces[0].positions.device)
         with self._computing(info.phase):
-            if not self.model.prefill(torch.tensor(ids, device=lane.cache.keys.device), pieces, cancelled):
+            if not self.model.prefill(token_ids, pieces, cancelled):
                 return False
-            lane.cache.commit(len(ids))
+            for lane, ids in shares:
+                lane.cache.commit(len(ids))
         return True
 
     @contextmanager
@@ -202,7 +228,8 @@ class BlockDiffusionDecoder:
             fuse = lane.uncommitted and self.fused_commit and sum(fused) < room
             if lane.uncommitted and not fuse:
                 start = (lane.state.block - 1) * lane.length
-                self._remember(lane, lane.state.ids[start : start + lane.length], lane.block_pass(Phase.COMMIT))
+                finished = lane.state.ids[start : start + lane.length]
+                self._remember([(lane, finished)], [lane.block_pass(Phase.COMMIT)])
                 lane.uncommitted = False
             fused.append(fuse)
         return fused
@@ -236,7 +263,7 @@ class BlockDiffusionDecoder:
         """
         lots = [(lane, part) for lane, rows in zip(active, chosen, strict=True) for part in rows.split(LOGIT_ROWS)]
         found: dict[int, list[Proposal]] = {lane.index: [] for lane in active}
-        for group in _packed(lots):
+        for group in packed(lots, lambda lot: len(lot[1]), LOGIT_ROWS):
             logits = self.model.logits(torch.cat([part for _lane, part in group]))
             for (lane, _part), own in zip(group, logits.split([len(part) for _lane, part in group]), strict=True):
                 params = lane.request.params
@@ -266,15 +293,16 @@ class BlockDiffusionDecoder:
             state.open_block(request.prompt, lane.length, self.mask_token_id)
 
 
-def _packed(lots: Iterable[tuple[Lane, Tensor]]) -> Iterator[list[tuple[Lane, Tensor]]]:
-    """Consecutive lots in groups of at most `LOGIT_ROWS` rows."""
-    group: list[tuple[Lane, Tensor]] = []
-    for lot in lots:
-        if group and sum(len(part) for _lane, part in group) + len(lot[1]) > LOGIT_ROWS:
+def packed(items: Iterable[Item], size: Callable[[Item], int], most: int) -> Iterator[list[Item]]:
+    """Consecutive items in groups whose sizes add up to at most `most`; a larger item is a group of its own."""
+    group: list[Item] = []
+    for item in items:
+        if group and sum(map(size, group)) + size(item) > most:
             yield group
             group = []
-        group.append(lot)
-    yield group
+        group.append(item)
+    if group:
+        yield group
 
 
 def _unmask(lane: Lane, places: Sequence[int], proposal: Proposal) -> None:

@@ -20,7 +20,7 @@ _TINY = {
     "vocab_size": 4096,
     "hidden_size": 256,
     "intermediate_size": 256,
-    "num_hidden_layers": 2,
+    "num_hidden_layers": 3,
     "num_attention_heads": 4,
     "num_key_value_heads": 1,
     "head_dim": 64,

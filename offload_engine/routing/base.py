@@ -15,7 +15,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from offload_engine.core import ForwardInfo, RoutingDecision
+from offload_engine.core import ForwardInfo, Phase, RoutingDecision
 
 EPSILON = 1e-20
 """Added to the sum that weights are divided by, as the reference does."""
@@ -65,7 +65,7 @@ def by_block(info: ForwardInfo, decision: RoutingDecision) -> list[tuple[Forward
 
     Whole where the forward does not say which blocks it is made of: a prefill, and one that only scores.
     """
-    if len(info.blocks) < 2:
+    if len(info.blocks) < 2 or info.phase is Phase.PREFILL:
         return [(info, decision)]
     sizes = [block.tokens for block in info.blocks]
     parts = zip(info.blocks, decision.experts.split(sizes), decision.weights.split(sizes), strict=True)
