@@ -226,6 +226,8 @@ def setup_for(
         stored_itemsize=stored.itemsize,
         slab_bytes=slab_bytes,
         prefill_chunk=config.prefill_chunk,
+        sequences=config.batch_size,
+        fused_commit=config.fused_commit,
         choices=max(config.top_k_experts, model.num_experts_per_tok) if config.routing == "top-k" else None,
         runtime_bytes=round_up(psutil.Process().memory_info().rss + margin, RUNTIME_STEP),
         transfers_in_flight=config.transfers_in_flight,
@@ -250,7 +252,7 @@ def plan_for(config: EngineConfig, model: ModelConfig, setup: Setup) -> MemoryPl
     try:
         return plan(setup)
     except MemoryBudgetError:
-        # The next process may measure itself larger, by over 30 MB where the libraries' files weren't in the page cache when
+        # The next process may measure itself larger: over 30 MB where the libraries were not in the page cache when
         # this one touched them; the budget that the refusal names must do for it too.
         plan(replace(setup, runtime_bytes=(setup.runtime_bytes or 0) + 6 * RUNTIME_STEP))
         raise

@@ -166,7 +166,11 @@ class EngineConfig(BaseModel):
     verify: Literal["first", "always", "never"] = "first"
     """When an expert of a converted checkpoint is held against its checksum: when read first, always, or never."""
     prefill_chunk: Annotated[int, Field(ge=1, le=2**20)] = 512
-    """Prompt tokens per forward; rounded to whole blocks by the engine."""
+    """Prompt tokens that attend together in a prefill; rounded to whole blocks by the engine."""
+    batch_size: Annotated[int, Field(ge=1, le=4096)] = 1
+    """Prompts answered together; each has a KV cache of its own in the memory plan."""
+    fused_commit: bool = True
+    """A finished block is committed in the first denoising step of the next one, which saves a forward per block."""
     threads: Annotated[int, Field(ge=1, le=1024)] | None = None
     """Compute threads; None: torch's choice, or one for a small model."""
     mask_token_id: Annotated[int, Field(ge=0)] | None = None

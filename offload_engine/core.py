@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
@@ -42,14 +43,36 @@ class Phase(StrEnum):
     """A whole-sequence forward without a cache (`Engine.logits`, `Engine.routing`)."""
 
 
+class BlockPass(NamedTuple):
+    """What one forward does for one block; or, in a prefill, for the prompt's whole blocks together."""
+
+    phase: Phase
+    lane: int
+    """Which of the sequences decoded together; a lane serves one prompt after another."""
+    block: int
+    """Index of the block in its sequence."""
+    step: int
+    """Denoising step within the block, from 0."""
+    tokens: int
+
+
 class ForwardInfo(NamedTuple):
     """What one forward of the model is for; handed through the model to whoever executes its experts."""
 
     phase: Phase
+    """DENOISE if the forward denoises anything, whatever it commits along with that."""
     block: int = 0
-    """Index of the (first) block in the sequence."""
+    """Index of the (first) block in the sequence; of the first block denoised, if any is."""
     step: int = 0
-    """Denoising step within the block, from 0."""
+    """Denoising step within that block, from 0."""
+    blocks: tuple[BlockPass, ...] = ()
+    """The forward's blocks in the order of its tokens; empty where nothing is generated."""
+
+    @staticmethod
+    def of(blocks: Sequence[BlockPass]) -> ForwardInfo:
+        """The forward that does these; `blocks` is not empty."""
+        first = next((one for one in blocks if one.phase is Phase.DENOISE), blocks[0])
+        return ForwardInfo(first.phase, first.block, first.step, tuple(blocks))
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -16,31 +15,28 @@ import torch
 from torch import Tensor
 
 from offload_engine.assembly import Parts, Progress, assemble, keep_hot_set
-from offload_engine.config import EngineConfig, format_bytes
+from offload_engine.config import EngineConfig
 from offload_engine.core import Completion, ForwardInfo, Phase, RoutingDecision, SamplingParams, StepEvent
-from offload_engine.decode.block_diffusion import BlockDiffusionDecoder, DecodingState
-from offload_engine.decode.events import step_event
+from offload_engine.decode.answers import Answer, Events, completions, events_of_one, over
+from offload_engine.decode.block_diffusion import BlockDiffusionDecoder
 from offload_engine.decode.kv_cache import PrefixCache
+from offload_engine.decode.prompts import Prompt, check_fits, checked_batch_size, checked_ids, is_prompt
+from offload_engine.decode.scoring import check_room, score
+from offload_engine.decode.state import DecodingState, Request, never
 from offload_engine.decode.threads import compute_threads
-from offload_engine.errors import EngineClosedError, MemoryBudgetError, PromptError, TokenizerError, UsageError
+from offload_engine.errors import EngineClosedError, PromptError, TokenizerError, UsageError
 from offload_engine.experts.cache import Occupancy
 from offload_engine.experts.observe import ObservedExperts, TraceRecorder
 from offload_engine.memory import MemoryPlan, score_bytes
 from offload_engine.metrics import EngineStats, measure_peak
-from offload_engine.model.attention import MaskedSequence, block_causal_mask
 from offload_engine.model.config import ModelConfig
-from offload_engine.model.llada2 import Forward
 from offload_engine.model.moe import ExpertExecutor
 from offload_engine.routing.base import RoutingPolicy
 from offload_engine.text import Message, Tokenizer
-from offload_engine.text.answer import AnswerText
 from offload_engine.trace import TraceHeader
 
 NO_TOKEN = -1
 """Stands for a special token that is unknown; nothing is generated then."""
-
-Prompt = str | Sequence[int]
-"""Text, or token ids."""
 
 
 class LayerRouting(NamedTuple):
@@ -75,13 +71,18 @@ class Engine:
             model=parts.model,
             experts=self._observed,
             policy=parts.policy,
-            cache=PrefixCache(source.config, plan.kv_positions, parts.dtype, torch.device("cpu")),
+            caches=[
+                PrefixCache(source.config, plan.kv_positions, parts.dtype, torch.device("cpu"))
+                for _ in range(plan.sequences)
+            ],
             stats=stats,
             mask_token_id=NO_TOKEN if source.mask_token_id is None else source.mask_token_id,
             eos_token_id=NO_TOKEN if source.eos_token_id is None else source.eos_token_id,
             prefill_chunk=config.prefill_chunk,
             threads=parts.threads,
             context=plan.context,
+            fused_commit=config.fused_commit,
+            forward_tokens=plan.forward_tokens,
         )
         stats.planned_peak_bytes, stats.limit_bytes = plan.total, plan.budget
         stats.slots, stats.slots_per_layer = plan.slots, plan.slots_per_layer
@@ -160,11 +161,21 @@ class Engine:
 
     @overload
     def generate(
-        self, prompt: str | list[int], params: SamplingParams | None = ..., *, raw: bool = ...
+        self,
+        prompt: str | list[int],
+        params: SamplingParams | None = ...,
+        *,
+        raw: bool = ...,
+        batch_size: int | None = ...,
     ) -> Completion: ...
     @overload
     def generate(
-        self, prompt: list[str] | list[list[int]], params: SamplingParams | None = ..., *, raw: bool = ...
+        self,
+        prompt: list[str] | list[list[int]],
+        params: SamplingParams | None = ...,
+        *,
+        raw: bool = ...,
+        batch_size: int | None = ...,
     ) -> list[Completion]: ...
 
     def generate(
@@ -173,20 +184,37 @@ class Engine:
         params: SamplingParams | None = None,
         *,
         raw: bool = False,
+        batch_size: int | None = None,
     ) -> Completion | list[Completion]:
         """Answer one prompt (a string or a list of token ids), or several (a list of either), in order.
 
-        A string goes through the chat template unless `raw`. Raises `PromptError`, and `UsageError` when the engine is
-        busy.
+        A string goes through the chat template unless `raw`. Several are answered `batch_size` at a time (None: as many
+        as the engine was made for). Raises `PromptError`, and `UsageError` when the engine is busy.
         """
         if not isinstance(prompt, str) and hasattr(prompt, "tolist"):
             prompt = prompt.tolist()  # a tensor or an array
-        if isinstance(prompt, str) or not len(prompt) or not all(map(_is_prompt, prompt)):
-            return self._answer(cast("Prompt", prompt), params, raw)
-        prompts = cast("list[Prompt]", prompt)
-        for one in prompts:  # refused as a whole or not at all
-            self.prepare(one, params, raw=raw)
-        return [self._answer(one, params, raw) for one in prompts]
+        several = not isinstance(prompt, str) and len(prompt) > 0 and all(map(is_prompt, prompt))
+        prompts = cast("list[Prompt]", prompt if several else [prompt])
+        done = dict(self.complete(prompts, params, raw=raw, batch_size=batch_size))
+        return [done[number] for number in range(len(prompts))] if several else done[0]
+
+    def complete(
+        self,
+        prompts: Sequence[Prompt],
+        params: SamplingParams | None = None,
+        *,
+        raw: bool = False,
+        batch_size: int | None = None,
+        cancelled: Callable[[], bool] = never,
+    ) -> Iterator[tuple[int, Completion]]:
+        """The answers of several prompts as they are finished, each with its prompt's place in `prompts`.
+
+        Prompts are refused as a whole or not at all, and by this call rather than by the first answer. Once `cancelled`
+        says so, every answer under way ends with what was decided, and no other is begun.
+        """
+        together = checked_batch_size(batch_size, self.plan)
+        ids = [self.prepare(one, params, raw=raw) for one in prompts]
+        return completions(self._events(ids, params or SamplingParams(), cancelled, together))
 
     def stream(
         self,
@@ -194,14 +222,15 @@ class Engine:
         params: SamplingParams | None = None,
         *,
         raw: bool = False,
-        cancelled: Callable[[], bool] = lambda: False,
+        cancelled: Callable[[], bool] = never,
     ) -> Iterator[StepEvent]:
         """One event per denoising step and per finished block; the last one carries the `Completion`.
 
         `cancelled` is asked after every step; once it says so the answer ends with what was decided. Errors in the
         arguments are raised by this call, not by the first event.
         """
-        return self._events(self.prepare(prompt, params, raw=raw), params or SamplingParams(), cancelled)
+        ids = self.prepare(prompt, params, raw=raw)
+        return events_of_one(self._events([ids], params or SamplingParams(), cancelled, together=1))
 
     def prepare(self, prompt: Prompt, params: SamplingParams | None = None, *, raw: bool = False) -> list[int]:
         """The token ids that `stream` would begin with; raises what it would raise of these arguments."""
@@ -266,7 +295,8 @@ class Engine:
         keep_hot_set(self.config, self._parts)
         self._parts.store.close()
         self._parts.model.to("meta")
-        self._decoder.cache.release()
+        for cache in self._decoder.caches:
+            cache.release()
         self.close_trace()
 
     def __enter__(self) -> Self:
@@ -274,11 +304,6 @@ class Engine:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         self.close()
-
-    def _answer(self, prompt: Prompt, params: SamplingParams | None, raw: bool) -> Completion:
-        *_, last = self.stream(prompt, params, raw=raw)
-        assert last.completion is not None
-        return last.completion
 
     @contextmanager
     def _exclusive(self) -> Iterator[None]:
@@ -302,15 +327,9 @@ class Engine:
             if raw:
                 return self.tokenizer.encode_text(prompt)
             return self.tokenizer.encode_chat([Message(role="user", content=prompt)])
-        vocab = self.model_config.vocab_size
-        ids: list[int] = prompt.tolist() if hasattr(prompt, "tolist") else list(prompt)  # of a tensor or an array
-        for place, token in enumerate(ids):
-            if not hasattr(token, "__index__") or isinstance(token, bool) or not 0 <= token < vocab:
-                raise PromptError(f"prompt token {place} is {token!r}; wanted an id from 0 to {vocab - 1}")
-        return [operator.index(token) for token in ids]
+        return checked_ids(prompt, self.model_config.vocab_size)
 
     def _check_fits(self, ids: Sequence[int], params: SamplingParams) -> None:
-        plan, length = self.plan, params.block_length
         for kind, token in (("mask", self.mask_token_id), ("eos", self.eos_token_id)):
             if token is None:
                 raise TokenizerError(
@@ -319,49 +338,45 @@ class Engine:
                 )
         if params.stop and self.tokenizer is None:
             raise UsageError("stop strings need a tokenizer, and this checkpoint has none")
-        if length > plan.forward_tokens:
-            raise UsageError(
-                f"block_length is {length}, but the memory plan allows forwards of {plan.forward_tokens} tokens; "
-                f"set prefill_chunk to {length} or more"
-            )
-        room = self._decoder.positions(length)
-        if len(ids) >= room:
-            longest = self.model_config.max_position_embeddings
-            way_out = "shorten it"
-            if plan.context < longest:
-                way_out = f"set max_context higher (the model has {longest} positions; gpu_mem must hold them)"
-            raise PromptError(
-                f"the prompt has {len(ids)} tokens, but the context holds {room} with the answer in whole blocks of "
-                f"{length}; {way_out}"
-            )
+        room = self._decoder.positions(params.block_length)
+        check_fits(ids, params, self.plan, room, self.model_config.max_position_embeddings)
 
-    def _events(self, ids: list[int], params: SamplingParams, cancelled: Callable[[], bool]) -> Iterator[StepEvent]:
+    def _events(
+        self, prompts: Sequence[list[int]], params: SamplingParams, cancelled: Callable[[], bool], together: int
+    ) -> Events:
+        """Each event with its prompt's place in `prompts`."""
         with self._exclusive():
-            before, began = self.stats.snapshot(), time.perf_counter()
-            self.stats.prompts += 1
-            self.stats.prompt_tokens += len(ids)
-            text = AnswerText(self.tokenizer, params.stop)
+            began = time.perf_counter()
+            answers: list[Answer] = []
+
+            def requests() -> Iterator[Request]:
+                for prompt in prompts:
+                    if answers and cancelled():
+                        return
+                    answers.append(Answer(prompt, params, self.tokenizer, self.stats))
+                    yield answers[-1].request(cancelled)
+
             try:
-                for state in self._decoder.decode(ids, params, text.find_stop, cancelled):
-                    event = step_event(state, params.block_length, text)
-                    if state.block_finished and state.finish_reason:
-                        self._count_answer(state)
+                for number, state in self._decoder.decode_all(requests(), together):
+                    event = answers[number].event(state)
+                    if over(state):
+                        self._conclude(state)
                     self.stats.wall_seconds += time.perf_counter() - began
-                    if state.block_finished and state.finish_reason:
-                        stats = self.stats.since(before)
-                        done = Completion(text.whole, state.answer, state.finish_reason, stats)
-                        event = replace(event, completion=done)
-                    yield event
+                    if over(state):
+                        event = replace(event, completion=answers[number].completion(state))
+                    yield number, event
                     began = time.perf_counter()  # what the caller does with an event is not the engine's time
             finally:
                 if self._recorder is not None:
                     self._recorder.end_sequence()
 
-    def _count_answer(self, state: DecodingState) -> None:
-        self.stats.new_tokens += len(state.answer)
+    def _conclude(self, state: DecodingState) -> None:
+        """An answer is over."""
         self._parts.experts.idle()  # a prefetch under way belongs to this answer
         self._parts.experts.arena.wait_touched()  # and all slots to its peak
         self.stats.measured_peak_bytes = measure_peak()
+        if self._recorder is not None:
+            self._recorder.end_sequence(state.lane)
 
     def _count_unique(self, info: ForwardInfo, layer: int, decision: RoutingDecision) -> None:
         if info.phase is Phase.DENOISE:
@@ -370,32 +385,9 @@ class Engine:
 
     def _score(self, token_ids: Sequence[int], block_length: int, experts: ExpertExecutor) -> Tensor:
         """Hidden states [T, H] of one block-causal forward over `token_ids`."""
-        if block_length < 1:
-            raise UsageError(f"block_length is {block_length}; wanted at least 1")
         ids = self._encode(token_ids, raw=True)
-        if not ids:
-            raise PromptError("there are no token ids to run a forward over; pass at least one")
-        plan = self.plan
-        needed, room = score_bytes(self.model_config, self._parts.setup, len(ids)), plan.workspace + plan.spare
-        if needed > room:
-            raise MemoryBudgetError(
-                f"one forward over {len(ids)} tokens takes up to {format_bytes(needed)}, but the plan leaves "
-                f"{format_bytes(room)}; pass fewer tokens or raise gpu_mem"
-            )
-        positions = torch.arange(len(ids))
-        forward = Forward(
-            info=ForwardInfo(Phase.SCORE),
-            positions=positions,
-            block_ids=positions // block_length,
-            key_values=MaskedSequence(block_causal_mask(positions, block_length)),
-            policy=self._parts.policy,
-            experts=experts,
-        )
+        parts = self._parts
+        check_room(parts.plan, score_bytes(self.model_config, parts.setup, len(ids)), len(ids), block_length)
         self.stats.forwards[Phase.SCORE] = self.stats.forwards.get(Phase.SCORE, 0) + 1
-        with self.stats.phase(Phase.SCORE), compute_threads(self._parts.threads):
-            return self._parts.model(torch.tensor(ids), forward)  # type: ignore[no-any-return]
-
-
-def _is_prompt(one: object) -> bool:
-    """Whether an item of what `generate` was given is a prompt of its own, rather than a token id."""
-    return isinstance(one, Sequence) or getattr(one, "ndim", 0) > 0
+        with self.stats.phase(Phase.SCORE), compute_threads(parts.threads):
+            return score(parts.model, ids, block_length, parts.policy, experts)

@@ -216,6 +216,79 @@ def test_several_prompts_in_one_call(engine: Engine) -> None:
     assert [done.token_ids for done in together] == [engine.generate(prompt, SHORT).token_ids for prompt in prompts]
 
 
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("routing", ["original", "dmoe"])
+def test_a_batch_answers_as_each_prompt_alone(checkpoint: Path, routing: str, fused: bool) -> None:
+    generator = torch.Generator().manual_seed(3)
+    prompts = [torch.randint(0, 94, (length,), generator=generator).tolist() for length in (3, 70, 32, 0, 100, 45)]
+    options: dict[str, Any] = {"routing": routing, "min_experts": 4, "expert_mem": 5 * SLAB, "prefill_chunk": 32}
+    warm = SamplingParams(max_new_tokens=70, temperature=0.7, seed=5, threshold=0.3)
+    with open_engine(checkpoint, **options, batch_size=4, fused_commit=fused) as engine:
+        assert engine.plan.sequences == 4
+        for params in (SHORT, warm):
+            alone = [engine.generate(prompt, params) for prompt in prompts]
+            for batch_size in (2, 4):
+                together = engine.generate(prompts, params, batch_size=batch_size)
+                assert [done.token_ids for done in together] == [done.token_ids for done in alone]
+                for done, single in zip(together, alone, strict=True):
+                    assert done.stats.denoise_steps == single.stats.denoise_steps
+                    assert done.stats.blocks == single.stats.blocks
+                    assert done.stats.prompts == 1
+
+
+def test_a_batch_moves_fewer_bytes_and_counts_its_forwards_once(checkpoint: Path) -> None:
+    prompts = [[number] * 40 for number in range(4)]
+    moved, forwards, unique = [], [], []
+    for batch_size in (1, 2, 4):
+        with open_engine(checkpoint, expert_mem=6 * SLAB, batch_size=4, predictor="none") as engine:
+            engine.generate(prompts, SHORT, batch_size=batch_size)
+            stats = engine.stats
+            moved.append(stats.bytes_moved)
+            forwards.append(stats.forwards[Phase.DENOISE])
+            unique.append(stats.unique_experts)
+            assert stats.prompts == 4
+            assert stats.forwards[Phase.DENOISE] >= stats.denoise_steps / batch_size
+    assert moved[0] > moved[1] > moved[2]
+    assert forwards[0] > forwards[1] > forwards[2]
+    assert unique[0] == pytest.approx(unique[2]), "counted per block, whatever else is in the forward"
+
+
+def test_more_prompts_together_than_were_planned_for_are_refused(engine: Engine) -> None:
+    with pytest.raises(
+        UsageError, match=r"batch_size is 2, but the memory plan holds .* of 1 sequence; .*batch_size=2"
+    ):
+        engine.generate([[1], [2]], SHORT, batch_size=2)
+    with pytest.raises(UsageError, match="batch_size is 0; wanted 1 to 1"):
+        engine.generate([[1], [2]], SHORT, batch_size=0)
+
+
+def test_prompts_are_completed_as_they_finish_and_none_is_begun_after_a_cancel(checkpoint: Path) -> None:
+    with open_engine(checkpoint, batch_size=2) as engine:
+        params = SamplingParams(max_new_tokens=200, threshold=1)
+        completed = dict(
+            engine.complete([[1] * 300, [2], [3]], params, cancelled=lambda: engine.stats.denoise_steps > 3)
+        )
+        assert sorted(completed) == [0, 1]
+        assert {done.finish_reason for done in completed.values()} == {"cancelled"}
+        answers = engine.complete([[1], [2], [3]], SHORT)
+        next(answers)
+        answers.close()  # type: ignore[attr-defined]
+        assert engine.generate([1], SHORT).token_ids
+
+
+def test_a_trace_of_a_batch_tells_its_prompts_apart(checkpoint: Path, tmp_path: Path) -> None:
+    with open_engine(checkpoint, batch_size=2) as engine:
+        engine.record_trace(tmp_path / "trace")
+        done = engine.generate([[1] * 40, [2], [3] * 64], SHORT)
+        engine.close_trace()
+        steps = sum(one.stats.denoise_steps for one in done)
+    _, records = read_trace(tmp_path / "trace")
+    entries = list(records)
+    assert {entry.sequence for entry in entries} == {0, 1, 2}
+    denoised = [(one.sequence, one.block, one.step, one.layer) for one in entries if one.phase is Phase.DENOISE]
+    assert len(denoised) == len(set(denoised)) == 2 * steps
+
+
 def test_one_bad_prompt_refuses_the_call_before_anything_runs(engine: Engine) -> None:
     before = engine.stats.prompts
     with pytest.raises(PromptError, match="prompt token 1 is 96; wanted an id from 0 to 95"):
@@ -324,16 +397,23 @@ def test_statistics_add_up(engine: Engine) -> None:
     assert stats.measured_peak_bytes > 0
 
 
-def test_the_trace_holds_every_decision(checkpoint: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("fused", [False, True])
+def test_the_trace_holds_every_decision(checkpoint: Path, tmp_path: Path, fused: bool) -> None:
     path = tmp_path / "run.trace"
-    with open_engine(checkpoint) as engine:
+    with open_engine(checkpoint, fused_commit=fused) as engine:
         engine.record_trace(path)
         done = engine.generate([1] * 40, SHORT)
         engine.close_trace()
     header, records = read_trace(path)
     entries = list(records)
     assert header.layers == (1, 2)
-    assert len(entries) == 2 * sum(done.stats.forwards.values())
+    forwards = done.stats.forwards
+    commits = {entry.block for entry in entries if entry.phase is Phase.COMMIT}
+    assert len(commits) == done.stats.blocks - 1
+    assert forwards.get(Phase.COMMIT, 0) == (0 if fused else len(commits))
+    in_both_layers = forwards[Phase.DENOISE] + (len(commits) if fused else 0)
+    alone = forwards[Phase.PREFILL] + forwards.get(Phase.COMMIT, 0)
+    assert len(entries) == 2 * in_both_layers + alone, "keys and values don't need the last layer's experts"
     denoising = [entry for entry in entries if entry.phase is Phase.DENOISE]
     mean = sum(len(entry.experts) for entry in denoising) / len(denoising)
     assert mean == pytest.approx(done.stats.unique_experts)
@@ -507,11 +587,11 @@ def test_a_small_model_computes_in_float32_on_one_thread_and_leaves_the_process_
     seen = set()
     try:
         with open_engine(directory) as engine:
-            assert engine._decoder.cache.keys.dtype == torch.float32
+            assert engine._decoder.caches[0].keys.dtype == torch.float32
             for _ in engine.stream([1, 2, 3], SHORT, cancelled=lambda: bool(seen.add(torch.get_num_threads()))):
                 assert torch.get_num_threads() == 2
         with open_engine(directory, dtype="bfloat16", threads=2) as engine:
-            assert engine._decoder.cache.keys.dtype == torch.bfloat16
+            assert engine._decoder.caches[0].keys.dtype == torch.bfloat16
             assert engine._decoder.threads == 2
     finally:
         torch.set_num_threads(1)

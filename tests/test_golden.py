@@ -52,6 +52,33 @@ def test_unique_experts_per_block(engines: dict[str, Engine], case: dict[str, An
     assert found == case["unique"]
 
 
+@pytest.fixture(scope="module")
+def batches() -> Iterator[dict[str, Engine]]:
+    """As `engines`, for three prompts at a time whose prefill goes in pieces of one block."""
+    options: dict[str, Any] = {"gpu_mem": "3GB", "expert_mem": FEW_SLOTS, "batch_size": 3, "prefill_chunk": 32}
+    opened = {routing: Engine.from_pretrained(GOLDEN, **options, **routing_options(routing)) for routing in ROUTINGS}
+    yield opened
+    for engine in opened.values():
+        engine.close()
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("case", cases()["generate"], ids=generate_name)
+def test_generate_in_every_split_of_the_work(batches: dict[str, Engine], case: dict[str, Any], fused: bool) -> None:
+    """Commits alone or fused, prefill in pieces, and other prompts in the same forwards: the same ids."""
+    engine = batches[case["routing"]]
+    engine._decoder.eos_token_id = case.get("eos_id", cases()["eos_id"])
+    engine._decoder.fused_commit = fused
+    prompts = sorted({one["P"] for one in cases()["generate"]})
+    params = SamplingParams(max_new_tokens=64, threshold=case["threshold"])
+    for batch_size in (1, 3):
+        done = engine.generate(
+            [tensors()[f"prompt_{length}"].tolist() for length in prompts], params, batch_size=batch_size
+        )[prompts.index(case["P"])]
+        assert done.token_ids == tensors()[generate_name(case)].tolist()
+        assert done.finish_reason == ("eos" if case["eos"] else "length")
+
+
 @pytest.mark.parametrize("case", cases()["generate"], ids=generate_name)
 def test_generate(engines: dict[str, Engine], case: dict[str, Any]) -> None:
     engine = engines[case["routing"]]

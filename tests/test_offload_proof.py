@@ -24,8 +24,8 @@ BUDGET = 1_100_000_000
 """What is left of `LIMIT` for the page cache of headers and for the kernel's own tables is a twelfth."""
 EVERYTHING = "3.5GB"
 ROUTINGS = ["original", "dmoe"]
-# Longer than a chunk of prefill, so that the workspace planned for one is used.
-PROMPT = 550
+# Longer than a piece of prefill, so that the workspace planned for all of them is used.
+PROMPT = 900
 PARAMS: dict[str, Any] = {"max_new_tokens": 50, "steps": 4, "temperature": 1.0, "top_p": 0.9, "seed": 1}
 
 
@@ -86,6 +86,19 @@ def test_a_fraction_of_the_experts_gives_the_same_answer_within_the_plan(micro: 
     for report in (whole, tight):
         check_slots_and_bytes(report)
         check_peak(report)
+
+
+@pytest.mark.slow
+def test_a_long_prompt_in_a_batch_stays_within_the_plan(micro: Path) -> None:
+    wide = options(micro, "original", EVERYTHING) | {"max_context": 4096, "batch_size": 2}
+    whole = offload_run.run(wide, 3900, **PARAMS)
+    fixed = whole.plan["total"] - whole.plan["expert_slots"]
+    tight = offload_run.run(wide | {"gpu_mem": fixed + 150 * whole.plan["slab_bytes"]}, 3900, **PARAMS)
+    assert tight.token_ids == whole.token_ids
+    assert whole.plan["sequences"] == 2
+    for report in (whole, tight):
+        check_slots_and_bytes(report)
+        assert report.peak <= report.plan["total"], "the second sequence's cache is never touched"
 
 
 @pytest.mark.slow

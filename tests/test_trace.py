@@ -62,7 +62,7 @@ def test_what_is_recorded_is_read_back(tmp_path_factory, recorded):
     header, found = read_trace(path)
     assert header == HEADER
     for (info, layer, chosen, sequence), record in zip(recorded, found, strict=True):
-        assert (record.phase, record.block, record.step) == info
+        assert (record.phase, record.block, record.step) == (info.phase, info.block, info.step)
         assert (record.layer, record.sequence) == (layer, sequence)
         assert record.experts == tuple(chosen)
         assert record.scores == pytest.approx(tuple(chosen.values()), rel=1e-5)

@@ -65,28 +65,30 @@ def peak_of(run: Callable[[], object], folder: Path) -> int:
 def prefill_peak(
     config: ModelConfig, plan: MemoryPlan, dtype: torch.dtype, weights: ExpertWeights, folder: Path
 ) -> int:
-    """Bytes that the largest forward of `plan` allocates when all experts have these weights."""
+    """Bytes that the longest prefill of `plan` allocates when all experts have these weights."""
     tokens, model = plan.forward_tokens, model_of(config, dtype)
     experts = ResidentExperts(lambda _layer, _expert: weights)
     cache = PrefixCache(config, plan.kv_positions, dtype, torch.device("cpu"))
-    cache.commit(plan.kv_positions - tokens)
+    info, policy = ForwardInfo(Phase.PREFILL), make_policy("dmoe", config.router)
 
     def prefill() -> None:
         with torch.inference_mode():
-            positions = cache.begin(tokens, 32)
-            info, policy = ForwardInfo(Phase.PREFILL), make_policy("dmoe", config.router)
-            model(
-                torch.ones(tokens, dtype=torch.long), Forward(info, positions, positions // 32, cache, policy, experts)
-            )
+            spans = [cache.span(tokens, 32, start) for start in range(0, plan.kv_positions, tokens)]
+            blocks = torch.arange(tokens) // 32
+            forwards = [Forward(info, span.positions, blocks, span, policy, experts) for span in spans]
+            model.prefill(torch.randint(0, 64, (plan.kv_positions,)), forwards)
 
     return peak_of(prefill, folder)
 
 
+@pytest.mark.parametrize("pieces", [1, 8])
 @pytest.mark.parametrize("itemsize", [2, 4])
 @pytest.mark.parametrize("shape", [WIDE, NARROW, DENSE], ids=["experts", "attention", "dense"])
-def test_prefill_stays_within_the_workspace(tmp_path: Path, itemsize: int, shape: dict[str, Any]) -> None:
-    config = mini(num_hidden_layers=2, vocab_size=64, num_experts=16, **shape)
-    plan = plan_memory(config, Setup(device="cpu", itemsize=itemsize, prefill_chunk=128), 10**9, max_context=1024)
+def test_prefill_stays_within_the_workspace(tmp_path: Path, itemsize: int, shape: dict[str, Any], pieces: int) -> None:
+    config = mini(num_hidden_layers=3, vocab_size=64, num_experts=16, **shape)
+    setup = Setup(device="cpu", itemsize=itemsize, prefill_chunk=128)
+    plan = plan_memory(config, setup, 10**9, max_context=128 * pieces)
+    assert plan.kv_positions == pieces * plan.forward_tokens
     wide = torch.zeros(config.moe_intermediate_size, config.hidden_size, dtype=DTYPES[itemsize])
     peak = prefill_peak(config, plan, DTYPES[itemsize], ExpertWeights(wide, wide, wide.T.contiguous()), tmp_path)
     promised = plan.workspace - GEMM_SCRATCH_BYTES["cpu"]
@@ -99,7 +101,7 @@ def test_prefill_stays_within_the_workspace(tmp_path: Path, itemsize: int, shape
 @pytest.mark.usefixtures("torch_computes")
 def test_dequantising_stays_within_the_workspace(tmp_path: Path, itemsize: int, bits: int) -> None:
     shape = {"hidden_size": 512, "moe_intermediate_size": 512, "num_attention_heads": 4, "intermediate_size": 64}
-    config = mini(num_hidden_layers=2, vocab_size=64, num_experts=16, **shape)
+    config = mini(num_hidden_layers=3, vocab_size=64, num_experts=16, **shape)
     setup = Setup(device="cpu", itemsize=itemsize, stored_itemsize=1, prefill_chunk=32)
     plan = plan_memory(config, setup, 10**9, max_context=64)
     matrix = torch.randn(512, 512)

@@ -49,6 +49,10 @@ class AccelerateExperts:
 
     def run(self, layer: int, hidden: Tensor, decision: RoutingDecision) -> Tensor:
         """See `ExpertExecutor`."""
+        return self.sweep(layer, hidden, decision, hidden.shape[0]).to(hidden.dtype)
+
+    def sweep(self, layer: int, hidden: Tensor, decision: RoutingDecision, rows: int) -> Tensor:  # noqa: ARG002
+        """See `ExpertExecutor`; however many tokens an expert has, it computes them together."""
         choices = decision.experts.shape[1]
         flat_weights = decision.weights.flatten()
         out = torch.zeros(hidden.shape, dtype=torch.float32)
@@ -56,7 +60,7 @@ class AccelerateExperts:
             tokens = group.places.div(choices, rounding_mode="floor")
             computed = self._modules[f"{layer}-{group.expert}"](hidden.index_select(0, tokens))
             out.index_add_(0, tokens, computed.float() * flat_weights[group.places].unsqueeze(-1))
-        return out.to(hidden.dtype)
+        return out
 
 
 def _offload_index(config: ModelConfig, checkpoint: Checkpoint, dtype: torch.dtype) -> dict[str, dict[str, Any]]:

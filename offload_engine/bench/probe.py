@@ -129,8 +129,16 @@ class _TimedExperts:
         return getattr(self.experts, name)
 
     def run(self, layer: int, hidden: Tensor, decision: RoutingDecision) -> Tensor:
+        return self._watched(self.experts.run, layer, hidden, decision)
+
+    def sweep(self, layer: int, hidden: Tensor, decision: RoutingDecision, rows: int) -> Tensor:
+        return self._watched(self.experts.sweep, layer, hidden, decision, rows)
+
+    def _watched(
+        self, run: Callable[..., Tensor], layer: int, hidden: Tensor, decision: RoutingDecision, *rows: int
+    ) -> Tensor:
         began = time.perf_counter()
-        out = self.experts.run(layer, hidden, decision)
+        out = run(layer, hidden, decision, *rows)
         ended = time.perf_counter()
         self.probe.runs.append((LayerRun(layer, began, ended, ()), decision.experts))
         if self.whole:

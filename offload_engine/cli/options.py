@@ -46,7 +46,9 @@ ENGINE_HELP: Final = {
     "transfers_in_flight": "Transfers started and not finished, 1 or 2.",
     "reader_threads": "Threads that read experts from disk.",
     "verify": "When a converted checkpoint's experts are held against their checksums.",
-    "prefill_chunk": "Prompt tokens per forward.",
+    "prefill_chunk": "Prompt tokens that attend together in a prefill.",
+    "batch_size": "Prompts answered together; each takes a KV cache.",
+    "fused_commit": "Commit a finished block in the next block's first step.",
     "threads": "Compute threads.  [default: torch's choice; 1 for small models]",
     "mask_token_id": "Id of an undecided position.  [default: the checkpoint's]",
     "eos_token_id": "Id that ends an answer.  [default: the checkpoint's]",
@@ -118,6 +120,10 @@ def take_sampling_params(options: dict[str, Any], names: Mapping[str, str] = SAM
 
 def _option(owner: type[BaseModel], field: str, name: str, text: str) -> Callable[[Decorated], Decorated]:
     info = owner.model_fields[field]
+    if info.annotation is bool:
+        text = f"{text}  [default: {'yes' if info.default else 'no'}]"
+        flag = name.replace("_", "-")
+        return click.option(f"--{flag}/--no-{flag}", name, default=None, help=text)
     kind, metavar, multiple = _parameter(field, info.annotation)
     if info.default not in (None, (), PydanticUndefined):
         text = f"{text}  [default: {info.default}]"

@@ -15,9 +15,9 @@ from offload_engine.cli.report import announce, as_json, show_stats
 from offload_engine.cli.terminal import Output, note
 from offload_engine.cli.watch import watching
 from offload_engine.config import EngineConfig
-from offload_engine.core import SamplingParams, StepEvent
+from offload_engine.core import Completion, SamplingParams, StepEvent
 from offload_engine.engine import Engine
-from offload_engine.errors import PromptError
+from offload_engine.errors import PromptError, UsageError
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,6 +36,10 @@ class Request:
 
 def answer_prompts(config: EngineConfig, request: Request) -> int:
     """Answer all prompts on stdout; returns the exit code. Raises `OffloadError`s."""
+    if request.watch and min(config.batch_size, len(request.prompts)) > 1:
+        raise UsageError(
+            f"--watch shows one answer at a time, but --batch-size is {config.batch_size}; leave one of them out"
+        )
     output = Output()
     with loading_progress() as progress:
         engine = Engine.from_pretrained(config=config, progress=progress)
@@ -43,18 +47,48 @@ def answer_prompts(config: EngineConfig, request: Request) -> int:
         announce(engine, whole_plan=request.stats)
         if request.trace is not None:
             engine.record_trace(request.trace, request.params.block_length)
-        streams = [_stream(engine, prompt, request, interrupted) for prompt in request.prompts]
-        for place, (prompt, stream) in enumerate(zip(request.prompts, streams, strict=True), start=1):
-            if len(streams) > 1:
-                note(f"[{place}/{len(streams)}] {prompt.source}")
-            _answer(engine, prompt, stream, request, output)
-            if interrupted():
-                break
+        together = engine.plan.sequences > 1 and len(request.prompts) > 1
+        (_answer_together if together else _answer_in_turn)(engine, request, interrupted, output)
         if request.stats:
             show_stats(engine.stats)
         note(engine.stats.summary_line())
         engine.close_trace()
     return INTERRUPTED if interrupted() else 0
+
+
+def _answer_in_turn(engine: Engine, request: Request, interrupted: Callable[[], bool], output: Output) -> None:
+    """Write each answer as it comes."""
+    streams = [_stream(engine, prompt, request, interrupted) for prompt in request.prompts]
+    for place, (prompt, stream) in enumerate(zip(request.prompts, streams, strict=True), start=1):
+        if len(streams) > 1:
+            note(f"[{place}/{len(streams)}] {prompt.source}")
+        _answer(engine, prompt, stream, request, output)
+        if interrupted():
+            break
+
+
+def _answer_together(engine: Engine, request: Request, interrupted: Callable[[], bool], output: Output) -> None:
+    """Write each answer once it and those before it are finished; several are under way at a time."""
+    prompts = request.prompts
+    for prompt in prompts:  # refused by the name of its source
+        _stream(engine, prompt, request, interrupted)
+    answers = engine.complete(
+        [prompt.content for prompt in prompts], request.params, raw=request.raw, cancelled=interrupted
+    )
+    finished: dict[int, Completion] = {}
+    written = 0
+    for number, done in answers:
+        finished[number] = done
+        note(f"[{len(finished) + written}/{len(prompts)}] {prompts[number].source}")
+        while written in finished:
+            output.write(_whole(engine, prompts[written], request, finished.pop(written)))
+            written += 1
+
+
+def _whole(engine: Engine, prompt: Prompt, request: Request, done: Completion) -> str:
+    """All that stdout gets of a finished answer."""
+    event = StepEvent("block", 0, 0, tuple(done.token_ids), text=done.text, completion=done)
+    return _Writing(engine, prompt, request).of(event)
 
 
 def _stream(engine: Engine, prompt: Prompt, request: Request, cancelled: Callable[[], bool]) -> Iterator[StepEvent]:

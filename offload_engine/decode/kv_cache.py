@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
-from offload_engine.model.attention import block_causal_mask, grouped_attention
+from offload_engine.model.attention import KeyValues, prefix_attention
 from offload_engine.model.config import ModelConfig
 
 
 class PrefixCache:
     """The exact keys and values of one sequence's finished blocks, allocated once for the whole context.
 
-    A forward writes its own keys and values behind the prefix and attends to both; they stay there only if the forward
-    is then committed, and otherwise the next one overwrites them.
+    A forward writes its own keys and values behind the prefix and attends to both; they stay there only if they are
+    then committed, and otherwise the next forward overwrites them.
     """
 
     def __init__(self, config: ModelConfig, context: int, dtype: torch.dtype, device: torch.device) -> None:
@@ -23,7 +25,6 @@ class PrefixCache:
         self.context = context
         self.length = 0
         """Positions committed so far."""
-        self._mask: Tensor | None = None
 
     def reset(self) -> None:
         """Forget everything."""
@@ -33,25 +34,56 @@ class PrefixCache:
         """Give the memory back; the cache can't be used any more."""
         self.keys = self.values = torch.empty(0)
 
-    def begin(self, tokens: int, block_length: int) -> Tensor:
-        """The next forward covers `tokens` positions from `length` on. Returns their positions [tokens] int64.
-
-        Inside one block everything sees everything; several blocks at once (prefill) see each other block-causally.
-        """
-        positions = torch.arange(self.length, self.length + tokens, device=self.keys.device)
-        self._mask = None
-        if tokens > block_length:
-            within = block_causal_mask(positions, block_length)
-            self._mask = torch.cat((within.new_ones(tokens, self.length), within), dim=-1)
-        return positions
+    def span(self, tokens: int, block_length: int, offset: int = 0) -> Span:
+        """Where a forward's `tokens` go: `offset` positions behind the prefix."""
+        return Span(self, self.length + offset, tokens, block_length)
 
     def commit(self, tokens: int) -> None:
-        """The last forward's `tokens` positions are final: they join the prefix."""
+        """The `tokens` positions behind the prefix are final: they join it."""
         self.length += tokens
+
+
+class Span:
+    """Consecutive positions of one sequence, in whole blocks; a `KeyValues` for one forward over them.
+
+    Everything in a block sees everything in it and before it. So blocks attend one by one, each to a prefix that it
+    sees all of: no mask is needed, and what a block computes does not depend on those that follow it in the forward.
+    """
+
+    def __init__(self, cache: PrefixCache, start: int, tokens: int, block_length: int) -> None:
+        self.cache, self.start, self.tokens, self.block_length = cache, start, tokens, block_length
+
+    @property
+    def positions(self) -> Tensor:
+        """[tokens] int64."""
+        return torch.arange(self.start, self.start + self.tokens, device=self.cache.keys.device)
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """See `KeyValues`; here without leading dimensions: [T, heads, d]."""
-        end = self.length + key.shape[0]
-        self.keys[layer, self.length : end] = key
-        self.values[layer, self.length : end] = value
-        return grouped_attention(query, self.keys[layer, :end], self.values[layer, :end], self._mask)
+        keys, values = self.cache.keys[layer], self.cache.values[layer]
+        keys[self.start : self.start + self.tokens] = key
+        values[self.start : self.start + self.tokens] = value
+        outputs = []
+        for first in range(0, self.tokens, self.block_length):
+            rows = query[first : first + self.block_length]
+            end = self.start + first + rows.shape[0]
+            outputs.append(prefix_attention(rows, keys[:end], values[:end]))
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+
+
+class SideBySide:
+    """The spans of several sequences in one forward, their tokens one after the other."""
+
+    def __init__(self, spans: Sequence[Span]) -> None:
+        self.spans = spans
+        self.sizes = [span.tokens for span in spans]
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """See `KeyValues`; here without leading dimensions: [T, heads, d]."""
+        parts = zip(self.spans, query.split(self.sizes), key.split(self.sizes), value.split(self.sizes), strict=True)
+        return torch.cat([span.attend(layer, *of_span) for span, *of_span in parts])
+
+
+def side_by_side(spans: Sequence[Span]) -> KeyValues:
+    """Where the tokens of all of `spans` go."""
+    return spans[0] if len(spans) == 1 else SideBySide(spans)

@@ -20,7 +20,7 @@ _TINY = {
     "vocab_size": 4096,
     "hidden_size": 256,
     "intermediate_size": 256,
-    "num_hidden_layers": 2,
+    "num_hidden_layers": 3,
     "num_attention_heads": 4,
     "num_key_value_heads": 1,
     "head_dim": 64,
@@ -56,11 +56,13 @@ def _forwards(config: ModelConfig, model: LLaDA2Model, dtype: torch.dtype) -> to
     weights = ExpertWeights(wide, wide, wide.T.contiguous())
     experts = ResidentExperts(lambda _layer, _expert: weights)
     cache = PrefixCache(config, 5 * BLOCK, dtype, torch.device("cpu"))
-    hidden = torch.empty(0)
-    for phase, tokens in ((Phase.PREFILL, 4 * BLOCK), (Phase.DENOISE, BLOCK)):
-        positions = cache.begin(tokens, BLOCK)
-        policy = make_policy("dmoe", config.router)
-        forward = Forward(ForwardInfo(phase), positions, torch.arange(tokens) // BLOCK, cache, policy, experts)
-        hidden = model(torch.arange(tokens), forward)
-        cache.commit(tokens)
+    policy = make_policy("dmoe", config.router)
+
+    def forward(phase: Phase, tokens: int) -> Forward:
+        span = cache.span(tokens, BLOCK)
+        return Forward(ForwardInfo(phase), span.positions, torch.arange(tokens) // BLOCK, span, policy, experts)
+
+    model.prefill(torch.arange(4 * BLOCK), [forward(Phase.PREFILL, 4 * BLOCK)])
+    cache.commit(4 * BLOCK)
+    hidden: torch.Tensor = model(torch.arange(BLOCK), forward(Phase.DENOISE, BLOCK))
     return hidden

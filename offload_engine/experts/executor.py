@@ -5,13 +5,14 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
-from offload_engine.core import ExpertKey, ForwardInfo, RoutingDecision
+from offload_engine.core import ExpertKey, ForwardInfo, Phase, RoutingDecision
 from offload_engine.errors import InternalError, OffloadError
 from offload_engine.experts.arena import SlotArena
 from offload_engine.experts.cache import Occupancy
@@ -22,7 +23,20 @@ from offload_engine.experts.scheduler import Command, Compute, ExpertScheduler, 
 from offload_engine.experts.store import ExpertStore
 from offload_engine.experts.transfer.base import Stream, TransferBackend, TransferTicket
 from offload_engine.metrics import EngineStats
-from offload_engine.model.moe import ExpertOutputs, Preview, tokens_by_expert
+from offload_engine.model.moe import (
+    ExpertOutputs,
+    ExpertSum,
+    ExpertTokens,
+    ExpertWeights,
+    Preview,
+    tokens_by_expert,
+)
+from offload_engine.routing.base import by_block
+
+SWEEP_WINDOW = 16
+"""Experts that a sweep waits for at a time, in their order."""
+SWEEP_SHARE = 0.8
+"""Share of a layer's experts that a sweep must have wanted for the next layer to be fetched as a whole."""
 
 
 class Ranked(NamedTuple):
@@ -82,10 +96,15 @@ class OffloadedExperts:
         self._handed_over: set[ExpertKey] = set()
         """Loads the driver has and has not reported."""
         self._failure: OffloadError | None = None
+        self._info = ForwardInfo(Phase.SCORE)
+        self._sweeping = False
+        """Whether the layer before, in this forward, wanted nearly all of its experts in a sweep."""
         transfers.start(self._on_complete)
 
     def begin(self, info: ForwardInfo) -> None:
         """See `ExpertExecutor`."""
+        self._info = info
+        self._sweeping = False
         self.predictor.begin(info)
         if self.predictor.generating:
             self.hot.begin()
@@ -93,25 +112,39 @@ class OffloadedExperts:
             self.scheduler.begin(info)
 
     def prepare(self, layer: int, preview: Preview) -> None:
-        """See `ExpertExecutor`: predict this layer, and up to `prefetch_depth - 1` after it, and start to fetch."""
+        """See `ExpertExecutor`: predict this layer, and up to `prefetch_depth - 1` after it, and start to fetch.
+
+        Where the layer before swept through nearly all of its experts, so will this one.
+        """
+        if self._sweeping and self.prefetch_depth:
+            predicted = self._keys_of_layer[layer][: self.scheduler.cache.probation_limit]
+        else:
+            predicted = self._predicted(layer, preview)
+        try:
+            with self._changed:
+                self._carry_out(self.scheduler.predict(predicted))
+        except BaseException:
+            self._abandon()
+            raise
+
+    def _predicted(self, layer: int, preview: Preview) -> list[ExpertKey]:
         guesses = []
         for ahead in range(layer, min(layer + self.prefetch_depth, self._last_layer + 1)):
             if self.predictor.wants_preview:
                 self.predictor.offer(ahead, *ranked_experts(preview(ahead)))
             guesses.append((ahead, self.predictor.predict(ahead, ahead - layer)))
-        try:
-            with self._changed:
-                self._carry_out(self.scheduler.predict(prefetch_order(guesses)))
-        except BaseException:
-            self._abandon()
-            raise
+        predicted = prefetch_order(guesses)
+        if self._info.phase is Phase.PREFILL:  # in the order of a sweep, lest what comes first makes room for the rest
+            predicted = sorted(predicted)[: self.scheduler.cache.probation_limit]
+        return predicted
 
     def run(self, layer: int, hidden: Tensor, decision: RoutingDecision) -> Tensor:
         """See `ExpertExecutor`."""
         ranked = ranked_experts(decision)
-        self.predictor.observe(layer, ranked.experts, ranked.scores)
+        learned = self._to_learn(ranked, decision)
+        self.predictor.observe(layer, *learned)
         if self.predictor.generating:
-            self.hot.use(layer, ranked.experts)
+            self.hot.use(layer, learned.experts)
         tokens = {group.expert: group for group in tokens_by_expert(decision.experts)}
         outputs = ExpertOutputs(hidden, decision)
         try:
@@ -120,13 +153,7 @@ class OffloadedExperts:
                 self.stats.expert_requests += len(ranked.experts)
             for _ in ranked.experts:
                 compute = self._next_compute()
-                key, slot = compute.key, compute.slot
-                weights = self.arena.weights(slot, self.store.layout(key))
-                self.transfers.launch(
-                    Stream.COMPUTE, partial(outputs.compute, tokens[key.expert], weights), reads=(slot,)
-                )
-                with self._changed:
-                    self._carry_out(self.scheduler.computed(key))
+                self._launch(compute, outputs.compute, tokens[compute.key.expert])
         except BaseException:
             self._abandon()
             raise
@@ -140,6 +167,60 @@ class OffloadedExperts:
         with self._changed:
             hottest = self.hot.hottest(self.scheduler.cache.slots)
             self._carry_out(self.scheduler.warm(key for key, _uses in hottest))
+
+    def sweep(self, layer: int, hidden: Tensor, decision: RoutingDecision, rows: int) -> Tensor:
+        """See `ExpertExecutor`. Experts are asked for in windows that the slots can hold, so that the one whose turn it
+        is always finds a slot; those of later windows are fetched ahead.
+        """
+        groups = tokens_by_expert(decision.experts)
+        ranked = ranked_experts(decision)
+        self.predictor.observe(layer, ranked.experts, ranked.scores)
+        scores = dict(zip(ranked.experts, ranked.scores, strict=True))
+        total = ExpertSum(hidden, decision, rows)
+        ahead = self.scheduler.cache.probation_limit
+        window = min(SWEEP_WINDOW, self.scheduler.cache.slots - ahead)  # more would push out what is fetched ahead
+        try:
+            for start in range(0, len(groups), window):
+                now, later = groups[start : start + window], groups[start + window : start + window + ahead]
+                wanted = [group.expert for group in now]
+                following = [ExpertKey(layer, group.expert) for group in later]
+                with self._changed:
+                    self._carry_out(self.scheduler.want(layer, wanted, [scores[expert] for expert in wanted]))
+                    self._carry_out(self.scheduler.predict(following, routed=True))
+                    self.stats.expert_requests += len(wanted)
+                arrived: dict[int, Compute] = {}
+                for group in now:
+                    while group.expert not in arrived:
+                        compute = self._next_compute()
+                        arrived[compute.key.expert] = compute
+                    self._launch(arrived[group.expert], total.add, group)
+        except BaseException:
+            self._abandon()
+            raise
+        self._sweeping = len(groups) >= SWEEP_SHARE * len(self._keys_of_layer[layer])
+        with self._changed:
+            self._count()
+        self.transfers.synchronize()
+        return total.sum
+
+    def _to_learn(self, ranked: Ranked, decision: RoutingDecision) -> Ranked:
+        """What the predictor is shown of a decision: the blocks that go on being denoised, where there are others."""
+        blocks = by_block(self._info, decision)
+        denoised = [part.experts for one, part in blocks if one.phase is Phase.DENOISE]
+        if len(denoised) in (0, len(blocks)):
+            return ranked
+        kept = set(torch.cat(denoised).unique().tolist())
+        pairs = [pair for pair in zip(ranked.experts, ranked.scores, strict=True) if pair[0] in kept]
+        return Ranked([expert for expert, _ in pairs], [score for _, score in pairs])
+
+    def _launch(
+        self, compute: Compute, work: Callable[[ExpertTokens, ExpertWeights], None], tokens: ExpertTokens
+    ) -> None:
+        """Have `work` done with the expert's weights, and give its slot free for what comes next."""
+        weights = self.arena.weights(compute.slot, self.store.layout(compute.key))
+        self.transfers.launch(Stream.COMPUTE, partial(work, tokens, weights), reads=(compute.slot,))
+        with self._changed:
+            self._carry_out(self.scheduler.computed(compute.key))
 
     def idle(self, timeout: float = 60.0) -> None:
         """Wait until no transfer is under way, then check that the cache conserves its slots."""

@@ -12,10 +12,13 @@ from offload_engine.core import ForwardInfo, Phase, RoutingDecision
 from offload_engine.errors import TraceError, TraceWriteError
 from offload_engine.experts.executor import ranked_experts
 from offload_engine.model.moe import ExpertExecutor, Preview
+from offload_engine.routing.base import by_block
 from offload_engine.trace import TraceHeader, TraceWriter
 
 Watcher = Callable[[ForwardInfo, int, RoutingDecision], None]
-"""Told of every decision: the forward, the layer, what it decided."""
+"""Told of every decision: the forward, the layer, what it decided. A forward over several blocks is told of block by
+block, as if each had a forward of its own.
+"""
 
 
 class ObservedExperts:
@@ -37,9 +40,19 @@ class ObservedExperts:
 
     def run(self, layer: int, hidden: Tensor, decision: RoutingDecision) -> Tensor:
         """See `ExpertExecutor`."""
-        for watch in self.watchers:
-            watch(self._info, layer, decision)
+        self._tell(layer, decision)
         return self.experts.run(layer, hidden, decision)
+
+    def sweep(self, layer: int, hidden: Tensor, decision: RoutingDecision, rows: int) -> Tensor:
+        """See `ExpertExecutor`."""
+        self._tell(layer, decision)
+        return self.experts.sweep(layer, hidden, decision, rows)
+
+    def _tell(self, layer: int, decision: RoutingDecision) -> None:
+        if self.watchers:
+            for info, part in by_block(self._info, decision):
+                for watch in self.watchers:
+                    watch(info, layer, part)
 
 
 class TraceRecorder:
@@ -52,21 +65,31 @@ class TraceRecorder:
         """Raises `TraceError` when `path` can't be a trace of this run."""
         self._writer: TraceWriter | None = None
         self._error: TraceError | None = None
+        self._sequences: dict[int, int] = {}
+        """The prompt that each lane is at, by its number in the trace."""
+        self._next = 0
         try:
             self._writer = TraceWriter(path, header)
+            self._next = self._writer.sequence
         except TraceWriteError as error:  # the disk is full already
             self._error = error
 
     def __call__(self, info: ForwardInfo, layer: int, decision: RoutingDecision) -> None:
         """See `Watcher`. Forwards that only score are left out."""
         if self._writer is not None and info.phase is not Phase.SCORE:
+            lane = info.blocks[0].lane if info.blocks else 0
+            if lane not in self._sequences:
+                self._sequences[lane] = self._next
+                self._next += 1
+            self._writer.sequence = self._sequences[lane]
             self._keep_error(partial(self._writer.record, info, layer, *ranked_experts(decision)))
 
-    def end_sequence(self) -> None:
-        """What follows belongs to the next prompt."""
+    def end_sequence(self, lane: int | None = None) -> None:
+        """What follows in this lane (None: in any) belongs to another prompt."""
         if self._writer is not None:
             self._keep_error(self._writer.flush)
-            self._writer.sequence += 1
+        for ended in list(self._sequences) if lane is None else [lane]:
+            self._sequences.pop(ended, None)
 
     def close(self) -> None:
         """Write what is pending. Raises the `TraceError` that the recording met, if any."""

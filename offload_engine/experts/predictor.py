@@ -144,7 +144,7 @@ class PreviousStep(ExpertPredictor):
         """(block, step) of the last denoising step."""
 
     def _begin(self) -> None:
-        phase, block, step = self.info
+        phase, block, step = self.info.phase, self.info.block, self.info.step
         if phase is Phase.PREFILL or (phase is Phase.DENOISE and (block, step) <= self._reached):
             self._sets.clear()
             self._reached = (-1, -1)

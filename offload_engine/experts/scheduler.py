@@ -77,6 +77,8 @@ class ExpertScheduler:
         """Prefetched and not asked for yet."""
         self._warm: deque[ExpertKey] = deque()
         """To be loaded into free slots when nothing else is to be moved."""
+        self._routed: set[ExpertKey] = set()
+        """Of a layer that has routed: its router's choice, but not asked for yet. Fetching these early is no guess."""
 
     @property
     def done(self) -> bool:
@@ -118,26 +120,26 @@ class ExpertScheduler:
             key = ExpertKey(layer, expert)
             self._wanted[key] = score
             state = self.cache.state(key)
-            if state is SlotState.RESIDENT:
-                self.counters.hits += 1
-                computes.append(self._compute(key))
-            elif state is SlotState.LOADING:
-                self.counters.late += 1
-                self.cache.promote(key)
-            else:
-                self.counters.misses += 1
+            self._count_request(key, state)
+            if state is SlotState.FREE:
                 self._demand.append(key)
-            if state is not SlotState.FREE and key in self._speculative:
-                self.counters.prefetches_used += 1
-            self._speculative.discard(key)
+                continue
+            self.cache.promote(key)  # at once: what waits for its turn must not take the place of further prefetches
+            if state is SlotState.RESIDENT:
+                computes.append(self._compute(key))
         self._prefetch = deque(key for key in self._prefetch if key.layer != layer)  # too late to be early
         return [*self._start_transfers(), *computes]
 
-    def predict(self, keys: Iterable[ExpertKey]) -> list[Command]:
+    def predict(self, keys: Iterable[ExpertKey], *, routed: bool = False) -> list[Command]:
         """Event: these experts will probably be wanted, the most probable first. Replaces older predictions of their
         layers; experts that are here or on their way are not fetched again.
+
+        `routed`: they will be wanted for certain, for their layer has routed already and asks for a part of its experts
+        at a time. What is fetched ahead then counts as the miss it is.
         """
         predicted = list(dict.fromkeys(keys))
+        if routed:
+            self._routed.update(key for key in predicted if self.cache.state(key) is SlotState.FREE)
         layers = {key.layer for key in predicted}
         kept = [key for key in self._prefetch if key.layer not in layers]
         fresh = [key for key in predicted if self.cache.state(key) is SlotState.FREE and key not in self._wanted]
@@ -181,6 +183,7 @@ class ExpertScheduler:
             self.cache.unpin(key)
         self._computing.clear()
         self._wanted.clear()
+        self._routed.clear()
         self._demand.clear()
         self._prefetch.clear()
 
@@ -223,8 +226,9 @@ class ExpertScheduler:
                 self._prefetch.clear()  # no room for guesses; those behind it are less probable still
                 return None
             self._count_eviction(reservation.evicted)
-            self._speculative.add(key)
-            self.counters.prefetches += 1
+            if key not in self._routed:
+                self._speculative.add(key)
+                self.counters.prefetches += 1
             return Load(key, reservation.slot, prefetch=True)
         return self._next_warm()
 
@@ -242,6 +246,18 @@ class ExpertScheduler:
                     self.counters.warmed += 1
                     return Load(key, reservation.slot, prefetch=False)
         return None
+
+    def _count_request(self, key: ExpertKey, state: SlotState) -> None:
+        if key in self._routed or state is SlotState.FREE:
+            self.counters.misses += 1
+        elif state is SlotState.RESIDENT:
+            self.counters.hits += 1
+        else:
+            self.counters.late += 1
+        if key in self._speculative and state is not SlotState.FREE:
+            self.counters.prefetches_used += 1
+        self._routed.discard(key)
+        self._speculative.discard(key)
 
     def _count_eviction(self, evicted: ExpertKey | None) -> None:
         if evicted is not None:

@@ -20,6 +20,8 @@ INT64 = 8
 SLAB_ALIGNMENT = 4096
 """Direct reads start and end on multiples of this."""
 GEMM_SCRATCH_BYTES: dict[DeviceKind, int] = {"cpu": 16 * 2**20, "cuda": 32 * 2**20}
+ATTENTION_ROWS = 32
+"""As in `model.attention`."""
 """The matrix libraries' own buffers: up to 11 MB were measured with MKL and oneDNN on 2 threads; cuBLAS takes 8 to 32
 MiB."""
 ROUTING_BYTES_PER_SCORE = 64
@@ -46,6 +48,11 @@ class Forward:
     """Bytes of one number of the compute dtype."""
     dequantise: bool = False
     """Expert weights are stored in another dtype than they are computed in."""
+    prompt: int = 0
+    """Tokens of a prefill that go through the layers together, `tokens` of them attending at a time; 0: no more than
+    those."""
+    masked: bool = False
+    """Attention is to the sequence itself under a mask, rather than block by block to a prefix."""
 
 
 def round_up(count: int, step: int) -> int:
@@ -104,16 +111,25 @@ def workspace_bytes(config: ModelConfig, forward: Forward, device: DeviceKind) -
     angles = tokens * config.rotary * 2 * max(item, FLOAT32)
     predictor = tokens * config.hidden_size * FLOAT32 + tokens * config.num_experts * FLOAT32
     fixed = 3 * stream + angles + predictor  # residual before and after attention, and the normed input of a half-layer
-    stages = (
-        tokens * config.hidden_size * 2 * (FLOAT32 + item),  # RMSNorm of the stream: input and product in float32
-        _attention_bytes(config, forward, device),
-        _feed_forward_bytes(config, forward),
-        forward.block * config.vocab_size * (item + SAMPLER_BYTES_PER_LOGIT),
-    )
-    largest = fixed + max(stages)
+    norm = tokens * config.hidden_size * 2 * (FLOAT32 + item)  # RMSNorm of the stream: input and product in float32
+    attention = _attention_bytes(config, forward, device)
+    logits = forward.block * config.vocab_size * (item + SAMPLER_BYTES_PER_LOGIT)
+    largest = fixed + max(norm, attention, _feed_forward_bytes(config, forward), logits)
+    if forward.prompt:
+        swept = max(norm, attention, _feed_forward_bytes(config, forward, swept=True))
+        largest = max(largest, _prompt_bytes(config, forward) + fixed + swept)
     if device == "cuda":
         largest += largest // 4  # torch's caching allocator keeps freed blocks whose size fits no later stage
     return largest + GEMM_SCRATCH_BYTES[device]
+
+
+def _prompt_bytes(config: ModelConfig, forward: Forward) -> int:
+    """What a prefill in several pieces keeps of all its tokens (`offload_engine.model.prefill`)."""
+    streams = config.hidden_size * (2 * forward.itemsize + FLOAT32)  # residual, its norm, the experts' sum
+    # Choices and weights, twice while pieces are joined; then the choices' order, and the places of each expert.
+    routed = forward.choices * (2 * (INT64 + FLOAT32) + 4 * INT64)
+    angles = 2 * config.rotary * forward.itemsize
+    return forward.prompt * (streams + routed + angles + 2 * INT64)
 
 
 def _attention_bytes(config: ModelConfig, forward: Forward, device: DeviceKind) -> int:
@@ -123,8 +139,10 @@ def _attention_bytes(config: ModelConfig, forward: Forward, device: DeviceKind) 
     one_layer = 2 * positions * kv_heads * head_dim  # keys and values
     projected = tokens * (heads + 2 * kv_heads) * head_dim * item * 2  # fused, and queries and keys once normed
     turning = query * max(5 * item, 2 * (FLOAT32 + item))  # rotary's products, or the norm's float32 copies
-    mask = tokens * positions * (1 + FLOAT32)  # bool, and the additive mask torch makes of it
-    attended = one_layer * item + mask + 2 * query * item  # keys and values packed, output, output made contiguous
+    mask = tokens * positions * (1 + FLOAT32) if forward.masked else 0  # bool, and the additive mask torch makes of it
+    attended = one_layer * item + mask + 3 * query * item  # keys and values packed, output, output made contiguous
+    if item < FLOAT32:  # scores of a few positions in one key-value head, plain, scaled in float32, and their softmax
+        attended += ATTENTION_ROWS * (heads // kv_heads) * positions * 2 * (item + FLOAT32)
     if device == "cuda":
         # No fused kernel takes both a mask and shared key-value heads, so torch may fall back to its math path:
         # scores and their softmax, and keys and values repeated for every head, once plain and once scaled.
@@ -134,8 +152,8 @@ def _attention_bytes(config: ModelConfig, forward: Forward, device: DeviceKind) 
     return projected + max(turning, attended)
 
 
-def _feed_forward_bytes(config: ModelConfig, forward: Forward) -> int:
-    """The larger of a dense layer's and a MoE layer's need."""
+def _feed_forward_bytes(config: ModelConfig, forward: Forward, *, swept: bool = False) -> int:
+    """The larger of a dense layer's and a MoE layer's need; `swept`: without what is kept of all tokens."""
     tokens, item, hidden = forward.tokens, forward.itemsize, config.hidden_size
     dense = tokens * (4 * config.intermediate_size + hidden) * item
     if not config.moe_layers:
@@ -150,5 +168,7 @@ def _feed_forward_bytes(config: ModelConfig, forward: Forward) -> int:
     if forward.dequantise:
         matrix = hidden * config.moe_intermediate_size
         one_expert += 3 * matrix * item + matrix * (FLOAT32 + 1)  # the three, and one on its way through float32
+    if swept:
+        return max(dense, shared, routing, one_expert + tokens * hidden * FLOAT32)
     combine = tokens * hidden * ((forward.choices + 1) * FLOAT32 + item)
     return max(dense, shared, routing, decision + outputs + max(one_expert, combine))

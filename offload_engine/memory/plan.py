@@ -29,7 +29,11 @@ class Setup:
     max_block: int = MIN_BLOCK
     """Longest block in tokens that will be decoded."""
     prefill_chunk: int = 512
-    """Prompt tokens per forward."""
+    """Prompt tokens that attend together."""
+    sequences: int = 1
+    """Sequences decoded together, each with a KV cache for the whole context."""
+    fused_commit: bool = True
+    """The first denoising step of a block commits the block before it in the same forward."""
     choices: int | None = None
     """Routed experts per token; None: the model's own number."""
     runtime_bytes: int | None = None
@@ -46,6 +50,11 @@ class Setup:
     def chunk(self) -> int:
         """`prefill_chunk` in whole blocks, at least one."""
         return round_up(self.prefill_chunk, self.block)
+
+    @property
+    def step_tokens(self) -> int:
+        """Tokens of the largest denoising step: a block of every sequence, and the finished one before it."""
+        return self.sequences * self.block * (2 if self.fused_commit else 1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,9 +82,11 @@ class MemoryPlan:
     context: int
     """Positions a sequence may have."""
     kv_positions: int
-    """`context` rounded up to whole blocks: what the KV cache is allocated for."""
+    """`context` rounded up to whole blocks: what each sequence's KV cache is allocated for."""
+    sequences: int
+    """Sequences that have a KV cache."""
     forward_tokens: int
-    """Tokens of the largest forward allowed for."""
+    """Tokens of the largest forward allowed for; a prefill may have more, of which this many attend together."""
     host_embedding: int
     host_staging: int
     host_slots: int

@@ -84,9 +84,20 @@ def score_bytes(config: ModelConfig, setup: Setup, tokens: int) -> int:
     return footprint.workspace_bytes(config, forward, setup.device) + logits
 
 
-def _forward(config: ModelConfig, setup: Setup, tokens: int, positions: int, block: int) -> Forward:
-    choices = setup.choices or config.num_experts_per_tok
-    return Forward(tokens, positions, block, choices, setup.itemsize, setup.stored_itemsize != setup.itemsize)
+def _forward(
+    config: ModelConfig, setup: Setup, tokens: int, positions: int, block: int, prompt: int | None = None
+) -> Forward:
+    """The sizes of a forward; `prompt` None: one without a cache."""
+    return Forward(
+        tokens=tokens,
+        positions=positions,
+        block=block,
+        choices=setup.choices or config.num_experts_per_tok,
+        itemsize=setup.itemsize,
+        dequantise=setup.stored_itemsize != setup.itemsize,
+        prompt=prompt or 0,
+        masked=prompt is None,
+    )
 
 
 def _refuse_unusable(setup: Setup, max_context: int | None, host_mem: int | None) -> None:
@@ -104,7 +115,7 @@ def _auto_context(config: ModelConfig, setup: Setup, budget: int) -> int:
     a budget that holds `AUTO_CONTEXT` is never refused.
     """
     start = min(AUTO_CONTEXT, config.max_position_embeddings)
-    share = budget // AUTO_KV_SHARE // footprint.kv_bytes_per_position(config, setup.itemsize)
+    share = budget // AUTO_KV_SHARE // (setup.sequences * footprint.kv_bytes_per_position(config, setup.itemsize))
     wanted = min(config.max_position_embeddings, _round_down(share))
     if wanted <= start:
         return start
@@ -136,8 +147,9 @@ def _without_slots(config: ModelConfig, setup: Setup, context: int, budget: int)
         context = config.max_position_embeddings
     item, cuda = setup.itemsize, setup.device == "cuda"
     positions = round_up(context, setup.block)
-    tokens = min(positions, setup.chunk)
-    forward = _forward(config, setup, tokens, positions, setup.block)
+    tokens = max(min(positions, setup.chunk), min(setup.sequences * positions, setup.step_tokens))
+    prompt = positions if positions > setup.chunk else 0
+    forward = _forward(config, setup, tokens, positions, setup.block, prompt)
     vocabulary = footprint.embedding_bytes(config, item)
     slab = setup.slab_bytes or footprint.estimated_slab_bytes(config, setup.stored_itemsize)
     hosted = cuda and not config.tie_word_embeddings  # a tied table is the lm head, which the device needs
@@ -146,7 +158,7 @@ def _without_slots(config: ModelConfig, setup: Setup, context: int, budget: int)
         device=setup.device,
         budget=budget,
         weights=footprint.resident_bytes(config, item) + tables * vocabulary,
-        kv_cache=footprint.kv_bytes_per_position(config, item) * positions,
+        kv_cache=setup.sequences * footprint.kv_bytes_per_position(config, item) * positions,
         workspace=footprint.workspace_bytes(config, forward, setup.device),
         staging=tokens * config.hidden_size * item if hosted else 0,
         runtime=RUNTIME_BYTES[setup.device] if setup.runtime_bytes is None else setup.runtime_bytes,
@@ -156,6 +168,7 @@ def _without_slots(config: ModelConfig, setup: Setup, context: int, budget: int)
         moe_layers=len(config.moe_layers),
         context=context,
         kv_positions=positions,
+        sequences=setup.sequences,
         forward_tokens=tokens,
         host_embedding=vocabulary if hosted else 0,
         host_staging=setup.transfers_in_flight * slab if cuda else 0,

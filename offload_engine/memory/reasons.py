@@ -16,10 +16,11 @@ def reasons_of(plan: MemoryPlan, config: ModelConfig, setup: Setup) -> dict[str,
     slab = format_bytes(plan.slab_bytes)
     measured = "estimated" if setup.runtime_bytes is None else "measured"
     where = "CUDA context and libraries" if plan.device == "cuda" else "the process without the model"
+    several = f"{plan.sequences} sequences x " if plan.sequences > 1 else ""
     return {
         "weights": _weights(plan, config, setup),
         "KV cache": (
-            f"{plan.kv_positions} positions x {config.num_hidden_layers} layers x keys and values of "
+            f"{several}{plan.kv_positions} positions x {config.num_hidden_layers} layers x keys and values of "
             f"{config.num_key_value_heads} heads x {config.head_dim}, {setup.itemsize} bytes each"
         ),
         "workspace": f"upper bound for {plan.forward_tokens} tokens that see {plan.kv_positions} positions",

@@ -11,6 +11,9 @@ from torch import Tensor, nn
 from offload_engine.model.config import ModelConfig
 from offload_engine.model.layers import RMSNorm, rotate
 
+ATTENTION_ROWS = 32
+"""Positions whose scores are held together where nothing fused computes them."""
+
 
 class KeyValues(Protocol):
     """Where a forward's keys and values go and what its queries see; a cache, or a mask over the sequence itself."""
@@ -57,6 +60,28 @@ def grouped_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | 
         enable_gqa=query.shape[-2] != key.shape[-2],
     )
     return out.transpose(-2, -3)
+
+
+def prefix_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """As `grouped_attention` without a mask or leading dimensions, for inference: every query sees every key.
+
+    In bfloat16 on a CPU as plain products, a key-value head at a time: torch's fused kernel takes 3.5 to 6 times as
+    long. Scores are then rounded to bfloat16 before the softmax in float32, as in the published model's own attention.
+    """
+    if query.dtype != torch.bfloat16 or query.device.type != "cpu":
+        return grouped_attention(query, key, value, None)
+    return torch.cat([_attention_by_head(rows, key, value) for rows in query.split(ATTENTION_ROWS)])
+
+
+def _attention_by_head(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    tokens, heads, head_dim = query.shape
+    groups = key.shape[1]
+    rows = query.view(tokens, groups, heads // groups, head_dim).transpose(0, 1).reshape(groups, -1, head_dim)
+    out = torch.empty_like(rows)
+    for head, queries in enumerate(rows):
+        scores = torch.mm(queries, key[:, head].t()).float().mul_(head_dim**-0.5)
+        torch.mm(scores.softmax(dim=-1).to(query.dtype), value[:, head], out=out[head])
+    return out.view(groups, tokens, heads // groups, head_dim).transpose(0, 1).reshape(tokens, heads, head_dim)
 
 
 class Attention(nn.Module):

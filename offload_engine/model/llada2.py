@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import cast
@@ -15,6 +16,7 @@ from offload_engine.model.attention import Attention, KeyValues
 from offload_engine.model.config import ModelConfig
 from offload_engine.model.layers import RMSNorm, SwiGLU, rotary_angles
 from offload_engine.model.moe import ExpertExecutor, MoEBlock
+from offload_engine.model.prefill import prefill
 from offload_engine.routing.base import Route, RoutingPolicy, SituatedPolicy
 
 
@@ -53,15 +55,24 @@ class DecoderLayer(nn.Module):
         else:
             self.mlp = SwiGLU(config.hidden_size, config.intermediate_size)
 
-    def forward(self, hidden: Tensor, angles: tuple[Tensor, Tensor], forward: Forward) -> Tensor:
-        """[.., T, H] -> [.., T, H]."""
-        hidden = hidden + self.attention(self.input_layernorm(hidden), angles, forward.key_values)
+    def attend(self, hidden: Tensor, angles: tuple[Tensor, Tensor], key_values: KeyValues) -> Tensor:
+        """What attention adds to the residual stream: [.., T, H] -> [.., T, H]."""
+        out: Tensor = self.attention(self.input_layernorm(hidden), angles, key_values)
+        return out
+
+    def feed_forward(self, hidden: Tensor, forward: Forward) -> Tensor:
+        """What the layer's second half adds to the residual stream: [.., T, H] -> [.., T, H]."""
         normed = self.post_attention_layernorm(hidden)
         if isinstance(self.mlp, MoEBlock):
             out: Tensor = self.mlp(normed, forward.block_ids, forward.policy_at(self.layer), forward.experts)
         else:
             out = self.mlp(normed)
-        return hidden + out
+        return out
+
+    def forward(self, hidden: Tensor, angles: tuple[Tensor, Tensor], forward: Forward) -> Tensor:
+        """[.., T, H] -> [.., T, H]."""
+        hidden = hidden + self.attend(hidden, angles, forward.key_values)
+        return hidden + self.feed_forward(hidden, forward)
 
     def preview(self, hidden: Tensor, forward: Forward) -> RoutingDecision:
         """How this layer would route `hidden` [.., T, H] as it stands (the cross-layer gate of REFERENCE §3)."""
@@ -104,13 +115,20 @@ class LLaDA2Model(nn.Module):
         angles = rotary_angles(forward.positions, self.config.rotary, self.config.rope_theta, hidden.dtype)
         for index, layer in enumerate(self.layers):
             if index in self.config.moe_layers:
-                forward.experts.prepare(index, partial(self._preview, hidden, forward))
+                forward.experts.prepare(index, partial(self.preview, hidden, forward))
             hidden = layer(hidden, angles, forward)
         normed: Tensor = self.model.norm(hidden)
         return normed
 
-    def _preview(self, hidden: Tensor, forward: Forward, layer: int) -> RoutingDecision:
+    def preview(self, hidden: Tensor, forward: Forward, layer: int) -> RoutingDecision:
+        """See `DecoderLayer.preview`, of `layer`."""
         return self.layers[layer].preview(hidden, forward)
+
+    def prefill(
+        self, token_ids: Tensor, pieces: Sequence[Forward], cancelled: Callable[[], bool] = lambda: False
+    ) -> bool:
+        """See `offload_engine.model.prefill`."""
+        return prefill(self, token_ids, pieces, cancelled)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits [.., vocab] float32 of hidden states [.., H]: only for the positions that need them."""

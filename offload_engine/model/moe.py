@@ -51,6 +51,12 @@ class ExpertExecutor(Protocol):
         The sum is accumulated in float32 over k in the decision's order, whatever order experts are computed in.
         """
 
+    def sweep(self, layer: int, hidden: Tensor, decision: RoutingDecision, rows: int) -> Tensor:
+        """As `run`, for more tokens than every choice's output could be kept for: [T, H] float32.
+
+        Experts are computed by rising index, at most `rows` tokens at a time, and the sum is accumulated in that order.
+        """
+
 
 class ExpertTokens(NamedTuple):
     """The tokens of a forward that chose one expert."""
@@ -124,6 +130,28 @@ class ExpertOutputs:
         return per_choice.mul_(self.decision.weights.unsqueeze(-1)).sum(dim=1).to(self.hidden.dtype)
 
 
+class ExpertSum:
+    """The weighted sum [T, H] float32 of one layer, to which experts are added one after the other.
+
+    Needs no memory per choice, but its rounding depends on the order: every executor adds by rising expert index.
+    """
+
+    def __init__(self, hidden: Tensor, decision: RoutingDecision, rows: int) -> None:
+        """At most `rows` tokens are computed at a time."""
+        self.hidden = hidden
+        self.weights = decision.weights.flatten()
+        self.choices = decision.experts.shape[1]
+        self.rows = rows
+        self.sum = torch.zeros(hidden.shape, dtype=torch.float32, device=hidden.device)
+
+    def add(self, tokens: ExpertTokens, weights: ExpertWeights) -> None:
+        """Run one expert on its tokens."""
+        for places in tokens.places.split(self.rows):
+            rows = places.div(self.choices, rounding_mode="floor")
+            out = expert_ffn(self.hidden.index_select(0, rows), weights).float()
+            self.sum.index_add_(0, rows, out.mul_(self.weights[places].unsqueeze(-1)))
+
+
 class ResidentExperts:
     """Runs experts whose weights are all in memory: the oracle of every offloaded run."""
 
@@ -143,6 +171,13 @@ class ResidentExperts:
         for tokens in tokens_by_expert(decision.experts):
             outputs.compute(tokens, self.weights(layer, tokens.expert))
         return outputs.combine()
+
+    def sweep(self, layer: int, hidden: Tensor, decision: RoutingDecision, rows: int) -> Tensor:
+        """See `ExpertExecutor`."""
+        total = ExpertSum(hidden, decision, rows)
+        for tokens in tokens_by_expert(decision.experts):
+            total.add(tokens, self.weights(layer, tokens.expert))
+        return total.sum
 
 
 class Router(nn.Module):
@@ -173,8 +208,11 @@ class MoEBlock(nn.Module):
     def forward(self, hidden: Tensor, block_ids: Tensor, policy: Route, experts: ExpertExecutor) -> Tensor:
         """[.., H] -> [.., H]; `block_ids` [T] with T the product of the leading dimensions."""
         decision = self.route(hidden, block_ids, policy)
-        out = experts.run(self.layer, hidden.flatten(0, -2), decision).view_as(hidden)
-        return out + self.shared_experts(hidden) if self.shared_experts is not None else out
+        return self.with_shared(experts.run(self.layer, hidden.flatten(0, -2), decision).view_as(hidden), hidden)
+
+    def with_shared(self, routed: Tensor, hidden: Tensor) -> Tensor:
+        """The routed experts' output and the shared ones' of `hidden`, both [.., H], together."""
+        return routed + self.shared_experts(hidden) if self.shared_experts is not None else routed
 
     def route(self, hidden: Tensor, block_ids: Tensor, policy: Route) -> RoutingDecision:
         """Where `hidden` [.., H], normed, goes."""

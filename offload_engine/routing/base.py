@@ -15,7 +15,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from offload_engine.core import ForwardInfo, RoutingDecision
+from offload_engine.core import ForwardInfo, Phase, RoutingDecision
 
 EPSILON = 1e-20
 """Added to the sum that weights are divided by, as the reference does."""
@@ -58,6 +58,30 @@ class SituatedPolicy(ABC):
     @abstractmethod
     def at(self, layer: int, info: ForwardInfo, *, preview: bool = False) -> Route:
         """How `layer` routes in the forward `info`. A `preview` leaves no trace: it may be asked for at any time."""
+
+
+def by_block(info: ForwardInfo, decision: RoutingDecision) -> list[tuple[ForwardInfo, RoutingDecision]]:
+    """The decision of a forward over several blocks as one decision per block, each with a `ForwardInfo` of its own.
+
+    Whole where the forward does not say which blocks it is made of: a prefill, and one that only scores.
+    """
+    if len(info.blocks) < 2 or info.phase is Phase.PREFILL:
+        return [(info, decision)]
+    sizes = [block.tokens for block in info.blocks]
+    parts = zip(info.blocks, decision.experts.split(sizes), decision.weights.split(sizes), strict=True)
+    coreset, scores = decision.coreset, decision.block_scores
+    return [
+        (
+            ForwardInfo.of([block]),
+            RoutingDecision(
+                experts,
+                weights,
+                None if coreset is None else coreset[place : place + 1],
+                None if scores is None else scores[place : place + 1],
+            ),
+        )
+        for place, (block, experts, weights) in enumerate(parts)
+    ]
 
 
 def select_scores(logits: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from offload_engine.core import ForwardInfo, Phase
+from offload_engine.core import BlockPass, ForwardInfo, Phase
 from offload_engine.routing.base import Route, SituatedPolicy
 from offload_engine.routing.coreset import Coreset
 
@@ -24,12 +24,12 @@ Residents = Callable[[int], Sequence[int]]
 
 
 class HeldCoreset(NamedTuple):
-    """A layer's coreset and when it was chosen."""
+    """A block's coreset in one layer, and when it was chosen."""
 
     block: int
     step: int
     coreset: Tensor
-    """[1, E] bool"""
+    """[E] bool"""
 
 
 def nobody(_layer: int) -> Sequence[int]:
@@ -58,23 +58,27 @@ class SituatedCoreset(Coreset, SituatedPolicy):
     """0: no favour."""
     residents: Residents = nobody
     """Whose word on residency counts."""
-    _held: dict[int, HeldCoreset] = field(default_factory=dict, init=False, repr=False, compare=False)
-    """By layer."""
+    _held: dict[tuple[int, int], HeldCoreset] = field(default_factory=dict, init=False, repr=False, compare=False)
+    """By layer and lane."""
 
     def at(self, layer: int, info: ForwardInfo, *, preview: bool = False) -> Route:
         """See `SituatedPolicy`."""
         return partial(self.decide, elect=partial(self._elect, layer, info, preview))
 
     def _elect(self, layer: int, info: ForwardInfo, preview: bool, votes: Tensor, voted: Tensor) -> Tensor:
-        """The coreset [B, E]: the one held for this place, else a fresh one, which is then held."""
-        held = self._held.get(layer)
-        denoising = info.phase is Phase.DENOISE
-        if denoising and held and held.block == info.block and 0 < info.step - held.step < self.hold_steps:
-            return held.coreset
-        coreset = self.elect(votes if info.phase is Phase.SCORE else self._favoured(votes, layer), voted)
-        if denoising and not preview:
-            self._held[layer] = HeldCoreset(info.block, info.step, coreset)
-        return coreset
+        """The coresets [B, E]: for each block the one held for this place, else a fresh one, which is then held."""
+        coresets = self.elect(votes if info.phase is Phase.SCORE else self._favoured(votes, layer), voted)
+        if self.hold_steps == 1:
+            return coresets
+        for row, (phase, lane, block, step, _tokens) in enumerate(info.blocks or [_only_block(info)]):
+            if phase is not Phase.DENOISE:
+                continue
+            held = self._held.get((layer, lane))
+            if held and held.block == block and 0 < step - held.step < self.hold_steps:
+                coresets[row] = held.coreset
+            elif not preview:
+                self._held[layer, lane] = HeldCoreset(block, step, coresets[row])
+        return coresets
 
     def _favoured(self, votes: Tensor, layer: int) -> Tensor:
         """`votes` [B, E] with those for resident experts raised."""
@@ -83,3 +87,8 @@ class SituatedCoreset(Coreset, SituatedPolicy):
         raised = torch.zeros_like(votes, dtype=torch.bool)
         raised[:, list(self.residents(layer))] = True
         return torch.where(raised & (votes > 0), votes * (1 + self.residency_bonus), votes)
+
+
+def _only_block(info: ForwardInfo) -> BlockPass:
+    """A forward that names no blocks is taken for one block's."""
+    return BlockPass(info.phase, 0, info.block, info.step, 0)

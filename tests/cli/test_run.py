@@ -193,3 +193,23 @@ def test_the_built_in_model_needs_no_option():
     done = dmoe_run("--gpu-mem", "8GB", "-p", "A box holds 12 pencils. How many pencils are in 7 boxes?")
     assert done.exit_code == 0
     assert "\\boxed{" in done.stdout
+
+
+def test_prompts_answered_together_come_in_their_order_and_read_the_same(speaking):
+    words = [word for text in ("How many?", "A", "", "Maria has 14 apples.") for word in ("-p", text) if text]
+    alone = dmoe_run("--model", speaking, *SHORT, *words)
+    together = dmoe_run("--model", speaking, *SHORT, *words, "--batch-size", "2")
+    assert together.exit_code == 0
+    assert together.stdout == alone.stdout
+    assert [line for line in together.stderr.splitlines() if line.startswith("[")][-1].startswith("[3/3] ")
+    assert "2 sequences" in dmoe_run("--model", speaking, *SHORT, *words, "--batch-size", "2", "--stats").stderr
+    found = dmoe_run("--model", speaking, *SHORT, *words, "--batch-size", "2", "--json").stdout.splitlines()
+    assert [json.loads(line)["text"] for line in found] == [
+        json.loads(line)["text"] for line in dmoe_run("--model", speaking, *SHORT, *words, "--json").stdout.splitlines()
+    ]
+
+
+def test_watching_takes_one_prompt_at_a_time(speaking):
+    refused = dmoe_run("--model", speaking, *SHORT, "-p", "a", "-p", "b", "--batch-size", "2", "--watch")
+    assert refused.exit_code == 2
+    assert complaint(refused) == "--watch shows one answer at a time, but --batch-size is 2; leave one of them out"

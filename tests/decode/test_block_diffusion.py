@@ -7,13 +7,17 @@ from dataclasses import dataclass, field
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor
 
-from offload_engine.core import Phase, SamplingParams
-from offload_engine.decode.block_diffusion import BlockDiffusionDecoder, DecodingState
+from offload_engine.core import BlockPass, Phase, SamplingParams
+from offload_engine.decode.block_diffusion import BlockDiffusionDecoder
 from offload_engine.decode.kv_cache import PrefixCache
+from offload_engine.decode.state import DecodingState, Request
 from offload_engine.errors import ModelError
 from offload_engine.metrics import EngineStats
+from offload_engine.model.attention import MaskedSequence, block_causal_mask
 from offload_engine.model.config import ModelConfig
 from offload_engine.model.llada2 import Forward
 from tests.checkpoints import tiny_config
@@ -29,16 +33,26 @@ class Script:
     tokens: dict[int, int] = field(default_factory=dict)
     sure: Callable[[int], float] = lambda _position: 20.0
     forwards: list[tuple[Phase, int, list[int]]] = field(default_factory=list)
+    """Phase, first position and ids of every forward; of a prefill, of each of its pieces."""
+    passes: list[tuple[BlockPass, ...]] = field(default_factory=list)
 
     def token(self, position: int) -> int:
         return self.tokens.get(position, position * 3 % 29)
 
     def __call__(self, ids: Tensor, forward: Forward) -> Tensor:
         self.forwards.append((forward.info.phase, int(forward.positions[0]), ids.tolist()))
+        self.passes.append(forward.info.blocks)
         rows = torch.zeros(len(ids), VOCAB)
         for row, position in enumerate(forward.positions.tolist()):
             rows[row, self.token(position)] = self.sure(position)
         return rows
+
+    def prefill(self, ids: Tensor, pieces: Sequence[Forward], cancelled: Callable[[], bool]) -> bool:
+        for piece, part in zip(pieces, ids.split([len(piece.positions) for piece in pieces]), strict=True):
+            if cancelled():
+                return False
+            self.forwards.append((piece.info.phase, int(piece.positions[0]), part.tolist()))
+        return True
 
     def logits(self, hidden: Tensor) -> Tensor:
         return hidden.clone()
@@ -47,14 +61,39 @@ class Script:
         return [phase for phase, _, _ in self.forwards]
 
 
+def decoder_of(
+    script: Script,
+    stats: EngineStats,
+    *,
+    lanes: int = 1,
+    context: int = 64,
+    chunk: int = 512,
+    fused: bool = True,
+    forward_tokens: object = None,
+) -> BlockDiffusionDecoder:
+    caches = [PrefixCache(CONFIG, context, torch.float32, torch.device("cpu")) for _ in range(lanes)]
+    return BlockDiffusionDecoder(
+        script,
+        None,
+        None,
+        caches,
+        stats,
+        MASK,
+        EOS,
+        chunk,
+        fused_commit=fused,
+        forward_tokens=forward_tokens,  # type: ignore[arg-type]
+    )
+
+
 def run(
     script: Script, prompt: Sequence[int], context: int = 64, chunk: int = 512, **params: object
 ) -> tuple[DecodingState, list[tuple[int, int, bool, int]], EngineStats]:
     stats = EngineStats()
-    cache = PrefixCache(CONFIG, context, torch.float32, torch.device("cpu"))
+    fused, room = bool(params.pop("fused", True)), params.pop("forward_tokens", None)
+    decoder = decoder_of(script, stats, context=context, chunk=chunk, fused=fused, forward_tokens=room)
     stop = params.pop("stop_check", None)
     cancelled = params.pop("cancelled", lambda: False)
-    decoder = BlockDiffusionDecoder(script, None, None, cache, stats, MASK, EOS, chunk)  # type: ignore[arg-type]
     settings = SamplingParams(**{"block_length": 8, "steps": 8, "threshold": 0.9, "max_new_tokens": 16, **params})
     seen = []
     for state in decoder.decode(prompt, settings, stop, cancelled):  # type: ignore[arg-type]
@@ -87,7 +126,7 @@ def test_prefill_goes_in_chunks_of_whole_blocks() -> None:
 
 def test_each_block_but_the_last_is_committed_once() -> None:
     script = Script()
-    run(script, [], max_new_tokens=24)
+    run(script, [], max_new_tokens=24, fused=False)
     assert script.phases().count(Phase.COMMIT) == 2
     commits = [ids for phase, _, ids in script.forwards if phase is Phase.COMMIT]
     assert all(MASK not in ids for ids in commits)
@@ -198,13 +237,120 @@ def test_a_block_longer_than_the_logit_rows_is_decided_whole() -> None:
     assert state.answer == [script.token(1 + i) for i in range(63)]
 
 
-def test_the_cache_masks_blocks_of_a_chunk_block_causally() -> None:
-    cache = PrefixCache(CONFIG, 64, torch.float32, torch.device("cpu"))
-    positions = cache.begin(16, 8)
-    assert positions.tolist() == list(range(16))
-    assert cache._mask is not None
-    assert cache._mask[:8, 8:].sum() == 0
-    assert cache._mask[8:].all()
-    cache.commit(16)
-    assert cache.begin(8, 8).tolist() == list(range(16, 24))
-    assert cache._mask is None, "one block sees all of the prefix and all of itself"
+def test_a_fused_commit_goes_with_the_next_blocks_first_step() -> None:
+    script, alone = Script(sure=lambda _: 0.1), Script(sure=lambda _: 0.1)
+    state, seen, stats = run(script, [], max_new_tokens=24, steps=2)
+    other = run(alone, [], max_new_tokens=24, steps=2, fused=False)
+    assert (state.answer, seen) == (other[0].answer, other[1])
+    assert stats.forwards == {Phase.DENOISE: 6}
+    assert other[2].forwards == {Phase.DENOISE: 6, Phase.COMMIT: 2}
+    assert [len(ids) for _, _, ids in script.forwards] == [8, 8, 16, 8, 16, 8]
+    commit, denoise = script.passes[2]
+    assert commit == BlockPass(Phase.COMMIT, 0, 0, 0, 8)
+    assert denoise == BlockPass(Phase.DENOISE, 0, 1, 0, 8)
+    assert MASK not in script.forwards[2][2][:8]
+    assert script.forwards[2][2][8:] == [MASK] * 8
+
+
+def test_a_forward_that_has_no_room_for_it_is_not_fused() -> None:
+    script = Script()
+    state, _, stats = run(script, [], max_new_tokens=24, forward_tokens=15)
+    assert state.answer == run(Script(), [], max_new_tokens=24)[0].answer
+    assert stats.forwards == {Phase.DENOISE: 3, Phase.COMMIT: 2}
+    assert max(len(ids) for _, _, ids in script.forwards) == 8
+
+
+requests = st.lists(
+    st.tuples(st.integers(0, 40), st.integers(1, 40), st.integers(1, 8), st.floats(0.01, 1), st.integers(0, 2)),
+    min_size=1,
+    max_size=7,
+)
+
+
+@given(requests, st.integers(1, 4), st.booleans(), st.sampled_from([None, 8, 16, 24, 40]), st.integers(0, 60))
+def test_a_batch_answers_as_each_prompt_alone(
+    asked: list[tuple[int, int, int, float, int]], lanes: int, fused: bool, room: int | None, eos_at: int
+) -> None:
+    def script() -> Script:
+        return Script(tokens={eos_at: EOS}, sure=lambda position: 0.5 + position % 5)
+
+    settings = [
+        (
+            [1 + number] * length,
+            SamplingParams(block_length=8, max_new_tokens=new, steps=steps, threshold=sure, temperature=warm, seed=3),
+        )
+        for number, (length, new, steps, sure, warm) in enumerate(asked)
+    ]
+    stats, model = EngineStats(), script()
+    decoder = decoder_of(model, stats, lanes=lanes, fused=fused, forward_tokens=room)
+    together: dict[int, list[tuple[object, ...]]] = {}
+    for number, state in decoder.decode_all([Request(*one) for one in settings]):
+        together.setdefault(number, []).append(
+            (state.block, state.step, tuple(state.ids), state.block_finished, state.finish_reason, state.answer)
+        )
+    single = EngineStats()
+    for number, (prompt, params) in enumerate(settings):
+        alone = [
+            (state.block, state.step, tuple(state.ids), state.block_finished, state.finish_reason, state.answer)
+            for state in decoder_of(script(), single).decode(prompt, params)
+        ]
+        assert together[number] == alone
+    assert (stats.denoise_steps, stats.blocks) == (single.denoise_steps, single.blocks)
+    lanes_used = min(lanes, len(asked)) if room is None else min(lanes, len(asked), room // 8)
+    assert stats.forwards[Phase.DENOISE] >= -(-stats.denoise_steps // lanes_used)
+    if lanes_used == 1:
+        assert stats.forwards[Phase.DENOISE] == stats.denoise_steps
+    if room is not None:
+        assert all(len(ids) <= room for phase, _, ids in model.forwards if phase is Phase.DENOISE)
+
+
+def test_a_lane_that_falls_free_is_taken_by_the_next_prompt_at_once() -> None:
+    script, stats = Script(sure=lambda _: 0.1), EngineStats()
+    decoder = decoder_of(script, stats, lanes=2)
+    params = [SamplingParams(block_length=8, steps=steps, max_new_tokens=8, threshold=1) for steps in (1, 4, 3)]
+    for _ in decoder.decode_all([Request([5] * 8, one) for one in params]):
+        pass
+    lanes = [tuple((one.lane, one.step) for one in passes) for passes in script.passes]
+    assert lanes == [((0, 0), (1, 0)), ((1, 1), (0, 0)), ((1, 2), (0, 1)), ((1, 3), (0, 2))]
+    assert stats.forwards == {Phase.PREFILL: 2, Phase.DENOISE: 4}, "the first two prompts are prefilled together"
+
+
+def test_prompts_are_prefilled_together_as_far_as_one_long_prompt_may_go() -> None:
+    script, stats = Script(), EngineStats()
+    decoder = decoder_of(script, stats, lanes=4, context=64, chunk=24)
+    params = SamplingParams(block_length=8, max_new_tokens=1)
+    prompts = [[number] * length for number, length in ((1, 33), (2, 16), (3, 15), (4, 40))]
+    for _ in decoder.decode_all([Request(prompt, params) for prompt in prompts]):
+        pass
+    prefilled = [ids for phase, _, ids in script.forwards if phase is Phase.PREFILL]
+    assert prefilled == [[1] * 24, [1] * 8 + [2] * 16, [3] * 8, [4] * 24, [4] * 16]
+    assert stats.forwards[Phase.PREFILL] == 2
+
+
+def test_the_head_is_read_once_for_what_fits_together() -> None:
+    rows: list[int] = []
+
+    class Counting(Script):
+        def logits(self, hidden: Tensor) -> Tensor:
+            rows.append(len(hidden))
+            return super().logits(hidden)
+
+    decoder = decoder_of(Counting(), EngineStats(), lanes=6)
+    params = SamplingParams(block_length=8, steps=1, max_new_tokens=8)
+    for _ in decoder.decode_all([Request([], params)] * 6):
+        pass
+    assert rows == [32, 16]
+
+
+@pytest.mark.parametrize("offset", [0, 8])
+def test_blocks_see_what_is_before_them_and_nothing_behind(offset: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    query, key, value = (torch.randn(24, heads, 8, generator=generator) for heads in (4, 2, 2))
+    whole = MaskedSequence(block_causal_mask(torch.arange(24), 8)).attend(0, query, key, value)
+    cache = PrefixCache(ModelConfig.from_dict(tiny_config(head_dim=8)), 32, torch.float32, torch.device("cpu"))
+    if offset:
+        cache.span(offset, 8).attend(0, query[:offset], key[:offset], value[:offset])
+    span = cache.span(24 - offset, 8, offset)
+    assert span.positions.tolist() == list(range(offset, 24))
+    found = span.attend(0, query[offset:], key[offset:], value[offset:])
+    torch.testing.assert_close(found, whole[offset:])

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from offload_engine.core import ExpertKey, ForwardInfo, Phase
+from offload_engine.decode.kv_cache import PrefixCache
 from offload_engine.errors import InternalError, TransferError
 from offload_engine.experts.arena import SlotArena
 from offload_engine.experts.cache import ExpertCache
@@ -90,7 +91,8 @@ class Model:
     """A small checkpoint opened once, converted before if `kind` says to what: its network, store and oracle."""
 
     def __init__(self, directory: Path, dtype: torch.dtype, kind: Kind | None = None) -> None:
-        config = tiny_config(num_experts=32, n_group=4, topk_group=2, moe_intermediate_size=24)
+        config = tiny_config(num_experts=32, n_group=4, topk_group=2, moe_intermediate_size=24, num_hidden_layers=4)
+        self.dtype = dtype
         source = write_checkpoint(directory / "source", config, dtype=dtype)
         read = source if kind is None else convert(source, directory / kind, kind, identity="one").directory
         checkpoint = Checkpoint.open(read)
@@ -113,6 +115,19 @@ class Model:
         )
         with torch.inference_mode():
             return self.network(ids, forward)
+
+    def prefilled(self, experts: ExpertExecutor, routing: str, ids: Tensor, pieces: int) -> Tensor:
+        """Keys and values [2, layers, T, heads, d] after a prefill in so many pieces."""
+        policy = make_policy(routing, self.config.router, RoutingOptions(top_p=0.6, min_experts=6, top_k_experts=2))
+        cache = PrefixCache(self.config, len(ids), self.dtype, torch.device("cpu"))
+        length = len(ids) // pieces
+        spans = [cache.span(length, 8, start) for start in range(0, len(ids), length)]
+        blocks = torch.arange(length) // 8
+        info = ForwardInfo(Phase.PREFILL)
+        forwards = [Forward(info, span.positions, blocks, span, policy, experts) for span in spans]
+        with torch.inference_mode():
+            assert self.network.prefill(ids, forwards)
+        return torch.stack((cache.keys, cache.values))
 
     def offloaded(
         self,
@@ -173,6 +188,100 @@ def test_offloaded_equals_resident_bit_for_bit(
         experts.idle()
     finally:
         experts.close()
+
+
+@settings(max_examples=40)
+@given(
+    slots=st.integers(1, 70),
+    eviction=st.sampled_from(sorted(EVICTION)),
+    predictor=st.sampled_from(["none", "previous-step", "cross-layer-gate"]),
+    routing=st.sampled_from(["original", "dmoe"]),
+    order=st.lists(st.integers(0, 7), min_size=1, max_size=20),
+    in_flight=st.integers(1, 6),
+    pieces=st.integers(1, 4),
+)
+def test_an_offloaded_prefill_equals_a_resident_one_bit_for_bit(
+    model: Model, slots: int, eviction: str, predictor: str, routing: str, order: list[int], in_flight: int, pieces: int
+) -> None:
+    ids = torch.randint(0, 94, (8 * 4 * pieces,), generator=torch.Generator().manual_seed(slots))
+    expected = model.prefilled(model.resident, routing, ids, pieces)
+    experts = model.offloaded(slots, eviction, predictor, order, in_flight)
+    try:
+        model.hidden(experts, routing, ids[:12])
+        assert torch.equal(model.prefilled(experts, routing, ids, pieces), expected)
+        experts.idle()
+        stats = experts.stats
+        assert stats.hits + stats.late + stats.misses == stats.expert_requests
+        assert stats.loads >= stats.misses
+    finally:
+        experts.close()
+
+
+def test_prefill_in_pieces_agrees_with_one_piece(model: Model) -> None:
+    ids = torch.randint(0, 94, (96,), generator=torch.Generator().manual_seed(0))
+    tolerance = 1e-4 if model.dtype == torch.float32 else 0.1
+    for routing in ("original", "dmoe"):
+        whole = model.prefilled(model.resident, routing, ids, 1)
+        for pieces in (2, 3, 12):
+            parts = model.prefilled(model.resident, routing, ids, pieces)
+            torch.testing.assert_close(parts, whole, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("predictor", ["none", "previous-step", "cross-layer-gate"])
+@pytest.mark.parametrize("slots", [3, 8, 20, 50])
+def test_a_prefill_reads_each_expert_once_however_long_the_prompt(model: Model, slots: int, predictor: str) -> None:
+    experts = model.offloaded(slots, predictor=predictor)
+    read: list[ExpertKey] = []
+    wanted: dict[int, set[int]] = {}
+    load, want = model.store.read, experts.scheduler.want
+
+    def counting(key: ExpertKey, slab: memoryview) -> int:
+        read.append(key)
+        return load(key, slab)
+
+    def watching(layer: int, chosen: Sequence[int], scores: Sequence[float]) -> object:
+        wanted.setdefault(layer, set()).update(chosen)
+        return want(layer, chosen, scores)
+
+    experts.scheduler.want = watching  # type: ignore[method-assign, assignment]
+    experts.transfers.store = Counted(model.store, counting)  # type: ignore[attr-defined]
+    ids = torch.randint(0, 94, (320,), generator=torch.Generator().manual_seed(0))
+    model.prefilled(experts, "original", ids, pieces=10)
+    experts.idle()
+    experts.close()
+    assert [key for place, key in enumerate(read) if key in read[:place]] == []
+    needed = {ExpertKey(layer, expert) for layer, chosen in wanted.items() for expert in chosen}
+    assert needed <= set(read)
+    assert sorted(wanted) == [1, 2], "nothing depends on the last layer's experts"
+    assert experts.stats.expert_requests == len(needed) > 50
+    if slots >= 8:
+        assert experts.stats.prefetches_issued > 0, "the next layer is fetched during this one's attention"
+
+
+class Counted:
+    """A store whose reads are somebody else's."""
+
+    def __init__(self, store: ExpertStore, read: Callable[[ExpertKey, memoryview], int]) -> None:
+        self.store = store
+        self.read = read
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self.store, name)
+
+
+def test_a_prefill_that_fails_half_way_leaves_the_engine_usable(model: Model) -> None:
+    experts = model.offloaded(slots=5)
+    faulty = Faulty(model.store)
+    experts.transfers.store = faulty  # type: ignore[attr-defined]
+    ids = torch.arange(64) % 90
+    faulty.broken = True
+    with pytest.raises(TransferError, match="the disk is gone"):
+        model.prefilled(experts, "original", ids, 4)
+    experts.idle()
+    faulty.broken = False
+    expected = model.prefilled(model.resident, "original", ids, 4)
+    assert torch.equal(model.prefilled(experts, "original", ids, 4), expected)
+    experts.close()
 
 
 def test_every_byte_read_is_accounted_for(model: Model) -> None:

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from offload_engine.core import ForwardInfo, Phase, RoutingDecision, SamplingParams
 from offload_engine.engine import Engine
-from offload_engine.model.llada2 import Forward
 from offload_engine.model.moe import ExpertExecutor, MoEBlock, Preview
 from tools.analysis import seam
 
@@ -55,6 +54,8 @@ class _TimedExperts:
         self.experts, self.probe = experts, probe
 
     def begin(self, info: ForwardInfo) -> None:
+        self.probe.active = info.phase is Phase.DENOISE
+        self.probe.breakdown.forwards += self.probe.active
         self.experts.begin(info)
 
     def prepare(self, layer: int, preview: Preview) -> None:
@@ -68,6 +69,9 @@ class _TimedExperts:
         self.probe.routed = decision
         return out
 
+    def sweep(self, layer: int, hidden: Tensor, decision: RoutingDecision, rows: int) -> Tensor:
+        return self.experts.sweep(layer, hidden, decision, rows)
+
 
 @dataclass(slots=True)
 class _Probe:
@@ -79,12 +83,6 @@ class _Probe:
     """Whether the forward under way is a denoising one."""
     began: float = 0.0
     routed: RoutingDecision | None = None
-
-    def enter_model(self, _module: nn.Module, arguments: tuple[Any, ...]) -> None:
-        forward = arguments[1]
-        assert isinstance(forward, Forward)
-        self.active = forward.info.phase is Phase.DENOISE
-        self.breakdown.forwards += self.active
 
     def enter(self, _module: nn.Module, _arguments: tuple[Any, ...]) -> None:
         self.began = self.clock()
@@ -108,7 +106,7 @@ class _Probe:
 def timed_components(engine: Engine, clock: Clock = time.perf_counter) -> Iterator[Breakdown]:
     """Split the denoising forwards of the answers generated in the body; complete once the body has ended."""
     probe, model = _Probe(clock), seam.network(engine)
-    hooks = [model.register_forward_pre_hook(probe.enter_model)]
+    hooks = []
     for layer in model.layers:
         hooks.append(layer.attention.register_forward_pre_hook(probe.enter))
         hooks.append(layer.attention.register_forward_hook(probe.leave_attention))
@@ -117,7 +115,8 @@ def timed_components(engine: Engine, clock: Clock = time.perf_counter) -> Iterat
             hooks.append(layer.mlp.register_forward_hook(probe.leave_moe))
     before = engine.stats.denoise_seconds
     try:
-        with seam.running_experts_by(engine, lambda experts: _TimedExperts(experts, probe)):
+        timed = seam.running_experts_by(engine, lambda experts: _TimedExperts(experts, probe))
+        with timed, seam.one_block_per_forward(engine):
             yield probe.breakdown
     finally:
         for hook in hooks:

@@ -96,6 +96,9 @@ class _LeavingOut:
                 weights[places] = weights[places].masked_fill(decision.experts[places] == case.expert, 0.0)
         return self.experts.run(layer, hidden, replace(decision, weights=weights))
 
+    def sweep(self, layer: int, hidden: Tensor, decision: RoutingDecision, rows: int) -> Tensor:
+        raise NotImplementedError("what is scored goes through the layers at once")
+
 
 def losses(engine: Engine, masked: Masked, cases: Sequence[Case | None]) -> tuple[Tensor, dict[int, RoutingDecision]]:
     """Cross-entropy [cases, targets] float32 in nats of the hidden tokens, each row with its case left out (None:

@@ -70,7 +70,8 @@ def hidden_states(engine: Engine, layer: int, prompt: str | list[int], params: S
 
     hooks = [model.register_forward_pre_hook(enter_model), model.layers[layer].mlp.register_forward_pre_hook(keep)]
     try:
-        engine.generate(prompt, params)
+        with seam.one_block_per_forward(engine):
+            engine.generate(prompt, params)
     finally:
         for hook in hooks:
             hook.remove()

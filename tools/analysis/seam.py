@@ -94,6 +94,17 @@ def running_experts_by(engine: Engine, wrap: Callable[[ExpertExecutor], ExpertEx
 
 
 @contextmanager
+def one_block_per_forward(engine: Engine) -> Iterator[None]:
+    """Commit blocks in forwards of their own, so that a denoising forward is about one block alone."""
+    before = engine._decoder.fused_commit
+    engine._decoder.fused_commit = False
+    try:
+        yield
+    finally:
+        engine._decoder.fused_commit = before
+
+
+@contextmanager
 def routed(engine: Engine, **options: object) -> Iterator[None]:
     """Route the answers generated in the body by these fields of `EngineConfig` instead of the engine's own."""
     before = engine._decoder.policy

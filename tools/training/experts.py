@@ -256,3 +256,7 @@ class TrainableExperts(nn.Module):
         """See `ExpertExecutor`."""
         out: Tensor = self.layers[str(layer)](hidden, decision.experts, decision.weights)
         return out
+
+    def sweep(self, layer: int, hidden: Tensor, decision: RoutingDecision, rows: int) -> Tensor:  # noqa: ARG002
+        """See `ExpertExecutor`."""
+        return self.run(layer, hidden, decision).float()
