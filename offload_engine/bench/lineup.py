@@ -109,7 +109,8 @@ def _task(request: Request, kind: Kind, name: str, changes: dict[str, Any], *, l
     return Task(
         name=name,
         kind=kind,
-        config=request.config.model_dump(exclude_unset=True) | changes,
+        # every run begins alike: what earlier ones used most would warm some contenders and not others
+        config={"hot_set": "off"} | request.config.model_dump(exclude_unset=True) | changes,
         workload=request.workload,
         limited=limited and request.limit is not None,
         patience=request.patience,

@@ -1,0 +1,144 @@
+"""Bytes moved and time per token as the batch grows: the same prompts answered 1, 2, 4 and 8 at a time.
+
+    python -m tools.bench_batches --model DIR --gpu-mem 7.8GB --routing dmoe
+
+Every batch size has an engine of its own, opened cold; sizes take turns, in rounds. A first pass over the prompts fills
+the cache and is not counted.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import statistics
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+
+import click
+
+from offload_engine.assembly import find_source
+from offload_engine.cli.errors import ReportingCommand
+from offload_engine.config import EngineConfig
+from offload_engine.core import SamplingParams
+from offload_engine.engine import Engine
+
+BLOCK = 32
+MEDIANS = ("ms_per_token", "mb_per_token", "hit_rate", "stall_share")
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """One pass over all prompts with one batch size."""
+
+    batch_size: int
+    tokens: int
+    forwards: int
+    seconds: float
+    bytes_moved: int
+    hit_rate: float
+    slots: int
+    stall_share: float
+
+    @property
+    def ms_per_token(self) -> float:
+        """Milliseconds per new token."""
+        return 1000 * self.seconds / self.tokens
+
+    @property
+    def mb_per_token(self) -> float:
+        """Megabytes of experts moved per new token."""
+        return self.bytes_moved / self.tokens / 1e6
+
+
+def prompts(count: int, length: int, vocab: int, seed: int) -> list[list[int]]:
+    """Random token ids; the vocabulary's last ids, which are special, are left out."""
+    drawn = random.Random(seed)
+    return [[drawn.randrange(max(1, vocab - 8)) for _ in range(length)] for _ in range(count)]
+
+
+def measure(config: EngineConfig, asked: Sequence[Sequence[int]], params: SamplingParams) -> Measured:
+    """Answer `asked` twice with `config.batch_size`; what is counted is the second time."""
+    with Engine.from_pretrained(config=config) as engine:
+        engine.generate([list(prompt) for prompt in asked[: max(1, len(asked) // 2)]], params)
+        before, began = engine.stats.snapshot(), time.perf_counter()
+        answers = engine.generate([list(prompt) for prompt in asked], params)
+        seconds, stats = time.perf_counter() - began, engine.stats.since(before)
+        return Measured(
+            batch_size=config.batch_size,
+            tokens=sum(len(answer.token_ids) for answer in answers),
+            forwards=sum(stats.forwards.values()),
+            seconds=seconds,
+            bytes_moved=stats.bytes_moved,
+            hit_rate=stats.hit_rate or 0.0,
+            slots=engine.plan.slots,
+            stall_share=stats.stall_share or 0.0,
+        )
+
+
+def table(rows: Sequence[Sequence[Measured]]) -> str:
+    """Medians over the rounds, a line per batch size, as Markdown."""
+    lines = [
+        "| batch | slots | ms / token | MB moved / token | hit rate | stalled |",
+        "|---:|---:|---:|---:|---:|---:|",
+    ]
+    for size in sorted({one.batch_size for row in rows for one in row}):
+        found = [one for row in rows for one in row if one.batch_size == size]
+        median = {name: statistics.median(getattr(one, name) for one in found) for name in MEDIANS}
+        lines.append(
+            f"| {size} | {found[0].slots} | {median['ms_per_token']:.1f} | {median['mb_per_token']:.2f} "
+            f"| {median['hit_rate'] * 100:.1f} % | {median['stall_share'] * 100:.1f} % |"
+        )
+    return "\n".join(lines)
+
+
+@click.command(cls=ReportingCommand, help=(__doc__ or "").replace("    python", "\b\n    python", 1))
+@click.option("--model", metavar="DIR", help="Checkpoint.  [default: the built-in model]")
+@click.option("--gpu-mem", required=True, help="Budget of each engine.")
+@click.option("--routing", default="dmoe", show_default=True)
+@click.option("--batches", default="1,2,4,8", show_default=True, help="Batch sizes.")
+@click.option("--prompts", "count", type=click.IntRange(min=1), default=8, show_default=True, help="Prompts per pass.")
+@click.option("--blocks", type=click.IntRange(min=1), default=2, show_default=True, help="Of 32 tokens, per answer.")
+@click.option("--steps", type=click.IntRange(1, BLOCK), default=8, show_default=True, help="Per block.")
+@click.option("--prompt-tokens", type=click.IntRange(min=1), default=64, show_default=True)
+@click.option("--rounds", type=click.IntRange(min=1), default=1, show_default=True)
+@click.option("--threads", type=click.IntRange(min=1), help="Compute threads.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Of the prompts.")
+@click.option("--json", "as_json", is_flag=True, help="Every pass as JSON instead of the table.")
+def main(
+    model: str | None,
+    gpu_mem: str,
+    routing: str,
+    batches: str,
+    count: int,
+    blocks: int,
+    steps: int,
+    prompt_tokens: int,
+    rounds: int,
+    threads: int | None,
+    seed: int,
+    as_json: bool,
+) -> None:
+    """See the module."""
+    context = (prompt_tokens // BLOCK + blocks + 1) * BLOCK
+    params = SamplingParams(max_new_tokens=blocks * BLOCK, steps=steps, threshold=1.0)
+    rows = []
+    for number in range(1, rounds + 1):
+        row = []
+        for size in (int(word) for word in batches.split(",")):
+            print(f"round {number} of {rounds}: batches of {size}", file=sys.stderr, flush=True)
+            config = EngineConfig.build(
+                None, model=model, gpu_mem=gpu_mem, routing=routing, max_context=context, batch_size=size,
+                threads=threads, hot_set="off",
+            )  # fmt: skip
+            asked = prompts(count, prompt_tokens, find_source(config).config.vocab_size, seed)
+            row.append(
+                measure(config, asked, SamplingParams(max_new_tokens=blocks * BLOCK, steps=steps, threshold=1.0))
+            )
+        rows.append(row)
+    print(json.dumps([[asdict(one) for one in row] for row in rows]) if as_json else table(rows))
+
+
+if __name__ == "__main__":
+    main()
