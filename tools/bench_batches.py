@@ -133,9 +133,7 @@ def main(
                 threads=threads, hot_set="off",
             )  # fmt: skip
             asked = prompts(count, prompt_tokens, find_source(config).config.vocab_size, seed)
-            row.append(
-                measure(config, asked, SamplingParams(max_new_tokens=blocks * BLOCK, steps=steps, threshold=1.0))
-            )
+            row.append(measure(config, asked, params))
         rows.append(row)
     print(json.dumps([[asdict(one) for one in row] for row in rows]) if as_json else table(rows))
 
