@@ -153,7 +153,7 @@ class EngineConfig(BaseModel):
     """Which resident expert makes room."""
     predictor: Literal["previous-step", "block-history", "cross-layer-gate", "combined", "none"] = "combined"
     """What guesses a layer's experts before its router has spoken; none: nothing is prefetched."""
-    prefetch_depth: Annotated[int, Field(ge=0, le=64)] = 1
+    prefetch_depth: Annotated[int, Field(ge=0, le=64)] = 2
     """MoE layers to prefetch ahead; 0: nothing is prefetched."""
     hot_set: Literal["on", "off"] = "on"
     """Whether the experts used most are remembered with the checkpoint, to fill free slots at the next start; the

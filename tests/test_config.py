@@ -84,7 +84,7 @@ def test_defaults() -> None:
     config = EngineConfig()
     assert (config.model, config.device, config.gpu_mem, config.host_mem) == (None, "auto", "auto", "auto")
     assert (config.routing, config.top_p, config.min_experts, config.top_k_experts) == (None, None, None, 4)
-    assert (config.prefetch_depth, config.transfers_in_flight, config.reader_threads) == (1, 2, 2)
+    assert (config.prefetch_depth, config.transfers_in_flight, config.reader_threads) == (2, 2, 2)
     assert config.prefill_chunk == 512
 
 

@@ -40,6 +40,8 @@ class SlotArena:
         # An open memoryview keeps the mapping alive: the memory goes back when the last view of it does, never earlier.
         self._bytes: memoryview | None = memoryview(_map(slots, slab_bytes))
         self._tensor: Tensor | None = torch.frombuffer(self._bytes, dtype=torch.uint8)
+        self._views: dict[int, tuple[SlabLayout, ExpertWeights]] = {}
+        """By slot, what was last looked at in it."""
         self._closing = False
         if not _populate(self._tensor[:SLOT_ALIGNMENT]):  # no thread may write where a reader may write as well
             self._tensor[::SLOT_ALIGNMENT] = 0
@@ -62,8 +64,11 @@ class SlotArena:
         """The matrices of the expert in `slot`, as views: they change when the slot is filled again."""
         if self._tensor is None:
             raise EngineClosedError("the slots of the expert cache were used after they were closed")
-        start = self._start(slot)
-        return layout.weights(self._tensor[start : start + self.slab_bytes])
+        kept = self._views.get(slot)
+        if kept is None or kept[0] is not layout:  # making views anew for every use costs 3 % of a step
+            start = self._start(slot)
+            kept = self._views[slot] = (layout, layout.weights(self._tensor[start : start + self.slab_bytes]))
+        return kept[1]
 
     def wait_touched(self) -> None:
         """Wait until every page of the slots is there, or the arena is closed."""
@@ -73,6 +78,7 @@ class SlotArena:
         """Let go of the memory; it is returned once no buffer or matrix handed out is left. Idempotent."""
         self._closing = True
         self._toucher.join()
+        self._views.clear()
         self._tensor = None
         self._bytes = None
 

@@ -33,6 +33,12 @@ from offload_engine.model.moe import (
 )
 from offload_engine.routing.base import by_block
 
+PREVIEW_SHARE = 1 / 8
+"""Share of the experts wanted lately that had to be moved, below which no preview is asked for: residents, which are
+computed first, then hide the loads by themselves, and running routers twice costs more than it saves (docs/LOG.md).
+"""
+RECENT_RUNS = 64
+"""Runs of layers after which that share has faded to about a third."""
 SWEEP_WINDOW = 16
 """Experts that a sweep waits for at a time, in their order."""
 SWEEP_SHARE = 0.8
@@ -97,6 +103,8 @@ class OffloadedExperts:
         """Loads the driver has and has not reported."""
         self._failure: OffloadError | None = None
         self._info = ForwardInfo(Phase.SCORE)
+        self._moved_share = 1.0
+        """Of the experts that layers wanted lately, those that had to be moved, early or late."""
         self._sweeping = False
         """Whether the layer before, in this forward, wanted nearly all of its experts in a sweep."""
         transfers.start(self._on_complete)
@@ -130,7 +138,7 @@ class OffloadedExperts:
     def _predicted(self, layer: int, preview: Preview) -> list[ExpertKey]:
         guesses = []
         for ahead in range(layer, min(layer + self.prefetch_depth, self._last_layer + 1)):
-            if self.predictor.wants_preview:
+            if self.predictor.wants_preview and self._moved_share >= PREVIEW_SHARE:
                 self.predictor.offer(ahead, *ranked_experts(preview(ahead)))
             guesses.append((ahead, self.predictor.predict(ahead, ahead - layer)))
         predicted = prefetch_order(guesses)
@@ -149,8 +157,12 @@ class OffloadedExperts:
         outputs = ExpertOutputs(hidden, decision)
         try:
             with self._changed:
+                counters = self.scheduler.counters
+                moved = counters.misses + counters.prefetches_used
                 self._carry_out(self.scheduler.want(layer, ranked.experts, ranked.scores))
                 self.stats.expert_requests += len(ranked.experts)
+                moved = counters.misses + counters.prefetches_used - moved
+                self._moved_share += (moved / max(1, len(ranked.experts)) - self._moved_share) / RECENT_RUNS
             for _ in ranked.experts:
                 compute = self._next_compute()
                 self._launch(compute, outputs.compute, tokens[compute.key.expert])
