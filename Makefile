@@ -28,7 +28,7 @@ format: $(DEV)
 	$(BIN)/ruff format .
 
 # torch goes in alone and pinned first: resolved together with the rest it may be taken as a CUDA build of several GB.
-$(STAMP): pyproject.toml constraints.txt
+$(STAMP): pyproject.toml constraints.txt hatch_build.py $(wildcard offload_engine/kernels/cpu/*) offload_engine/kernels/build.py
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) torch
 	$(PIP) -e .

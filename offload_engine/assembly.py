@@ -276,6 +276,8 @@ def assemble(config: EngineConfig, stats: EngineStats, progress: Progress | None
     store = open_store(model_config, checkpoint, verify=config.verify)
     try:
         dtype = compute_dtype(config, model_config, store.format.dtype)
+        if dtype == torch.bfloat16 and kernels.status().variant is None:
+            notices.append(f"torch computes the experts, more slowly than our kernel would: {kernels.status().reason}")
         warm_up(dtype)
         setup = setup_for(config, model_config, dtype=dtype, stored=store.format, slab_bytes=store.slab_bytes)
         plan = plan_for(config, model_config, setup)

@@ -441,6 +441,16 @@ def test_tensors_without_a_use_are_mentioned(tmp_path: Path) -> None:
         assert any("model.extra.weight" in notice for notice in engine.notices)
 
 
+@pytest.mark.usefixtures("torch_computes")
+@pytest.mark.parametrize(("dtype", "told"), [(torch.bfloat16, True), (torch.float32, False)])
+def test_experts_without_our_kernel_are_mentioned_where_it_would_compute(
+    tmp_path: Path, dtype: torch.dtype, told: bool
+) -> None:
+    directory = write_checkpoint(tmp_path, tiny_config(), dtype=dtype)
+    with open_engine(directory, dtype=dtype) as engine:
+        assert any("OFFLOAD_ENGINE_KERNEL is off" in notice for notice in engine.notices) == told
+
+
 def test_a_distilled_checkpoint_picks_its_routing(tmp_path: Path) -> None:
     directory = write_checkpoint(tmp_path, tiny_config(mode="aggregate", core_threshold=0.7))
     with open_engine(directory) as engine:
