@@ -21,6 +21,7 @@ if __package__ in (None, ""):  # run as a script: the repository's root is not o
 from offload_engine.config import format_bytes, parse_bytes
 from offload_engine.errors import MemoryBudgetError, OffloadError, UsageError
 from offload_engine.model.config import ModelConfig
+from offload_engine.model.partial_directory import partial_directory
 from tools.checkpoint_maker.measure import measure
 from tools.checkpoint_maker.presets import PRESETS, config_of
 from tools.checkpoint_maker.tensors import blanks
@@ -64,7 +65,7 @@ def make_checkpoint(
 ) -> int:
     """Write a checkpoint to the new folder `out`, and return its tensors' bytes. `out` appears when all is written.
 
-    Raises `UsageError` if `out` exists or the tokenizer does not fit, `OffloadError` if the disk is too small or fails.
+    Raises `UsageError` if `out` exists, `OUT.partial` is not ours to remove or the tokenizer does not fit, `OffloadError` if the disk is too small or fails.
     """
     out = out.resolve()
     if out.exists():
@@ -74,10 +75,7 @@ def make_checkpoint(
     model = ModelConfig.from_dict(config)
     tensors = list(blanks(model, getattr(torch, config["torch_dtype"])))
     total = sum(blank.nbytes for blank in tensors)
-    partial = out.with_name(out.name + ".partial")
-    try:
-        shutil.rmtree(partial, ignore_errors=True)  # what a killed run left
-        partial.mkdir(parents=True)
+    with partial_directory(out, tokenizer) as partial:
         split = shards(tensors, shard_bytes)
         needed = total + sum(len(header(shard)) for shard in split) + 256 * len(tensors)  # the index
         free = shutil.disk_usage(partial).free
@@ -92,11 +90,6 @@ def make_checkpoint(
         if tokenizer is not None:
             for name in TOKENIZER_FILES:
                 shutil.copyfile(tokenizer / name, partial / name)
-        partial.rename(out)
-    except OSError as error:
-        raise OffloadError(f"--out {out}: can't be written ({error.strerror or error})") from None
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     progress.finish()
     return total
 

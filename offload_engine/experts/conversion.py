@@ -19,6 +19,7 @@ from offload_engine.experts.rounding import RoundingErrors
 from offload_engine.experts.store import ExpertStore
 from offload_engine.model.checkpoint import INDEX_FILE, Checkpoint
 from offload_engine.model.config import ModelConfig
+from offload_engine.model.partial_directory import partial_directory
 from offload_engine.model.quantized import ExpertFormat, fitting_group
 from offload_engine.model.resident_files import settle, write_tensors
 from offload_engine.model.safetensors_header import TensorInfo
@@ -29,7 +30,7 @@ CONFIG_FILE = "config.json"
 WEIGHTS = "weights"
 """What progress is told of."""
 KEPT_SUFFIXES = (".json", ".jinja", ".txt", ".model", ".md")
-"""Files beside the weights that go along: configuration, tokenizer, template, model card. Never code."""
+"""Files beside the weights that go along: configuration, tokenizer, template, model card. Never code, nothing hidden."""
 DEFAULT_GROUP = 32
 """Columns of int4 experts that share a scale, where nobody says otherwise."""
 MARGIN = 2**20
@@ -72,7 +73,7 @@ def convert(
     divides the columns of every matrix. `identity` tells the checkpoint from others; what is written here keeps to what
     has the same. Takes the memory of two slabs and of `SHARD_BYTES` or the largest tensor.
 
-    Raises `UsageError` when `out` exists or `kind` is impossible, `CheckpointError` for a source that can't be used,
+    Raises `UsageError` when `out` exists, `OUT.partial` is not ours to remove or `kind` is impossible, `CheckpointError` for a source that can't be used,
     `OffloadError` when the disk is too small or fails. Whatever happens before the end, `out` does not exist.
     """
     out = out.absolute()
@@ -84,18 +85,8 @@ def convert(
     with closing(open_store(config, checkpoint, verify="always")) as store:
         description = _described(config, store, source, kind, group, identity)
         job = _Job(config, checkpoint, store, description, progress or (lambda *_: None))
-        partial = out.with_name(out.name + ".partial")
-        try:
-            shutil.rmtree(partial, ignore_errors=True)  # what a killed run left
-            partial.mkdir(parents=True)
-            done = job.run(partial, out)
-            partial.rename(out)
-            settle(out.parent)
-        except OSError as error:
-            raise OffloadError(f"--out {out}: can't be written ({error.strerror or error})") from None
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
-    return done
+        with partial_directory(out, source) as partial:
+            return job.run(partial, out)
 
 
 def _described(
@@ -165,7 +156,10 @@ def _files_beside(directory: Path) -> list[Path]:
     found = [
         path
         for path in sorted(directory.iterdir())
-        if path.is_file() and path.suffix in KEPT_SUFFIXES and path.name not in (CONFIG_FILE, INDEX_FILE)
+        if path.is_file()
+        and path.suffix in KEPT_SUFFIXES
+        and not path.name.startswith(".")
+        and path.name not in (CONFIG_FILE, INDEX_FILE)
     ]
     return [*found, directory / CONFIG_FILE]
 

@@ -76,8 +76,8 @@ class DiskFile:
             if self._head_digest() != self._head:
                 raise TransferError(f"{self.path} has another header than when opened; load the model again")
             if status.st_mtime_ns != self._stamp:
+                self.generation += 1  # first: who sees the new stamp looks no further
                 self._stamp = status.st_mtime_ns
-                self.generation += 1
 
     def _head_digest(self) -> bytes:
         buffer = memoryview(mmap.mmap(-1, max(SLOT_ALIGNMENT, align_up(self._head_bytes))))

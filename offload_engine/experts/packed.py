@@ -95,13 +95,14 @@ class PackedStore:
             raise TransferError(f"{named(key)}: slab of {len(slab)} bytes, wanted {nbytes}")
         if file is None:
             raise TransferError(f"{named(key)}: {self.path} was to be read after the store was closed")
+        before = file.generation  # a write that another reader notices meanwhile must not pass for checked
         try:
             count = file.read(slab[:nbytes], place.offset, nbytes)
         except TransferError as error:
             raise TransferError(f"{named(key)}: {error}") from None
         if self.verify == "always" or (self.verify == "first" and self._verified.get(key) != file.generation):
             self._check(key, place, slab)
-            self._verified[key] = file.generation
+            self._verified[key] = before
         return count
 
     def close(self) -> None:

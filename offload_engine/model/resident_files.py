@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from offload_engine.model.checkpoint import INDEX_FILE, SINGLE_FILE, Checkpoint, drop_page_cache
@@ -33,7 +34,11 @@ def write_tensors(
     weight_map: dict[str, str] = {}
     for number, shard in enumerate(shards, start=1):
         name = SINGLE_FILE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        save_file({info.name: checkpoint.read(info.name) for info in shard}, folder / name, {"format": "pt"} | metadata)
+        tensors = {info.name: checkpoint.read(info.name) for info in shard}
+        try:
+            save_file(tensors, folder / name, {"format": "pt"} | metadata)
+        except SafetensorError as error:  # what the library makes of a full disk
+            raise OSError(str(error)) from None
         shutil.copymode(shard[0].path, folder / name)  # the library keeps its files from all but their owner
         settle(folder / name)
         weight_map |= {info.name: name for info in shard}

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import SafetensorError
 
 from offload_engine.errors import CheckpointError, OffloadError, TransferError, UsageError
 from offload_engine.experts import conversion, packed_writer
@@ -22,6 +23,7 @@ from offload_engine.model import resident_files
 from offload_engine.model.checkpoint import Checkpoint
 from offload_engine.model.config import ModelConfig
 from offload_engine.model.moe import ExpertWeights
+from offload_engine.model.partial_directory import MARKER
 from offload_engine.model.quantized import ExpertFormat
 from offload_engine.model.weights import load_resident, unexpected_tensors
 from tests.checkpoints import random_tensors, tiny_config, write_checkpoint, write_tensors
@@ -101,7 +103,7 @@ def test_the_group_is_as_asked_or_the_largest_that_fits(tmp_path: Path) -> None:
 def test_files_beside_the_weights_go_along_but_no_code_and_no_other_weights(tmp_path: Path) -> None:
     source = write_checkpoint(tmp_path / "source", RAW, shards=2)
     kept = ["tokenizer.json", "chat_template.jinja", "README.md"]
-    for name in (*kept, "modeling.py", "pytorch_model.bin", "old.safetensors"):
+    for name in (*kept, ".secret.json", "modeling.py", "pytorch_model.bin", "old.safetensors"):
         (source / name).write_text(f"this is {name}")
     out = convert(source, tmp_path / "out", identity="one").directory
     assert {path.name for path in out.iterdir()} == {"config.json", PACKED_FILE, "model.safetensors", *kept}
@@ -181,6 +183,14 @@ def test_an_existing_directory_is_refused(tmp_path: Path) -> None:
         convert(source, out, identity="one")
 
 
+def test_a_source_of_the_name_that_is_written_first_is_kept(tmp_path: Path) -> None:
+    source = write_checkpoint(tmp_path / "out.partial", RAW)
+    with pytest.raises(UsageError, match=r"is written as .*out\.partial first"):
+        convert(source, tmp_path / "out", identity="one")
+    assert (source / "config.json").exists()
+    assert not (tmp_path / "out").exists()
+
+
 def test_disks_that_fail(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = write_checkpoint(tmp_path / "source", RAW)
 
@@ -194,6 +204,13 @@ def test_disks_that_fail(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
         patched.setattr(conversion, "write_tensors", full)
         refused(tmp_path, source, "stored", OffloadError, "No space left")
 
+    def told_by_the_library(*_: Any) -> None:
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(resident_files, "save_file", told_by_the_library)
+        refused(tmp_path, source, "stored", OffloadError, r"--out .*: can't be written \(.*No space left")
+
     def unreadable(*_: Any) -> int:
         raise TransferError("expert 0 of layer 1: the disk is gone")
 
@@ -206,6 +223,7 @@ def test_progress_reaches_the_end_and_what_was_left_behind_goes(tmp_path: Path) 
     left = tmp_path / "out.partial"
     left.mkdir()
     (left / "config.json").write_text(json.dumps(RAW))
+    (left / MARKER).touch()
     told: list[tuple[str, int, int]] = []
     done = convert(source, tmp_path / "out", identity="one", progress=lambda *one: told.append(one))
     total = done.resident_bytes + done.expert_bytes

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from offload_engine.errors import OffloadError, UsageError
 from offload_engine.model.config import ModelConfig
+from offload_engine.model.partial_directory import MARKER
 from tests.mini_config import mini
 from tests.page_cache import cached_bytes, evictable
 from tests.tools.pocket_checkpoint import POCKET, POCKET_BYTES, read, write
@@ -185,6 +186,7 @@ def test_an_interrupted_run_leaves_nothing(
 
 def test_what_a_killed_run_left_is_replaced(tmp_path: Path) -> None:
     (tmp_path / "made.partial").mkdir()
+    (tmp_path / "made.partial" / MARKER).touch()
     (tmp_path / "made.partial" / "model-00001-of-00009.safetensors").write_text("half")
     write(tmp_path / "made")
     assert [path.name for path in tmp_path.iterdir()] == ["made"]
