@@ -2,8 +2,8 @@
 
     python -m tools.bench_batches --model DIR --gpu-mem 7.8GB --routing dmoe
 
-Every batch size has an engine of its own, opened cold; sizes take turns, in rounds. A first pass over the prompts fills
-the cache and is not counted.
+Every batch size has an engine of its own, opened cold; sizes take turns, in rounds. A first pass over half of the
+prompts fills the cache and is not counted.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def prompts(count: int, length: int, vocab: int, seed: int) -> list[list[int]]:
 
 
 def measure(config: EngineConfig, asked: Sequence[Sequence[int]], params: SamplingParams) -> Measured:
-    """Answer `asked` twice with `config.batch_size`; what is counted is the second time."""
+    """Answer half of `asked` to warm up, then all of it, with `config.batch_size`; only the second pass counts."""
     with Engine.from_pretrained(config=config) as engine:
         engine.generate([list(prompt) for prompt in asked[: max(1, len(asked) // 2)]], params)
         before, began = engine.stats.snapshot(), time.perf_counter()
@@ -93,11 +93,19 @@ def table(rows: Sequence[Sequence[Measured]]) -> str:
     return "\n".join(lines)
 
 
+def batch_sizes(_context: click.Context, _option: click.Parameter, text: str) -> list[int]:
+    """The numbers of `--batches`."""
+    words = text.split(",")
+    if not all(word.strip().isdecimal() and int(word) for word in words):
+        raise click.BadParameter(f"{text!r}; wanted batch sizes from 1 on, such as 1,2,4")
+    return [int(word) for word in words]
+
+
 @click.command(cls=ReportingCommand, help=(__doc__ or "").replace("    python", "\b\n    python", 1))
 @click.option("--model", metavar="DIR", help="Checkpoint.  [default: the built-in model]")
 @click.option("--gpu-mem", required=True, help="Budget of each engine.")
 @click.option("--routing", default="dmoe", show_default=True)
-@click.option("--batches", default="1,2,4,8", show_default=True, help="Batch sizes.")
+@click.option("--batches", default="1,2,4,8", show_default=True, callback=batch_sizes, help="Batch sizes.")
 @click.option("--prompts", "count", type=click.IntRange(min=1), default=8, show_default=True, help="Prompts per pass.")
 @click.option("--blocks", type=click.IntRange(min=1), default=2, show_default=True, help="Of 32 tokens, per answer.")
 @click.option("--steps", type=click.IntRange(1, BLOCK), default=8, show_default=True, help="Per block.")
@@ -110,7 +118,7 @@ def main(
     model: str | None,
     gpu_mem: str,
     routing: str,
-    batches: str,
+    batches: Sequence[int],
     count: int,
     blocks: int,
     steps: int,
@@ -126,7 +134,7 @@ def main(
     rows = []
     for number in range(1, rounds + 1):
         row = []
-        for size in (int(word) for word in batches.split(",")):
+        for size in batches:
             print(f"round {number} of {rounds}: batches of {size}", file=sys.stderr, flush=True)
             config = EngineConfig.build(
                 None, model=model, gpu_mem=gpu_mem, routing=routing, max_context=context, batch_size=size,

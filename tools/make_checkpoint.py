@@ -65,7 +65,8 @@ def make_checkpoint(
 ) -> int:
     """Write a checkpoint to the new folder `out`, and return its tensors' bytes. `out` appears when all is written.
 
-    Raises `UsageError` if `out` exists, `OUT.partial` is not ours to remove or the tokenizer does not fit, `OffloadError` if the disk is too small or fails.
+    Raises `UsageError` if `out` exists, `OUT.partial` is not ours to remove or the tokenizer does not fit,
+    `OffloadError` if the disk is too small or fails.
     """
     out = out.resolve()
     if out.exists():

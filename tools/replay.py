@@ -72,6 +72,8 @@ def main(
         runs = list(forwards(records))
     except OffloadError as error:
         raise click.ClickException(str(error)) from None
+    if not runs:
+        raise click.ClickException(f"{trace}: holds no records, so there is nothing to replay")
     table = Table(*COLUMNS, title=f"{header.routing}; {header.model}")
     demands = [layer.keys for run in runs for layer in run.layers]
     bounds = {count: sum(belady_misses(demands, count * len(header.layers))) for count in slots}

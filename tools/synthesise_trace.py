@@ -27,6 +27,7 @@ if __package__ in (None, ""):  # run as a script: the repository's root is not o
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from offload_engine.core import ForwardInfo, Phase
+from offload_engine.errors import OffloadError
 from offload_engine.experts.executor import ranked_experts
 from offload_engine.routing import RouterShape, RoutingPolicy, make_policy
 from offload_engine.trace import TraceHeader, TraceWriter
@@ -124,7 +125,10 @@ def main(
 ) -> None:
     """Write a synthetic routing trace to the new file OUT; gzip it afterwards to keep it."""
     generator = torch.Generator().manual_seed(seed)
-    policy = make_policy(routing, SHAPE)
+    try:
+        policy = make_policy(routing, SHAPE)
+    except OffloadError as error:
+        raise click.UsageError(str(error)) from None
     made = ", ".join(f"{name} {value:g}" for name, value in weights.items())
     header = TraceHeader(
         layers=tuple(range(1, moe_layers + 1)),
@@ -136,8 +140,11 @@ def main(
         model=f"synthetic, of no model: tools/synthesise_trace.py, {made}, {steps} steps, seed {seed}",
     )
     logits = Logits(moe_layers, block_length, Weights(**weights), generator)
-    with TraceWriter(out, header) as writer:
-        synthesise(writer, policy, logits, blocks=blocks, steps=steps)
+    try:
+        with TraceWriter(out, header) as writer:
+            synthesise(writer, policy, logits, blocks=blocks, steps=steps)
+    except OffloadError as error:
+        raise click.ClickException(str(error)) from None
     click.echo(f"{out}: {writer.records_written} records")
 
 

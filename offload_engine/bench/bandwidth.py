@@ -14,7 +14,8 @@ from offload_engine.assembly import find_source
 from offload_engine.bench.spec import Bandwidth
 from offload_engine.config import EngineConfig
 from offload_engine.experts.arena import SlotArena
-from offload_engine.experts.store import SafetensorsStore
+from offload_engine.experts.opening import open_store
+from offload_engine.experts.store import ExpertStore
 from offload_engine.model.checkpoint import Checkpoint
 
 DEPTHS = (1, 2, 4)
@@ -31,12 +32,12 @@ def measure_bandwidth(config: EngineConfig) -> Bandwidth:
     source = find_source(config)
     if config.threads is not None:
         torch.set_num_threads(config.threads)
-    with closing(SafetensorsStore(source.config, Checkpoint.open(source.directory))) as store:
+    with closing(open_store(source.config, Checkpoint.open(source.directory), verify="never")) as store:
         disk = {depth: _disk(store, depth) for depth in DEPTHS}
         return Bandwidth(slab_bytes=store.slab_bytes, disk=disk, direct=store.direct, dram=_dram(), gemm=_gemm())
 
 
-def _disk(store: SafetensorsStore, depth: int) -> float:
+def _disk(store: ExpertStore, depth: int) -> float:
     """Bytes per second of whole experts at random places, `depth` reads under way at any time."""
     keys = list(store.keys())
     random.Random(depth).shuffle(keys)  # another order at each depth, so that nothing read before helps

@@ -69,6 +69,8 @@ def bars(everyone: Mapping[str, Figures], bandwidth: Bandwidth | None) -> list[B
         found.append(Bar(f"{routing}: times faster than mmap", _ratio(against, step), FASTER[routing], unit="x"))
         if routing == "dmoe":
             roomy = everyone.get("unlimited/dmoe")
+            if roomy is not None and roomy.moved:
+                roomy = None  # its budget was no unlimited one
             ratio = _ratio(step, None if roomy is None else roomy.step)
             found.append(Bar("dmoe: step time over that of an unlimited budget", ratio, most=UNLIMITED, unit="x"))
         found += _own_bars(routing, ours, bandwidth)

@@ -1,11 +1,15 @@
-"""A contender's process: `python -m offload_engine.bench.contender TASK.json REPORT.json`.
+"""A contender's process: `python -m offload_engine.bench.contender TASK.json REPORT.json PARENT`.
 
-It does what the task says and writes the report, an error included, in one piece.
+It does what the task says and writes the report, an error included, in one piece. It doesn't outlive PARENT, the id of
+the process that started it.
 """
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
+import os
+import signal
 import sys
 import time
 from dataclasses import dataclass, field
@@ -37,6 +41,8 @@ from offload_engine.model.checkpoint import Checkpoint
 from offload_engine.model.moe import ExpertExecutor, ResidentExperts
 from offload_engine.simulate.belady import belady_misses
 
+PR_SET_PDEATHSIG = 1
+"""Of `prctl`, linux/prctl.h."""
 TOKEN_SLOTS = 8
 """Slots of an engine whose experts another takes over: as good as none, and given back before anything is measured."""
 
@@ -135,8 +141,6 @@ def _answer(engine: Engine, task: Task, probe: Probe) -> _Seen:
     events = engine.stream(
         prompt_ids(engine, workload), workload.sampling(), cancelled=lambda: time.perf_counter() > deadline
     )
-    if not workload.warm_up:
-        _begin_window(engine, probe, seen)
     while True:
         parts, stalled, clock = dict(probe.seconds), engine.stats.stall_seconds, time.perf_counter()
         event = next(events)
@@ -244,5 +248,15 @@ def disk_bytes() -> int | None:
     return found.get("read_bytes")
 
 
+def die_with(parent: int) -> None:
+    """Have the kernel kill this process when its parent, the process `parent`, ends in whatever way; on Linux alone."""
+    if sys.platform != "linux":
+        return
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # it ended before that
+        sys.exit(f"the benchmark, process {parent}, is gone")
+
+
 if __name__ == "__main__":
+    die_with(int(sys.argv[3]))
     main(Path(sys.argv[1]), Path(sys.argv[2]))

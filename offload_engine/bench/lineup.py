@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -12,8 +13,11 @@ from typing import Any
 from offload_engine.bench.spec import Kind, Task, Workload
 from offload_engine.config import EngineConfig, format_bytes
 from offload_engine.errors import UsageError
+from offload_engine.experts.packed_header import PACKED_FILE
 
 ROUTINGS = ("original", "dmoe")
+MAPPED: tuple[Kind, ...] = ("mmap", "mmap-random", "accelerate")
+"""Kinds that read experts out of safetensors files."""
 RESERVE = 100_000_000
 """Of the limit, what an engine's budget leaves for page cache and the kernel's own tables, in bytes, ..."""
 RESERVE_SHARE = 64
@@ -54,8 +58,11 @@ def default_budget(limit: int) -> int:
     return limit - max(RESERVE, limit // RESERVE_SHARE)
 
 
-def line_up(request: Request) -> Lineup:
-    """Choose the contenders. Raises `UsageError` when `only` leaves none, or the limit leaves no budget."""
+def line_up(request: Request, *, packed: bool = False) -> Lineup:
+    """Choose the contenders. `packed`: the model itself is a converted one, whose experts our stores alone can read.
+
+    Raises `UsageError` when `only` leaves none, two have one name, or the limit leaves no budget.
+    """
     lineup = Lineup()
     everyone = [_task(request, "bandwidth", "bandwidth", {}, limited=False)]
     for routing in _routings(request.config):
@@ -69,12 +76,26 @@ def line_up(request: Request) -> Lineup:
     if not wanted:
         names = ", ".join(task.name for task in everyone)
         raise UsageError(f"--only {' '.join(request.only)}: no contender of that name; there are {names}")
+    _require_names(wanted)
     for task in wanted:
-        if task.kind == "accelerate" and importlib.util.find_spec("accelerate") is None:
+        if packed and task.kind in MAPPED:
+            lineup.absent[task.name] = (
+                f"it can't read {PACKED_FILE}; name the model it was made of as --model, and this one with --packed"
+            )
+        elif task.kind == "accelerate" and importlib.util.find_spec("accelerate") is None:
             lineup.absent[task.name] = "accelerate is not installed; pip install --no-deps accelerate adds it"
         else:
             lineup.tasks.append(task)
     return lineup
+
+
+def _require_names(tasks: Sequence[Task]) -> None:
+    name, count = Counter(task.name for task in tasks).most_common(1)[0]
+    if count > 1:
+        raise UsageError(
+            f"{name}: the name of {count} contenders; wanted --packed directories of different names, and --budgets "
+            "that differ in their first three digits"
+        )
 
 
 def _routings(config: EngineConfig) -> Sequence[str]:

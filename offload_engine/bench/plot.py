@@ -31,5 +31,8 @@ def plot(everyone: Mapping[str, Figures], path: Path) -> None:
         axes.legend()
     axes.set_xlabel("seconds per denoising step: median and quartiles")
     aside = path.with_name(f".{path.name}.{os.getpid()}")
-    figure.savefig(aside, format="png", dpi=150)
-    aside.replace(path)
+    try:
+        figure.savefig(aside, format="png", dpi=150)
+        aside.replace(path)
+    finally:
+        aside.unlink(missing_ok=True)

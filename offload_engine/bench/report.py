@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from offload_engine.bench.bars import Bar, bars
 from offload_engine.bench.spec import Bandwidth, Run, Workload
 from offload_engine.bench.summary import Figures, bandwidth_of, disagreements, figures
 from offload_engine.config import format_bytes
-from offload_engine.errors import OffloadError
+from offload_engine.errors import OffloadError, UsageError
 
 VERSION = 1
 """Of `bench.json`."""
@@ -121,6 +122,18 @@ def ratios(everyone: Mapping[str, Figures]) -> dict[str, float]:
     return found
 
 
+def prepare(folder: Path) -> None:
+    """Make the folder, and make sure that `save` can write there. Raises `UsageError` or `OffloadError` where not."""
+    if folder.exists() and not folder.is_dir():
+        raise UsageError(f"--out {folder}: is a file; wanted a folder, new or not")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise _unwritable(folder, error) from None
+
+
 def save(findings: Findings, folder: Path) -> list[str]:
     """Write bench.json, bench.md and bench.png into `folder`, each whole or not at all; returns what to tell of it.
 
@@ -130,14 +143,18 @@ def save(findings: Findings, folder: Path) -> list[str]:
         folder.mkdir(parents=True, exist_ok=True)
         _write(folder / "bench.json", f"{json.dumps(findings.as_dict(), indent=1)}\n".encode())
         _write(folder / "bench.md", findings.markdown().encode())
-    except OSError as error:
-        raise OffloadError(f"--out {folder}: can't be written ({error.strerror or error})") from None
-    try:
         from offload_engine.bench.plot import plot
+
+        plot(findings.figures, folder / "bench.png")
+    except OSError as error:
+        raise _unwritable(folder, error) from None
     except ImportError:
         return [f"{folder}: bench.json, bench.md; no plot, for want of matplotlib (the extra eval has it)"]
-    plot(findings.figures, folder / "bench.png")
     return [f"{folder}: bench.json, bench.md, bench.png"]
+
+
+def _unwritable(folder: Path, error: OSError) -> OffloadError:
+    return OffloadError(f"--out {folder}: can't be written ({error.strerror or error})")
 
 
 def _write(path: Path, content: bytes) -> None:

@@ -69,7 +69,8 @@ def run_task(task: Task, number: int, limit: int | None) -> Run:
     with tempfile.TemporaryDirectory(prefix="dmoe-bench-") as folder:
         task_file, report_file = Path(folder) / "task.json", Path(folder) / "report.json"
         write_document(task_file, task)
-        command = [sys.executable, "-m", "offload_engine.bench.contender", str(task_file), str(report_file)]
+        command = [sys.executable, "-m", "offload_engine.bench.contender"]
+        command += [str(task_file), str(report_file), str(os.getpid())]
         patience = 2 * task.patience + GRACE_SECONDS  # a contender that has to run twice may use its patience twice
         with _maybe_limited(limit) as group:
             inside = command if group is None else group.command(command)
@@ -99,7 +100,7 @@ def _maybe_limited(limit: int | None) -> Iterator[MemoryGroup | None]:
 def _run(command: Sequence[str], patience: float) -> tuple[int | None, str]:
     """Exit code (None: killed for taking too long) and the last line on stderr.
 
-    In a session of its own: a Ctrl-C is this process's to deal with.
+    In a session of its own: a Ctrl-C is this process's to deal with. Whatever ends this one has to end it too.
     """
     with subprocess.Popen(
         command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, errors="replace", start_new_session=True

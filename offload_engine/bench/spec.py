@@ -34,8 +34,8 @@ class Workload(Document):
     block_length: Count = 32
     steps: Count = 8
     """Denoising steps of a block: at threshold 1 the schedule alone decides, so that every block takes them all."""
-    warm_up: Annotated[int, Field(ge=0)] = 1
-    """Blocks decoded before the measured ones."""
+    warm_up: Count = 1
+    """Blocks decoded before the measured ones; the first one's step includes the prefill."""
     blocks: Count = 3
     """Blocks measured."""
     temperature: Annotated[float, Field(ge=0)] = 0.0

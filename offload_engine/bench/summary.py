@@ -50,7 +50,7 @@ class Figures:
     bound: float | None
     """Seconds a step takes at the least, given the bandwidths measured: see `step_bound`."""
     answers: tuple[str, ...]
-    """Digests of the answers, one if all rounds agree."""
+    """Digests of the answers that were not cut short, one if all rounds agree."""
 
     @property
     def over_belady(self) -> float | None:
@@ -119,7 +119,7 @@ def _figures(name: str, runs: Sequence[Run], bandwidth: Bandwidth | None) -> Fig
         startup=max(one.startup_seconds for one in all_measured),
         resident_weights=first.resident_weights,
         bound=step_bound(first, belady_bytes, bandwidth),
-        answers=tuple(dict.fromkeys(one.answer for one in all_measured)),
+        answers=tuple(dict.fromkeys(one.answer for one in all_measured if not one.cut_short)),
     )
 
 
@@ -147,17 +147,20 @@ def step_bound(measured: Measured, moved: float | None, bandwidth: Bandwidth | N
 
 
 def disagreements(everyone: Mapping[str, Figures]) -> list[str]:
-    """Contenders whose answers differ from those of our engine in the same routing, told in words.
+    """Contenders whose answers differ from round to round, or from those of our engine in the same routing, in words.
 
     Equal digests are no accident; different ones are a defect among contenders that share kernels and weights.
     """
     told = []
     for name, one in everyone.items():
+        if len(one.answers) > 1:
+            told.append(f"{name} answers otherwise from round to round")
         kind, _, rest = name.partition("/")
         reference = everyone.get(f"engine/{rest.partition('@')[0].partition('+')[0]}")
-        if reference is None or kind == "accelerate" or "+" in rest or reference.answers == one.answers:
+        if reference is None or kind == "accelerate" or "+" in rest:
             continue
-        told.append(f"{name} answers otherwise than {reference.name}")
+        if reference.answers and not set(one.answers) <= set(reference.answers):
+            told.append(f"{name} answers otherwise than {reference.name}")
     return told
 
 

@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import json
+import signal
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from offload_engine.assembly import BUILT_IN
 from offload_engine.bench.lineup import Request, line_up
 from offload_engine.bench.machine import describe_machine
-from offload_engine.bench.report import Conditions, Findings, save
+from offload_engine.bench.report import Conditions, Findings, prepare, save
 from offload_engine.bench.rounds import refusal, run_rounds
 from offload_engine.bench.spec import Run
 from offload_engine.cli.errors import FAILED, INTERRUPTED
 from offload_engine.cli.terminal import Output, note
-from offload_engine.errors import CheckpointError, UsageError
+from offload_engine.errors import CheckpointError, OffloadError
+from offload_engine.experts.packed_header import PACKED_FILE
+from offload_engine.model.hub import resolve_model
 
 CHECKPOINTS = Path("checkpoints")
 """Where `--preset` looks."""
@@ -45,21 +52,25 @@ def preset_directory(preset: str, layers: int | None) -> Path:
 
 def run_benchmark(request: Request, wanted: Wanted) -> int:
     """Measure, print, save; returns the exit code. Raises `OffloadError`s."""
-    output, lineup = Output(), line_up(request)
-    if wanted.out is not None and wanted.out.exists() and not wanted.out.is_dir():
-        raise UsageError(f"--out {wanted.out}: is a file; wanted a folder, new or not")
+    folders = _model_folders(request)
+    output, lineup = Output(), line_up(request, packed=(folders[0] / PACKED_FILE).exists())
+    if wanted.out is not None:
+        prepare(wanted.out)
     refused = None if request.limit is None else refusal(request.limit)
     limit = None if refused is not None else request.limit
     if refused is not None:
         note(f"note: contenders run without a memory limit: {refused}")
     for name, reason in lineup.absent.items():
         note(f"note: {name} left out: {reason}")
-    machine, runs, interrupted = describe_machine(), list[Run](), False
+    machine, runs, ended = describe_machine(), list[Run](), None
     try:
-        for run in run_rounds(lineup.tasks, request.rounds, limit, _weight_files(request), note):
-            runs.append(run)
-    except KeyboardInterrupt:
-        interrupted = True
+        with _ended_as_by_ctrl_c():
+            for run in run_rounds(lineup.tasks, request.rounds, limit, _weight_files(folders), note):
+                runs.append(run)
+    except (KeyboardInterrupt, OffloadError) as error:
+        ended = error
+    if isinstance(ended, OffloadError) and not runs:
+        raise ended
     conditions = Conditions(
         model=request.config.model or "built-in",
         machine=machine,
@@ -67,20 +78,46 @@ def run_benchmark(request: Request, wanted: Wanted) -> int:
         limit=limit,
         unlimited_because=refused,
         absent=lineup.absent,
-        interrupted=interrupted,
+        interrupted=ended is not None,
     )
     findings = Findings(conditions, runs)
-    if wanted.out is not None:
-        for line in save(findings, wanted.out):
+    try:
+        output.line(json.dumps(findings.as_dict()) if wanted.as_json else findings.markdown())
+    finally:  # a terminal that went away is no reason to lose hours of measuring
+        for line in [] if wanted.out is None else save(findings, wanted.out):
             note(line)
-    output.line(json.dumps(findings.as_dict()) if wanted.as_json else findings.markdown())
-    if interrupted:
+    if isinstance(ended, OffloadError):
+        raise ended
+    if ended is not None:
         return INTERRUPTED
     broken = any(bar.holds is False for bar in findings.bars) or any(run.report.error for run in runs)
     return FAILED if wanted.check and broken else 0
 
 
-def _weight_files(request: Request) -> list[Path]:
+def _model_folders(request: Request) -> list[Path]:
+    """The model's directory, then those of its other weight formats. Raises `ModelError`s."""
+    model = request.config.model
+    return [BUILT_IN if model is None else resolve_model(model), *(resolve_model(str(one)) for one in request.packed)]
+
+
+def _weight_files(folders: Sequence[Path]) -> list[Path]:
     """What must not be left in the page cache by one contender for the next."""
-    folders = [Path(request.config.model)] if request.config.model is not None else []
-    return [file for folder in (*folders, *request.packed) for file in sorted(folder.glob("*")) if file.is_file()]
+    return [file for folder in folders for file in sorted(folder.glob("*")) if file.is_file()]
+
+
+@contextmanager
+def _ended_as_by_ctrl_c() -> Iterator[None]:
+    """While open, SIGTERM and SIGHUP are `KeyboardInterrupt`s: contenders, in sessions of their own, hear of neither.
+
+    A signal that this process was started to ignore stays ignored.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    heard = [one for one in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(one) != signal.SIG_IGN]
+    before = {one: signal.signal(one, signal.default_int_handler) for one in heard}
+    try:
+        yield
+    finally:
+        for one, handler in before.items():
+            signal.signal(one, handler)

@@ -145,7 +145,7 @@ def evaluation(**options: Any) -> int:
 )
 @click.option("--rounds", type=click.IntRange(min=1), default=2, show_default=True, help="Times that each one runs.")
 @click.option("--blocks", type=click.IntRange(min=1), default=3, show_default=True, help="Blocks measured in a run.")
-@click.option("--warm-up", type=click.IntRange(min=0), default=1, show_default=True, help="Blocks before them.")
+@click.option("--warm-up", type=click.IntRange(min=1), default=1, show_default=True, help="Blocks before them.")
 @click.option("--steps", type=click.IntRange(1, 32), default=8, show_default=True, help="Denoising steps per block.")
 @click.option(
     "--prompt-tokens", type=click.IntRange(min=1), default=64, show_default=True, help="Length of the prompt."

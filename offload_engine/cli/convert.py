@@ -56,12 +56,12 @@ def convert_model(request: Request) -> None:
         )
     if done.format.group and done.format.group != group:
         note(f"note: groups of {done.format.group}, as {group} is no power of two that divides every matrix's columns")
+    if not request.as_json:
+        output.line(_table(done))
     comparison = None if task is None else _compared(request.model, done.directory, task)
     if request.as_json:
         output.line(json.dumps(_facts(done) | ({} if comparison is None else {"comparison": comparison})))
-        return
-    output.line(_table(done))
-    if comparison is not None:
+    elif comparison is not None:
         output.line(f"\n{comparison_table(comparison)}")
 
 
@@ -71,7 +71,7 @@ def _compared(model: str | None, converted: Path, task: Task) -> dict[str, Any]:
     for name in (model, str(converted)):
         said = name or "built-in"
         with loading_progress() as progress:
-            engine = Engine.from_pretrained(config=EngineConfig(model=name), progress=progress)
+            engine = Engine.from_pretrained(config=EngineConfig(model=name, hot_set="off"), progress=progress)
         with engine:
             recorder = Memory()
             for _record in evaluate(engine, task, params, recorder):

@@ -18,8 +18,8 @@ MARKER = ".offload_engine.partial"
 def partial_directory(out: Path, source: Path | None = None) -> Iterator[Path]:
     """Yields the new directory `OUT.partial` to write to, which becomes `out` at the end, or is gone if that fails.
 
-    An `OUT.partial` that a killed run left is removed first. Raises `UsageError` when there is one of anybody else's, or
-    `source`, which is read meanwhile, lies in it; `OffloadError` for any `OSError`, of the caller's too.
+    An `OUT.partial` that a killed run left is removed first. Raises `UsageError` when there is one of anybody
+    else's, or `source`, which is read meanwhile, lies in it; `OffloadError` for any `OSError`, of the caller's too.
     """
     partial = out.with_name(out.name + ".partial")
     try:

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 
 from offload_engine.bench.bars import Bar, bars
-from offload_engine.bench.report import Findings, ratios, save
+from offload_engine.bench.report import Findings, prepare, ratios, save
 from offload_engine.bench.spec import Run
 from offload_engine.bench.summary import disagreements, figures, quartiles
-from offload_engine.errors import OffloadError
+from offload_engine.errors import OffloadError, UsageError
 from tests.bench.bench_data import BANDWIDTH, MACHINE, conditions, measured, ours, run
 
 
@@ -100,6 +100,28 @@ def test_answers_that_differ_from_the_engines_are_told() -> None:
     ]
 
 
+def test_an_answer_cut_short_is_compared_with_none() -> None:
+    runs = [run("engine/dmoe", ours()), run("mmap/dmoe", measured(answer="begun", cut_short=True))]
+    assert disagreements(figures(runs)) == []
+    assert disagreements(figures([run("engine/dmoe", ours(answer="begun", cut_short=True)), *runs[1:]])) == []
+    whole = run("mmap/dmoe", measured(answer="other"), number=2)
+    assert disagreements(figures([*runs, whole])) == ["mmap/dmoe answers otherwise than engine/dmoe"]
+
+
+def test_a_contender_that_disagrees_with_itself_is_told() -> None:
+    runs = [run("accelerate/dmoe", measured(answer="one")), run("accelerate/dmoe", measured(answer="two"), number=2)]
+    assert disagreements(figures(runs)) == ["accelerate/dmoe answers otherwise from round to round"]
+    runs = [run("engine/dmoe", ours()), run("engine/dmoe", ours(answer="other"), number=2)]
+    told = disagreements(figures([*runs, run("mmap/dmoe", measured())]))
+    assert told == ["engine/dmoe answers otherwise from round to round"]
+
+
+def test_an_unlimited_budget_that_moved_experts_judges_nobody() -> None:
+    runs = [run("engine/dmoe", ours()), run("unlimited/dmoe", ours(loads=7, bytes_moved=7000))]
+    found = {bar.what: bar for bar in bars(figures(runs), BANDWIDTH)}
+    assert found["dmoe: step time over that of an unlimited budget"].holds is None
+
+
 def test_ratios_are_to_the_engine_of_the_same_routing() -> None:
     found = ratios(figures(everyone()))
     assert found["mmap/dmoe : engine/dmoe"] == pytest.approx(4 / 1.4)
@@ -155,7 +177,19 @@ def test_without_matplotlib_there_is_no_plot_and_that_is_told(tmp_path: Path, mo
     assert not (tmp_path / "bench.png").exists()
 
 
+def test_a_plot_that_cannot_be_written_is_told(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    (tmp_path / "bench.png").mkdir()
+    with pytest.raises(OffloadError, match=r"--out .*: can't be written \(Is a directory\)"):
+        save(Findings(conditions(), everyone()), tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["bench.json", "bench.md", "bench.png"]
+
+
 def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
+    with pytest.raises(UsageError, match=r"--out .*file: is a file"):
+        prepare(tmp_path / "file")
+    with pytest.raises(OffloadError, match=r"--out .*below: can't be written"):
+        prepare(tmp_path / "file" / "below")
     with pytest.raises(OffloadError, match=r"--out .*file"):
         save(Findings(conditions(), everyone()), tmp_path / "file")

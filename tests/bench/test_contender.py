@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from offload_engine.bench import contender, probe
+from offload_engine.bench import bandwidth, contender, probe
 from offload_engine.bench.contender import carry_out, main, step_work
 from offload_engine.bench.overlap import Interval
 from offload_engine.bench.probe import StallStats, open_engine, probing
@@ -16,6 +16,7 @@ from offload_engine.bench.spec import Kind, Measured, Report, Task, Workload, wr
 from offload_engine.config import EngineConfig
 from offload_engine.core import SamplingParams
 from offload_engine.engine import Engine
+from offload_engine.experts.conversion import convert
 from tests.checkpoints import tiny_config, write_checkpoint
 
 WORKLOAD = Workload(prompt_tokens=12, block_length=8, steps=4, warm_up=1, blocks=2)
@@ -87,7 +88,7 @@ def test_memory_mapped_weights_run_without_slots_of_ours(checkpoint: Path) -> No
 
 
 def test_patience_cuts_an_answer_short(checkpoint: Path) -> None:
-    slow = task(checkpoint, "engine").model_copy(update={"patience": 0.4, "workload": Workload(blocks=2000, warm_up=0)})
+    slow = task(checkpoint, "engine").model_copy(update={"patience": 0.4, "workload": Workload(blocks=2000)})
     slow = slow.model_copy(update={"config": slow.config | {"max_context": 1000}})
     found = carry_out(slow, time.perf_counter()).measured
     assert found is not None
@@ -100,14 +101,21 @@ def test_accelerate_answers_with_the_same_experts(checkpoint: Path) -> None:
 
 
 def test_bandwidths_are_measured_on_the_models_own_experts(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from offload_engine.bench import bandwidth
-
     monkeypatch.setattr(bandwidth, "DRAM_BYTES", 2**20)
     monkeypatch.setattr(bandwidth, "GEMM_SIZE", 64)
     found = carry_out(task(checkpoint, "bandwidth"), time.perf_counter()).bandwidth
     assert found is not None
     assert sorted(found.disk) == [1, 2, 4]
     assert min(*found.disk.values(), found.dram, found.gemm) > 0
+
+
+def test_bandwidths_of_a_converted_model(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bandwidth, "DRAM_BYTES", 2**20)
+    monkeypatch.setattr(bandwidth, "GEMM_SIZE", 64)
+    packed = convert(checkpoint, tmp_path / "packed", identity="one").directory
+    found = carry_out(task(packed, "bandwidth"), time.perf_counter()).bandwidth
+    assert found is not None
+    assert min(found.disk.values()) > 0
 
 
 def test_an_error_is_reported_and_named(checkpoint: Path, tmp_path: Path) -> None:

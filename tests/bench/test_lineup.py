@@ -63,6 +63,23 @@ def test_budgets_and_formats_have_names_of_their_own() -> None:
     ]
 
 
+@pytest.mark.parametrize(
+    ("changes", "name"),
+    [({"packed": [Path("a/int8"), Path("b/int8")]}, r"\+int8"), ({"budgets": [4 * GB, 2 * GB, 2 * GB + 1]}, "@2.00GB")],
+)
+def test_two_of_one_name_are_refused(changes: dict[str, object], name: str) -> None:
+    with pytest.raises(UsageError, match=rf"^engine/original{name}: the name of 2 contenders; wanted"):
+        line_up(request(**changes))
+    line_up(request(**changes, only=["bandwidth"]))
+
+
+def test_what_reads_safetensors_files_has_nothing_to_read_in_a_converted_model() -> None:
+    lined = line_up(request(config={"routing": "dmoe"}), packed=True)
+    assert [task.name for task in lined.tasks] == ["bandwidth", "engine/dmoe", "unlimited/dmoe"]
+    assert sorted(lined.absent) == ["accelerate/dmoe", "mmap-random/dmoe", "mmap/dmoe"]
+    assert "can't read experts.packed" in lined.absent["mmap/dmoe"]
+
+
 def test_a_pattern_that_fits_nobody_is_refused_with_the_names() -> None:
     with pytest.raises(UsageError, match=r"--only engines/\*: no contender .* mmap-random/dmoe"):
         line_up(request(only=["engines/*"]))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 import sys
 import threading
 from pathlib import Path
@@ -132,6 +133,22 @@ def test_an_interrupt_kills_the_contender_and_is_passed_on(monkeypatch: pytest.M
     thread.join()
     with pytest.raises(ProcessLookupError):
         os.kill(int(pid_file.read_text()), 0)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the kernel has to be told of the parent, as only Linux can be")
+def test_a_contender_ends_with_a_parent_that_is_killed(tmp_path: Path) -> None:
+    child = "import os, sys, time; from offload_engine.bench.contender import die_with; die_with(int(sys.argv[1]))"
+    child += "; print(os.getpid(), flush=True); time.sleep(60)"
+    parent = f"import os, subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}, str(os.getpid())])"
+    with subprocess.Popen([sys.executable, "-c", parent], stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        pid = int(process.stdout.readline())
+        process.kill()
+        assert process.stdout.read() == b"", "the pipe closes when both are gone"
+    with pytest.raises(ProcessLookupError):
+        for _ in range(500):
+            os.kill(pid, 0)
+            threading.Event().wait(0.02)
 
 
 def test_the_outcome_of_a_bandwidth_run_in_one_line() -> None:

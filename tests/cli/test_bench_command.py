@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import json
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from offload_engine.bench.cgroup import CgroupUnavailableError
 from offload_engine.bench.spec import Run
 from offload_engine.cli import bench as command
 from tests.bench.bench_data import BANDWIDTH, measured, ours, run
 from tests.cli.command_line import complaint, dmoe_command
 
 SMALL = ["--gpu-mem", "4GB", "--max-context", "256", "--expert-mem", "2MB", "--threads", "1"]
-SHORT = ["--rounds", "1", "--blocks", "1", "--warm-up", "0", "--steps", "2", "--prompt-tokens", "8"]
+SHORT = ["--rounds", "1", "--blocks", "1", "--warm-up", "1", "--steps", "2", "--prompt-tokens", "8"]
 
 
 def made_up(*runs: Run) -> Any:
@@ -62,6 +64,58 @@ def test_what_had_ended_before_an_interrupt_is_kept(monkeypatch: pytest.MonkeyPa
     assert "engine/dmoe" in json.loads((tmp_path / "bench.json").read_text())["contenders"]
 
 
+@pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGHUP])
+def test_signals_that_end_it_do_so_as_ctrl_c_does(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, sent: signal.Signals
+) -> None:
+    def rounds(*_arguments: Any) -> Iterator[Run]:
+        yield run("engine/dmoe", ours())
+        signal.raise_signal(sent)
+
+    monkeypatch.setattr(command, "run_rounds", rounds)
+    before = signal.getsignal(sent)
+    assert dmoe_command("bench", "--out", tmp_path).exit_code == 130
+    assert "engine/dmoe" in json.loads((tmp_path / "bench.json").read_text())["contenders"]
+    assert signal.getsignal(sent) == before
+
+
+def test_what_had_ended_before_an_error_is_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def rounds(*_arguments: Any) -> Iterator[Run]:
+        yield run("engine/dmoe", ours())
+        raise CgroupUnavailableError("the group is gone")
+
+    monkeypatch.setattr(command, "run_rounds", rounds)
+    result = dmoe_command("bench", "--out", tmp_path)
+    assert result.exit_code == 1
+    assert "error: the group is gone" in result.stderr
+    assert "| engine/dmoe" in result.stdout
+    assert "engine/dmoe" in json.loads((tmp_path / "bench.json").read_text())["contenders"]
+
+
+def test_tables_are_printed_whatever_becomes_of_the_files(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def rounds(*_arguments: Any) -> Iterator[Run]:
+        yield run("engine/dmoe", ours())
+        tmp_path.joinpath("out").rmdir()
+        tmp_path.joinpath("out").write_text("")
+
+    monkeypatch.setattr(command, "run_rounds", rounds)
+    result = dmoe_command("bench", "--out", tmp_path / "out")
+    assert result.exit_code == 1
+    assert "can't be written" in complaint(result)
+    assert "| engine/dmoe" in result.stdout
+
+
+def test_the_files_of_every_model_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text("{}")
+    seen: list[Path] = []
+    monkeypatch.setattr(command, "run_rounds", lambda _tasks, _rounds, _limit, files, _tell: seen.extend(files) or [])
+    assert dmoe_command("bench", "--model", "~/model").exit_code == 0
+    assert seen == [tmp_path / "model" / "config.json"]
+    assert dmoe_command("bench", "--model", tmp_path / "gone").exit_code == 3
+
+
 def test_the_exit_code_tells_of_bars_only_when_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     broken = [run("bandwidth", BANDWIDTH), run("engine/dmoe", ours()), run("mmap/dmoe", measured(2.0))]
     monkeypatch.setattr(command, "run_rounds", made_up(*broken))
@@ -96,6 +150,7 @@ def test_a_preset_is_looked_for_and_how_to_make_it_is_said(monkeypatch: pytest.M
         (["--preset", "x", "--model", "y"], "--preset and --model both name the model"),
         (["--layers", "3"], "--layers has no effect without --preset"),
         (["--steps", "33"], "33"),
+        (["--warm-up", "0"], "0 is not in the range x>=1"),
         (["--out", __file__], "is a file; wanted a folder"),
     ],
 )

@@ -188,6 +188,27 @@ def test_first_checks_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         assert checked == [stores[verify].payload_bytes(KEY)] * times
 
 
+def test_a_write_that_another_reader_notices_is_not_taken_for_checked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = open_packed(write_packed(tmp_path / "model"))
+    file = store._file
+    assert file is not None
+    real, checked = file.read, []
+
+    def read(*arguments: Any) -> int:
+        count = real(*arguments)
+        file.generation += 1
+        monkeypatch.setattr(file, "read", real)
+        return count
+
+    monkeypatch.setattr(file, "read", read)
+    monkeypatch.setattr(store, "_check", lambda key, *_: checked.append(key))
+    for _ in range(3):
+        store.read(KEY, slab_for(store))
+    assert checked == [KEY, KEY]
+
+
 @settings(max_examples=60)
 @given(data=st.data())
 def test_no_damage_to_the_header_goes_unseen(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:

@@ -28,6 +28,13 @@ def test_every_batch_size_answers_all_prompts(small: Path) -> None:
     assert together["forwards"] < alone["forwards"], "prompts of a batch share their forwards"
 
 
+@pytest.mark.parametrize("batches", ["x", "1,,2", "0", "-1"])
+def test_batches_that_are_no_numbers_are_refused(batches: str) -> None:
+    ran = CliRunner().invoke(main, ["--gpu-mem", "2GB", "--batches", batches])
+    assert ran.exit_code == 2
+    assert "wanted batch sizes from 1 on" in ran.stderr
+
+
 def test_medians_over_the_rounds() -> None:
     def one(seconds: float, moved: int) -> Measured:
         return Measured(2, 100, 7, seconds, moved, 0.5, 9, 0.25)

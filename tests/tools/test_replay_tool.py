@@ -80,3 +80,20 @@ def test_what_is_no_trace_is_refused_in_one_line(tmp_path: Path) -> None:
     assert done.exit_code == 1
     assert done.output.startswith(f"Error: {path}: no routing trace")
     assert len(done.output.splitlines()) == 1
+
+
+def test_a_trace_without_records_is_refused(trace: Path, tmp_path: Path) -> None:
+    path = tmp_path / "empty.jsonl"
+    path.write_text(trace.read_text().splitlines(keepends=True)[0])
+    done = CliRunner().invoke(replay, [str(path)])
+    assert (done.exit_code, done.output) == (1, f"Error: {path}: holds no records, so there is nothing to replay\n")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "told"),
+    [(["new", "--routing", "roulette"], 2, "routing is 'roulette'"), (["far/off"], 1, "can't be opened for a trace")],
+)
+def test_what_cannot_be_synthesised_is_refused(tmp_path: Path, arguments: list[str], code: int, told: str) -> None:
+    done = CliRunner().invoke(synthesise, [str(tmp_path / arguments[0]), *arguments[1:], *SMALL])
+    assert done.exit_code == code
+    assert told in done.output.splitlines()[-1]

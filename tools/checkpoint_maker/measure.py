@@ -52,7 +52,7 @@ def measure(directory: Path, blocks: int, gpu_mem: str, seed: int = 0) -> Iterat
         with (
             tempfile.TemporaryDirectory() as folder,
             Engine.from_pretrained(
-                directory, gpu_mem=gpu_mem, routing=routing, max_context=PROMPT + blocks * BLOCK
+                directory, gpu_mem=gpu_mem, routing=routing, max_context=PROMPT + blocks * BLOCK, hot_set="off"
             ) as engine,
         ):
             trace = Path(folder) / "trace.jsonl"
