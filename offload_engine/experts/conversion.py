@@ -30,7 +30,7 @@ CONFIG_FILE = "config.json"
 WEIGHTS = "weights"
 """What progress is told of."""
 KEPT_SUFFIXES = (".json", ".jinja", ".txt", ".model", ".md")
-"""Files beside the weights that go along: configuration, tokenizer, template, model card. Never code or hidden files."""
+"""Files beside the weights that go along: configuration, tokenizer, template, model card. No code, nothing hidden."""
 DEFAULT_GROUP = 32
 """Columns of int4 experts that share a scale, where nobody says otherwise."""
 MARGIN = 2**20
@@ -74,7 +74,8 @@ def convert(
     has the same. Takes the memory of two slabs and of `SHARD_BYTES` or the largest tensor.
 
     Raises `UsageError` when `out` exists, `OUT.partial` is not ours to remove or `kind` is impossible,
-    `CheckpointError` for a source that can't be used, `OffloadError` when the disk is too small or fails. Whatever happens before the end, `out` does not exist.
+    `CheckpointError` for a source that can't be used, `OffloadError` when the disk is too small or fails.
+    Whatever happens before the end, `out` does not exist.
     """
     out = out.absolute()
     if out.exists() or out.is_symlink():

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -137,18 +138,16 @@ def test_an_interrupt_kills_the_contender_and_is_passed_on(monkeypatch: pytest.M
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the kernel has to be told of the parent, as only Linux can be")
 def test_a_contender_ends_with_a_parent_that_is_killed(tmp_path: Path) -> None:
-    child = "import os, sys, time; from offload_engine.bench.contender import die_with; die_with(int(sys.argv[1]))"
-    child += "; print(os.getpid(), flush=True); time.sleep(60)"
+    child = "import sys, time; from offload_engine.bench.contender import die_with; die_with(int(sys.argv[1]))"
+    child += "; print('ready', flush=True); time.sleep(60)"
     parent = f"import os, subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}, str(os.getpid())])"
     with subprocess.Popen([sys.executable, "-c", parent], stdout=subprocess.PIPE) as process:
         assert process.stdout is not None
-        pid = int(process.stdout.readline())
+        assert process.stdout.readline() == b"ready\n"
         process.kill()
-        assert process.stdout.read() == b"", "the pipe closes when both are gone"
-    with pytest.raises(ProcessLookupError):
-        for _ in range(500):
-            os.kill(pid, 0)
-            threading.Event().wait(0.02)
+        began = time.monotonic()
+        assert process.stdout.read() == b""  # the pipe closes when both are gone
+    assert time.monotonic() - began < 30
 
 
 def test_the_outcome_of_a_bandwidth_run_in_one_line() -> None:
