@@ -157,6 +157,10 @@ def test_every_layer_is_computed_whole_whatever_happens_in_between(
                 carry_out(scheduler.computed(compute.key))
             scheduler.cache.check()
         assert sorted(computed) == sorted(keys(layer, *wanted))
+        assert flying or not (scheduler.transfers_under_way or scheduler.warming), "nobody would report what is awaited"
+    while flying:
+        carry_out(scheduler.arrived(flying.pop()))
+    assert (scheduler.transfers_under_way, scheduler.warming) == (0, False)
     counters = scheduler.counters
     assert counters.prefetches_used + counters.prefetches_wasted <= counters.prefetches
     assert counters.warmed <= min(slots, len(set(hot)))
