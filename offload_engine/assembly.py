@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -86,6 +87,13 @@ class Parts:
     """Compute threads; None: torch's choice."""
     notices: tuple[str, ...]
     """What the user should know and can't see: routing chosen, warnings of the plan."""
+
+    def close(self) -> None:
+        """Join all threads, free the slots, close every file. Idempotent."""
+        try:
+            self.experts.close()
+        finally:
+            self.store.close()
 
 
 def find_source(config: EngineConfig) -> Source:
@@ -273,8 +281,9 @@ def assemble(config: EngineConfig, stats: EngineStats, progress: Progress | None
         notices.append(f"{len(unused)} tensors of the checkpoint are not used, {unused[0]} the first of them")
     if not model_config.moe_layers:
         raise CheckpointError(f"{source.directory}: the model has no MoE layer, so there is nothing to offload")
-    store = open_store(model_config, checkpoint, verify=config.verify)
-    try:
+    with ExitStack() as undo:
+        store = open_store(model_config, checkpoint, verify=config.verify)
+        undo.callback(store.close)
         dtype = compute_dtype(config, model_config, store.format.dtype)
         if dtype == torch.bfloat16 and kernels.status().variant is None:
             notices.append(f"torch computes the experts, more slowly than our kernel would: {kernels.status().reason}")
@@ -292,14 +301,11 @@ def assemble(config: EngineConfig, stats: EngineStats, progress: Progress | None
         if remembered is not None and remembered.notice:
             notices.append(remembered.notice)
         experts = _executor(config, store, plan, stats, remembered.hot if remembered else None)
-        if remembered is not None:
-            experts.warm_up()
+        undo.callback(experts.close)  # before the store: its threads read from there
         if isinstance(policy, SituatedCoreset):
             policy = replace(policy, residents=experts.residents)
-    except BaseException:
-        store.close()
-        raise
-    threads = compute_threads(config, model_config)
+        threads = compute_threads(config, model_config)
+        undo.pop_all()
     return Parts(source, setup, plan, policy, model, experts, store, dtype, threads, (*notices, *plan.warnings))
 
 

@@ -86,6 +86,7 @@ class Engine:
         )
         stats.planned_peak_bytes, stats.limit_bytes = plan.total, plan.budget
         stats.slots, stats.slots_per_layer = plan.slots, plan.slots_per_layer
+        parts.experts.warm_up()  # last, so that it takes nothing from what the engine still needs
 
     @classmethod
     def from_pretrained(
@@ -108,7 +109,12 @@ class Engine:
         else:
             settings = EngineConfig.build(Path(config) if config is not None else None, **given)
         stats = EngineStats()
-        return cls(settings, assemble(settings, stats, progress), stats)
+        parts = assemble(settings, stats, progress)
+        try:
+            return cls(settings, parts, stats)
+        except BaseException:
+            parts.close()
+            raise
 
     @property
     def plan(self) -> MemoryPlan:
@@ -291,13 +297,15 @@ class Engine:
         if self._closed:
             return
         self._closed = True
-        self._parts.experts.close()
-        keep_hot_set(self.config, self._parts)
-        self._parts.store.close()
-        self._parts.model.to("meta")
-        for cache in self._decoder.caches:
-            cache.release()
-        self.close_trace()
+        try:
+            self._parts.experts.close()
+            keep_hot_set(self.config, self._parts)
+        finally:
+            self._parts.store.close()
+            self._parts.model.to("meta")
+            for cache in self._decoder.caches:
+                cache.release()
+            self.close_trace()
 
     def __enter__(self) -> Self:
         return self
@@ -373,7 +381,7 @@ class Engine:
     def _conclude(self, state: DecodingState) -> None:
         """An answer is over."""
         self._parts.experts.idle()  # a prefetch under way belongs to this answer
-        self._parts.experts.arena.wait_touched()  # and all slots to its peak
+        self._parts.experts.wait_for_slots()  # and all of them to its peak
         self.stats.measured_peak_bytes = measure_peak()
         if self._recorder is not None:
             self._recorder.end_sequence(state.lane)

@@ -44,7 +44,7 @@ class EngineStats:
     late: int = 0
     """Requests whose expert was on its way then, ordered by a prediction."""
     misses: int = 0
-    """Requests whose transfer began only then."""
+    """Requests whose transfer began only then, or was under way unpredicted, to fill a free slot (`warmed`)."""
     loads: int = 0
     """Transfers of experts into fast memory that were completed, predicted ones included."""
     prefetches_issued: int = 0

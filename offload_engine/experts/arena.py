@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import mmap
 import sys
 import threading
+import time
 
 import torch
 from torch import Tensor
@@ -19,6 +21,9 @@ POPULATE_WRITE = 23
 
 TOUCH_BYTES = 64 * 2**20
 """Touched at a time: at worst some 0.1 s, for which `close` may have to wait."""
+
+PATIENCE = 1.0
+"""Seconds for which the kernel may be out of breath before its refusal counts."""
 
 
 class SlotArena:
@@ -43,9 +48,13 @@ class SlotArena:
         self._views: dict[int, tuple[SlabLayout, ExpertWeights]] = {}
         """By slot, what was last looked at in it."""
         self._closing = False
+        self._refused = 0
+        """Bytes that the system did not give when asked."""
+        rest = self._tensor
         if not _populate(self._tensor[:SLOT_ALIGNMENT]):  # no thread may write where a reader may write as well
             self._tensor[::SLOT_ALIGNMENT] = 0
-        self._toucher = threading.Thread(target=self._touch, args=(self._tensor,), name="slot-toucher", daemon=True)
+            rest = self._tensor[:0]
+        self._toucher = threading.Thread(target=self._touch, args=(rest,), name="slot-toucher", daemon=True)
         self._toucher.start()
 
     @property
@@ -71,8 +80,16 @@ class SlotArena:
         return kept[1]
 
     def wait_touched(self) -> None:
-        """Wait until every page of the slots is there, or the arena is closed."""
+        """Wait until every page of the slots is there, or the arena is closed.
+
+        Raises `MemoryBudgetError` when the system did not give them all.
+        """
         self._toucher.join()
+        if self._refused:
+            raise MemoryBudgetError(
+                f"the system refused {self._refused} of the {self.nbytes} bytes for {self.slots} expert slots; "
+                "ask for a smaller --gpu-mem or --expert-mem"
+            )
 
     def close(self) -> None:
         """Let go of the memory; it is returned once no buffer or matrix handed out is left. Idempotent."""
@@ -83,9 +100,13 @@ class SlotArena:
         self._bytes = None
 
     def _touch(self, memory: Tensor) -> None:
-        for piece in memory.split(TOUCH_BYTES):
-            if self._closing or not _populate(piece):
+        touched = 0
+        while touched < memory.numel() and not self._closing:
+            piece = memory[touched : touched + TOUCH_BYTES]
+            if not _populate(piece):
+                self._refused = memory.numel() - touched
                 return
+            touched += piece.numel()
 
     def _start(self, slot: int) -> int:
         if not 0 <= slot < self.slots:
@@ -95,12 +116,18 @@ class SlotArena:
 
 def _populate(memory: Tensor) -> bool:
     """Have the kernel map these whole pages, as a write would, but leaving what they hold alone; False where it can't
-    (Linux before 5.14). Holds no interpreter lock.
+    (Linux before 5.14, or there is no memory). Holds no interpreter lock.
     """
     if not sys.platform.startswith("linux"):
         return False
-    libc = ctypes.CDLL(None)
-    return bool(libc.madvise(ctypes.c_void_p(memory.data_ptr()), ctypes.c_size_t(memory.numel()), POPULATE_WRITE) == 0)
+    libc = ctypes.CDLL(None, use_errno=True)
+    address, nbytes = ctypes.c_void_p(memory.data_ptr()), ctypes.c_size_t(memory.numel())
+    began = time.monotonic()
+    while libc.madvise(address, nbytes, POPULATE_WRITE) != 0:
+        if ctypes.get_errno() not in (errno.EAGAIN, errno.EINTR) or time.monotonic() - began > PATIENCE:
+            return False
+        time.sleep(0.001)
+    return True
 
 
 def _map(slots: int, slab_bytes: int) -> mmap.mmap:

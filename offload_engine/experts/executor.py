@@ -150,7 +150,7 @@ class OffloadedExperts:
         """See `ExpertExecutor`."""
         ranked = ranked_experts(decision)
         learned = self._to_learn(ranked, decision)
-        self.predictor.observe(layer, *learned)
+        self.predictor.observe(layer, ranked.experts, ranked.scores, learned)
         if self.predictor.generating:
             self.hot.use(layer, learned.experts)
         tokens = {group.expert: group for group in tokens_by_expert(decision.experts)}
@@ -216,7 +216,7 @@ class OffloadedExperts:
         return total.sum
 
     def _to_learn(self, ranked: Ranked, decision: RoutingDecision) -> Ranked:
-        """What the predictor is shown of a decision: the blocks that go on being denoised, where there are others."""
+        """What the predictor learns of a decision: the blocks that go on being denoised, where there are others."""
         blocks = by_block(self._info, decision)
         denoised = [part.experts for one, part in blocks if one.phase is Phase.DENOISE]
         if len(denoised) in (0, len(blocks)):
@@ -235,13 +235,26 @@ class OffloadedExperts:
             self._carry_out(self.scheduler.computed(compute.key))
 
     def idle(self, timeout: float = 60.0) -> None:
-        """Wait until no transfer is under way, then check that the cache conserves its slots."""
+        """Wait until no transfer is under way but those of `warm_up`, then check that the cache conserves its slots.
+
+        Raises `InternalError` after `timeout` seconds.
+        """
         with self._changed:
             if not self._changed.wait_for(lambda: self.scheduler.transfers_under_way == 0, timeout):
                 raise InternalError(
                     f"{self.scheduler.transfers_under_way} transfers did not end within {timeout:.0f} s"
                 )
             self.scheduler.cache.check()
+
+    def wait_warm(self, timeout: float = 60.0) -> None:
+        """Wait until `warm_up` has filled what slots it can. Raises `InternalError` after `timeout` seconds."""
+        with self._changed:
+            if not self._changed.wait_for(lambda: not self.scheduler.warming, timeout):
+                raise InternalError(f"the hot experts were not all here within {timeout:.0f} s")
+
+    def wait_for_slots(self) -> None:
+        """Wait until all memory of the slots is there. Raises `MemoryBudgetError` if the system did not give it."""
+        self.arena.wait_touched()
 
     def occupancy(self) -> Occupancy:
         """The cache's slots by state."""

@@ -105,10 +105,13 @@ def fingerprint(directory: Path) -> str:
     return digest.hexdigest()[:16]
 
 
-def places(directory: Path) -> tuple[Path, Path]:
-    """Where the hot set of the checkpoint in `directory` may be: beside it, else in the user's cache."""
+def places(directory: Path) -> tuple[Path, ...]:
+    """Where the hot set of the checkpoint in `directory` may be: beside it, else in the cache of a user who has one."""
     base = Path(os.environ.get("XDG_CACHE_HOME", ""))
-    cache = base if base.is_absolute() else Path.home() / ".cache"  # the XDG specification ignores relative ones
+    try:
+        cache = base if base.is_absolute() else Path.home() / ".cache"  # the XDG specification ignores relative ones
+    except RuntimeError:  # neither HOME nor an entry among the system's users
+        return (directory / FILE,)
     return directory / FILE, cache / "offload_engine" / "hot-experts" / f"{fingerprint(directory)}.json"
 
 
@@ -139,7 +142,8 @@ def remember(directory: Path, hot: HotSet, count: int) -> Path | None:
     data = _Saved(checkpoint=fingerprint(directory), experts=experts).model_dump()
     for path in places(directory):
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
+            if path.parent != directory:  # a checkpoint that is gone stays gone
+                path.parent.mkdir(parents=True, exist_ok=True)
             _replace(path, json.dumps(data, separators=(",", ":")).encode() + b"\n")
         except OSError as error:
             logger.debug("%s: hot experts not written (%s)", path, error)

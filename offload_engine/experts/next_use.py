@@ -13,10 +13,18 @@ from offload_engine.experts.ranking import Ranking
 FAST, SLOW, FIRST = 0.7, 0.03, 0.5
 """Weight of the newest forward in the three averages of a `_Record`; chosen on traces (docs/LOG.md)."""
 WITHIN_BLOCK = (0.6, 0.4, 0.0)
-AFTER_COMMIT = (0.1, 0.3, 0.6)
-"""How much fast, slow and first count in the chance of a use, by what the layer did last."""
+OPENING = (0.1, 0.3, 0.6)
+"""How much fast, slow and first count in the chance of a use: in a layer's next forward on a block that is under way,
+and in one that opens a block.
+"""
 UNKNOWN = 0.5
 """Averages of an expert that came into the cache before its layer ever routed."""
+
+
+def opens_block(info: ForwardInfo) -> bool:
+    """Whether whatever the forward denoises is at its block's first step; it may commit others along with that."""
+    steps = [one.step for one in info.blocks if one.phase is Phase.DENOISE] or [info.step]
+    return info.phase is Phase.DENOISE and not any(steps)
 
 
 class _Record:
@@ -40,7 +48,7 @@ class _Layer:
         """Among the layers known, in the order they run."""
         self.ranking = ranking
         self.stale = False
-        """The layer routed since `ranking` was put in order."""
+        """Chances changed since `ranking` was put in order."""
         self._records: dict[ExpertKey, _Record] = {}
         self._forwards = 0
         self._first_steps = 0
@@ -48,16 +56,21 @@ class _Layer:
 
     def learn(self, layer: int, experts: Sequence[int], info: ForwardInfo) -> None:
         """The layer routed in a forward on one block."""
-        first = info.phase is Phase.DENOISE and info.step == 0
+        first = opens_block(info)
         self._forwards += 1
         self._first_steps += first
-        self._weights = AFTER_COMMIT if info.phase is Phase.COMMIT else WITHIN_BLOCK
+        self._weights = OPENING if info.phase is Phase.COMMIT else WITHIN_BLOCK
         for expert in experts:
             record = self._record(ExpertKey(layer, expert))
             record.fast += FAST
             record.slow += SLOW
             record.first += FIRST if first else 0.0
         self.stale = True
+
+    def expect_opening(self) -> None:
+        """The layer's next forward opens a block."""
+        self.stale |= self._weights != OPENING
+        self._weights = OPENING
 
     def meet(self, key: ExpertKey) -> None:
         """`key` became a candidate; nothing may be known of it."""
@@ -106,8 +119,9 @@ class NextUse:
     than the cache keeps as many of its experts as there are slots, where recency keeps none.
 
     p is a weighted sum of moving averages of the expert's uses: a fast one (the current block's coreset), a slow one
-    and, after a commit, one over the first steps of blocks alone, whose mask tokens want much the same in each. Uses
-    are remembered of experts outside the cache too. A prefill wants nearly all experts and is not learnt from.
+    and, where the layer's next forward opens a block, one over such forwards alone, whose mask tokens want much the
+    same in each. After a commit that runs by itself the next forward does; one that is fused with it says so itself.
+    Uses are remembered of experts outside the cache too. A prefill wants nearly all experts and is not learnt from.
 
     An event is O(log n); a victim costs O(layers), and once per layer and forward the sorting of one layer's
     candidates.
@@ -125,6 +139,9 @@ class NextUse:
     def begin(self, info: ForwardInfo) -> None:
         """See `EvictionPolicy`."""
         self._info = info
+        if opens_block(info):
+            for layer in self._layers.values():
+                layer.expect_opening()
 
     def on_route(self, layer: int, experts: Sequence[int]) -> None:
         """See `EvictionPolicy`."""

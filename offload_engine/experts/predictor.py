@@ -15,6 +15,8 @@ from offload_engine.errors import ConfigError, TraceError
 
 Prediction = list[tuple[int, float]]
 """(expert, score) of distinct experts, best first."""
+Chosen = tuple[Sequence[int], Sequence[float]]
+"""Distinct experts and their block scores, falling."""
 
 
 class Kind(NamedTuple):
@@ -97,14 +99,20 @@ class ExpertPredictor(ABC):
         self._guessed[layer] = {expert for expert, _score in prediction}
         return prediction
 
-    def observe(self, layer: int, experts: Sequence[int], scores: Sequence[float]) -> None:
-        """What `layer` really chose: distinct experts, falling block score."""
+    def observe(
+        self, layer: int, experts: Sequence[int], scores: Sequence[float], learned: Chosen | None = None
+    ) -> None:
+        """What `layer` really chose: distinct experts, falling block score.
+
+        Guesses are judged by all of it. `learned` is the part of it that later guesses are drawn from, None for all: a
+        block committed along with others is over.
+        """
         if self.generating:
             guessed = self._guessed.get(layer, set())
             self.counts.predicted += len(guessed)
             self.counts.correct += len(guessed.intersection(experts))
             self.counts.actual += len(experts)
-        self._observe(layer, experts, scores)
+        self._observe(layer, *((experts, scores) if learned is None else learned))
 
     def _begin(self) -> None:  # noqa: B027
         """Nothing to prepare, unless a predictor says otherwise."""
@@ -287,9 +295,13 @@ class Combined(ExpertPredictor):
         guesses = [(expert, chances[kind]) for expert, kind in kinds.items() if chances[kind] >= self.least]
         return sorted(guesses, key=lambda guess: guess[1], reverse=True)
 
-    def _observe(self, layer: int, experts: Sequence[int], scores: Sequence[float]) -> None:
+    def observe(
+        self, layer: int, experts: Sequence[int], scores: Sequence[float], learned: Chosen | None = None
+    ) -> None:
+        """See `ExpertPredictor`."""
+        super().observe(layer, experts, scores, learned)
         for source in self.sources:
-            source.observe(layer, experts, scores)
+            source.observe(layer, experts, scores, learned)
         if self.generating:
             chosen = set(experts)
             for expert, kind in self._kinds.get(layer, ()):

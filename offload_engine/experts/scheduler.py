@@ -44,7 +44,9 @@ class SchedulerCounters:
     late: int = 0
     """Experts whose prefetch was still under way then: bytes issued early, but not hidden completely."""
     misses: int = 0
-    """Experts whose transfer began only after their layer's routing was known."""
+    """Experts whose transfer began only after their layer's routing was known, or was under way for `warm`: no
+    prediction brought it forward.
+    """
     prefetches: int = 0
     """Transfers begun on a prediction."""
     prefetches_used: int = 0
@@ -77,6 +79,8 @@ class ExpertScheduler:
         """Prefetched and not asked for yet."""
         self._warm: deque[ExpertKey] = deque()
         """To be loaded into free slots when nothing else is to be moved."""
+        self._warming: ExpertKey | None = None
+        """The one of these that is under way, as long as no layer asks for it."""
         self._routed: set[ExpertKey] = set()
         """Of a layer that has routed: its router's choice, but not asked for yet. Fetching these early is no guess."""
 
@@ -87,8 +91,13 @@ class ExpertScheduler:
 
     @property
     def transfers_under_way(self) -> int:
-        """Loads issued and not yet reported."""
-        return len(self._in_flight)
+        """Loads issued and not yet reported, and prefetches queued behind them; not those that `warm` asked for."""
+        return len(self._in_flight) - (self._warming is not None) + len(self._prefetch)
+
+    @property
+    def warming(self) -> bool:
+        """Whether loads that `warm` asked for are under way or still to begin."""
+        return self._warming is not None or bool(self._warm)
 
     def wanted(self, key: ExpertKey) -> bool:
         """Whether the current layer still has to compute `key`."""
@@ -148,14 +157,14 @@ class ExpertScheduler:
 
     def arrived(self, key: ExpertKey) -> list[Command]:
         """Event: a load is complete."""
-        self._in_flight.remove(key)
+        self._landed(key)
         self.cache.loaded(key)
         computes = [self._compute(key)] if key in self._wanted else []
         return [*self._start_transfers(), *computes]
 
     def failed(self, key: ExpertKey) -> list[Command]:
         """Event: a load failed; its slot is free again. If the layer wanted it, `abandon` the layer and raise."""
-        self._in_flight.remove(key)
+        self._landed(key)
         self.cache.failed(key)
         self._count_wasted(key)
         return self._start_transfers()
@@ -163,7 +172,7 @@ class ExpertScheduler:
     def withdraw(self, handed_over: Collection[ExpertKey]) -> None:
         """Event: of the loads issued, only these reached the driver; the others will never be reported."""
         for key in self._in_flight.difference(handed_over):
-            self._in_flight.remove(key)
+            self._landed(key)
             self.cache.failed(key)
             self._count_wasted(key)
 
@@ -191,6 +200,12 @@ class ExpertScheduler:
         """Event: no transfer may begin any more but for a demand."""
         self._prefetch.clear()
         self._warm.clear()
+
+    def _landed(self, key: ExpertKey) -> None:
+        """A load is under way no more, however it ended."""
+        self._in_flight.remove(key)
+        if key == self._warming:
+            self._warming = None
 
     def _compute(self, key: ExpertKey) -> Compute:
         self.cache.pin(key)
@@ -244,11 +259,12 @@ class ExpertScheduler:
                 reservation = self.cache.reserve(key, prefetch=False)
                 if reservation is not None:
                     self.counters.warmed += 1
+                    self._warming = key
                     return Load(key, reservation.slot, prefetch=False)
         return None
 
     def _count_request(self, key: ExpertKey, state: SlotState) -> None:
-        if key in self._routed or state is SlotState.FREE:
+        if state is SlotState.FREE or key in self._routed or key == self._warming:
             self.counters.misses += 1
         elif state is SlotState.RESIDENT:
             self.counters.hits += 1
@@ -256,6 +272,8 @@ class ExpertScheduler:
             self.counters.late += 1
         if key in self._speculative and state is not SlotState.FREE:
             self.counters.prefetches_used += 1
+        if key == self._warming:
+            self._warming = None  # the layer's from now on
         self._routed.discard(key)
         self._speculative.discard(key)
 

@@ -20,10 +20,10 @@ INT64 = 8
 SLAB_ALIGNMENT = 4096
 """Direct reads start and end on multiples of this."""
 GEMM_SCRATCH_BYTES: dict[DeviceKind, int] = {"cpu": 16 * 2**20, "cuda": 32 * 2**20}
-ATTENTION_ROWS = 32
-"""As in `model.attention`."""
 """The matrix libraries' own buffers: up to 11 MB were measured with MKL and oneDNN on 2 threads; cuBLAS takes 8 to 32
 MiB."""
+ATTENTION_ROWS = 32
+"""As in `model.attention`."""
 ROUTING_BYTES_PER_SCORE = 64
 """Per token and expert, an upper bound: logits, scores, selection, masks, and where scores tie a stable sort with its
 int64 indices (37 measured with all of them tied, 21 with none)."""

@@ -397,6 +397,28 @@ def test_an_interrupt_before_a_load_is_handed_over_loses_no_slot(model: Model) -
     experts.close()
 
 
+def test_an_answer_does_not_wait_for_the_hot_set(model: Model) -> None:
+    experts = model.offloaded(slots=5)
+    gate = threading.Event()
+
+    def gated(key: ExpertKey, slab: memoryview) -> int:
+        assert gate.wait(20)
+        return model.store.read(key, slab)
+
+    experts.transfers.store = Counted(model.store, gated)  # type: ignore[attr-defined]
+    experts.hot.use(1, [3, 4, 5])
+    experts.warm_up()
+    try:
+        experts.idle(timeout=0.05)
+        with pytest.raises(InternalError, match="hot experts were not all here"):
+            experts.wait_warm(timeout=0.05)
+    finally:
+        gate.set()
+    experts.wait_warm()
+    experts.close()
+    assert (experts.stats.loads, experts.stats.warmed) == (3, 3)
+
+
 def test_close_joins_every_thread(model: Model) -> None:
     before = threading.active_count()
     experts = model.offloaded(slots=5)

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from offload_engine import Engine, SamplingParams, assembly
+from offload_engine import engine as engine_module
 from offload_engine.assembly import keeps_hot_set
 from offload_engine.config import EngineConfig
 from offload_engine.core import ExpertKey
@@ -96,6 +97,24 @@ def test_nowhere_to_write_is_no_error(directory: Path) -> None:
     assert hottest(recall(directory, KNOWN).hot) == []
 
 
+def test_a_user_without_a_home_has_the_place_beside_the_checkpoint(
+    directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def homeless() -> Path:
+        raise RuntimeError("could not determine home directory")
+
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(Path, "home", homeless)
+    assert remember(directory, used((1, [0])), 4) == directory / FILE
+    assert hottest(recall(directory, KNOWN).hot) == [ExpertKey(1, 0)]
+
+
+def test_a_checkpoint_that_is_gone_is_not_brought_back(directory: Path) -> None:
+    directory.rename(directory.parent / "elsewhere")
+    assert remember(directory, used((1, [0])), 4) != directory / FILE
+    assert not directory.exists()
+
+
 def test_another_checkpoint_is_another_memory(directory: Path) -> None:
     remember(directory, used((1, [0])), 4)
     before = fingerprint(directory)
@@ -144,7 +163,7 @@ class TestEngine:
     def answer(self, checkpoint: Path, **options: Any) -> tuple[list[int], Engine]:
         settings = {"gpu_mem": "3GB", "predictor": "none", **options}
         with Engine.from_pretrained(checkpoint, **settings) as engine:
-            engine._parts.experts.idle()
+            engine._parts.experts.wait_warm()
             done = engine.generate(list(range(5, 50)), SamplingParams(max_new_tokens=24, threshold=0.2))
             return done.token_ids, engine
 
@@ -175,6 +194,35 @@ class TestEngine:
         engine = Engine.from_pretrained(checkpoint, gpu_mem="3GB")
         assert set(threading.enumerate()) > before
         engine.close()
+        assert set(threading.enumerate()) <= before
+
+    def test_closing_releases_everything_whatever_remembering_does(
+        self, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def failing(*_arguments: object) -> None:
+            raise RuntimeError("no memory today")
+
+        before = set(threading.enumerate())
+        engine = Engine.from_pretrained(checkpoint, gpu_mem="3GB")
+        monkeypatch.setattr(assembly, "remember", failing)
+        with pytest.raises(RuntimeError, match="no memory today"):
+            engine.close()
+        assert set(threading.enumerate()) <= before
+        assert all(parameter.is_meta for parameter in engine._parts.model.parameters())
+        assert not any(cache.keys.numel() for cache in engine._decoder.caches)
+
+    @pytest.mark.parametrize("late", ["compute_threads", "PrefixCache"])
+    def test_a_start_that_fails_late_leaves_no_thread(
+        self, checkpoint: Path, monkeypatch: pytest.MonkeyPatch, late: str
+    ) -> None:
+        def failing(*_arguments: object) -> None:
+            raise RuntimeError("a late failure")
+
+        self.answer(checkpoint)
+        before = set(threading.enumerate())
+        monkeypatch.setattr(assembly if late == "compute_threads" else engine_module, late, failing)
+        with pytest.raises(RuntimeError, match="a late failure"):
+            Engine.from_pretrained(checkpoint, gpu_mem="3GB")
         assert set(threading.enumerate()) <= before
 
     def test_answers_that_depend_on_the_cache_start_cold(self) -> None:

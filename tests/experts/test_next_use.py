@@ -1,9 +1,9 @@
 from __future__ import annotations
 
-from offload_engine.core import ExpertKey, ForwardInfo, Phase
+from offload_engine.core import BlockPass, ExpertKey, ForwardInfo, Phase
 from offload_engine.experts.cache import ExpertCache
 from offload_engine.experts.eviction import EvictionPolicy, make_eviction
-from offload_engine.experts.next_use import NextUse
+from offload_engine.experts.next_use import NextUse, opens_block
 from offload_engine.experts.scheduler import Compute, ExpertScheduler, Load
 from tests.contracts.eviction_contract import drain
 
@@ -61,6 +61,31 @@ def test_after_a_commit_what_blocks_want_first_counts() -> None:
     assert policy.victim(lambda _key: True) == ExpertKey(1, 0), "within a block its own experts count"
     told(policy, ForwardInfo(Phase.COMMIT, 2, 4), (1, [5]))
     assert policy.victim(lambda _key: True) == ExpertKey(1, 5), "what the next block begins with is kept"
+
+
+def fused(block: int) -> ForwardInfo:
+    """The first step of `block`, which commits the one before."""
+    return ForwardInfo.of([BlockPass(Phase.COMMIT, 0, block - 1, 4, 32), BlockPass(Phase.DENOISE, 0, block, 0, 32)])
+
+
+def test_a_forward_that_opens_a_block_keeps_what_blocks_want_first_until_the_layer_has_routed() -> None:
+    policy = NextUse()
+    for block in range(1, 4):
+        told(policy, fused(block), (1, [0]), (2, [0]))
+        for number in range(1, 4):
+            told(policy, ForwardInfo(Phase.DENOISE, block, number), (1, [5]), (2, [5]))
+    assert policy.victim(lambda key: key.layer == 2) == ExpertKey(2, 0), "within a block its own experts count"
+    told(policy, fused(4), (1, [5]))
+    assert policy.victim(lambda key: key.layer == 2) == ExpertKey(2, 5), "what the block begins with is kept"
+    assert policy.victim(lambda key: key.layer == 1) == ExpertKey(1, 0), "layer 1 has routed"
+
+
+def test_a_forward_over_a_block_under_way_opens_none() -> None:
+    lanes = [BlockPass(Phase.DENOISE, 0, 3, 0, 32), BlockPass(Phase.DENOISE, 1, 2, 5, 32)]
+    assert opens_block(ForwardInfo(Phase.DENOISE, 3, 0))
+    assert opens_block(fused(1))
+    assert not opens_block(ForwardInfo.of(lanes))
+    assert not opens_block(ForwardInfo(Phase.COMMIT, 3, 0))
 
 
 def test_a_prefill_is_not_learnt_from() -> None:

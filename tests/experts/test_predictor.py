@@ -10,6 +10,7 @@ from offload_engine.core import ForwardInfo, Phase
 from offload_engine.errors import ConfigError, TraceError
 from offload_engine.experts.predictor import (
     PREDICTORS,
+    Combined,
     CrossLayerGate,
     ExpertPredictor,
     FirstStep,
@@ -196,6 +197,21 @@ def test_combined_learns_which_kind_of_guess_comes_true() -> None:
         guessed = forward(predictor, Phase.DENOISE, 0, number, ONE, offer=THREE)
     assert {expert for expert, _chance in guessed} == {5, 3}
     assert all(chance > 0.8 for _expert, chance in guessed)
+
+
+def test_a_guess_is_right_if_any_block_wanted_it_but_what_is_over_is_not_learnt() -> None:
+    """Expert 5 is wanted by a block that is committed with the forward, 3 by the one that goes on."""
+    predictor = make_predictor("block-history")
+    forward(predictor, Phase.DENOISE, 0, 1, [(5, 2.0), (3, 1.0)])
+    for step in range(2, 12):
+        predictor.begin(ForwardInfo(Phase.DENOISE, 0, step))
+        named = {expert for expert, _ in predictor.predict(LAYER)}
+        predictor.observe(LAYER, [5, 3], [2.0, 1.0], ([3], [1.0]))
+        assert named == ({5, 3} if step == 2 else {3})
+    assert predictor.counts.precision == 1.0
+    assert predictor.counts.correct == 2 + 9
+    assert isinstance(predictor, Combined)
+    assert [source.counts.precision for source in predictor.sources] == [1.0, 0.0]
 
 
 def test_combined_judges_guesses_by_how_far_ahead_they_were_made() -> None:

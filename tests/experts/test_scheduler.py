@@ -157,6 +157,10 @@ def test_every_layer_is_computed_whole_whatever_happens_in_between(
                 carry_out(scheduler.computed(compute.key))
             scheduler.cache.check()
         assert sorted(computed) == sorted(keys(layer, *wanted))
+        assert flying or not (scheduler.transfers_under_way or scheduler.warming), "nobody would report what is awaited"
+    while flying:
+        carry_out(scheduler.arrived(flying.pop()))
+    assert (scheduler.transfers_under_way, scheduler.warming) == (0, False)
     counters = scheduler.counters
     assert counters.prefetches_used + counters.prefetches_wasted <= counters.prefetches
     assert counters.warmed <= min(slots, len(set(hot)))
@@ -190,6 +194,23 @@ def test_a_demand_never_waits_for_a_hot_expert() -> None:
     assert loads(scheduler.arrived(ExpertKey(1, 0))) == keys(2, 6)
     assert loads(scheduler.arrived(ExpertKey(2, 5))) == [], "a demand is under way"
     assert loads(scheduler.arrived(ExpertKey(2, 6))) == keys(1, 1)
+
+
+def test_only_what_layers_asked_for_counts_as_under_way() -> None:
+    scheduler = scheduler_of(8, in_flight=1)
+    scheduler.warm(keys(1, 0, 1))
+    assert (scheduler.transfers_under_way, scheduler.warming) == (0, True)
+    scheduler.predict(keys(2, 0))
+    assert scheduler.transfers_under_way == 1, "queued behind the hot one"
+    assert loads(scheduler.arrived(ExpertKey(1, 0))) == keys(2, 0)
+    assert loads(scheduler.arrived(ExpertKey(2, 0))) == keys(1, 1)
+    assert (scheduler.transfers_under_way, scheduler.warming) == (0, True)
+    scheduler.want(1, [1], [1.0])
+    assert (scheduler.transfers_under_way, scheduler.warming) == (1, False), "the layer waits for it now"
+    assert computes(scheduler.arrived(ExpertKey(1, 1))) == keys(1, 1)
+    counters = scheduler.counters
+    assert (counters.hits, counters.late, counters.misses, counters.warmed) == (0, 0, 1, 2), "nobody predicted it"
+    assert scheduler.transfers_under_way == 0
 
 
 def test_warming_passes_over_what_is_here_and_ends_when_stopped() -> None:
