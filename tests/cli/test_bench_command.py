@@ -101,7 +101,7 @@ def test_tables_are_printed_whatever_becomes_of_the_files(monkeypatch: pytest.Mo
     monkeypatch.setattr(command, "run_rounds", rounds)
     result = dmoe_command("bench", "--out", tmp_path / "out")
     assert result.exit_code == 1
-    assert "can't be written" in complaint(result)
+    assert "can't be written" in result.stderr
     assert "| engine/dmoe" in result.stdout
 
 

@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 
 from offload_engine.cli.convert import Request, convert_model
+from offload_engine.engine import Engine
+from offload_engine.errors import OffloadError
 from offload_engine.evaluate.fingerprint import fingerprint
 from offload_engine.experts.packed_header import PACKED_FILE, read_packed_header
 from tests.cli.command_line import SHORT, complaint, dmoe_command, dmoe_run, process
@@ -61,6 +63,18 @@ def test_both_models_are_asked_the_same(tmp_path, capsys):
     assert comparison["n"] == 3
     assert comparison["settings"]["model"] == ["built-in", str(tmp_path / "out")]
     assert comparison["strict"]["accuracy_a"] > 0
+
+
+def test_the_table_is_out_before_the_models_are_asked(tmp_path, monkeypatch):
+    def failing(_cls, *, config, progress):
+        assert config.hot_set == "off"  # one of the two would start warmer
+        raise OffloadError("no memory for that")
+
+    monkeypatch.setattr(Engine, "from_pretrained", classmethod(failing))
+    done = dmoe_command("convert", "--out", tmp_path / "out", "--evaluate", 3)
+    assert done.exit_code == 1
+    assert "error: no memory for that" in done.stderr
+    assert done.stdout.startswith(f"converted      {tmp_path / 'out'}")
 
 
 @pytest.mark.parametrize(
