@@ -14,8 +14,9 @@ FAST, SLOW, FIRST = 0.7, 0.03, 0.5
 """Weight of the newest forward in the three averages of a `_Record`; chosen on traces (docs/LOG.md)."""
 WITHIN_BLOCK = (0.6, 0.4, 0.0)
 OPENING = (0.1, 0.3, 0.6)
-"""How much fast, slow and first count in the chance of a use: in a layer's next forward on a block that is under way,
-and in one that opens a block.
+FUSED = (0.6, 0.4, 0.6)
+"""How much fast, slow and first count in the chance of a use: in a forward on a block that is under way, in one that
+opens a block, and in one that opens a block and commits another, which wants what both want.
 """
 UNKNOWN = 0.5
 """Averages of an expert that came into the cache before its layer ever routed."""
@@ -67,10 +68,10 @@ class _Layer:
             record.first += FIRST if first else 0.0
         self.stale = True
 
-    def expect_opening(self) -> None:
-        """The layer's next forward opens a block."""
-        self.stale |= self._weights != OPENING
-        self._weights = OPENING
+    def expect(self, weights: tuple[float, float, float]) -> None:
+        """What the layer's next forward is."""
+        self.stale |= self._weights != weights
+        self._weights = weights
 
     def meet(self, key: ExpertKey) -> None:
         """`key` became a candidate; nothing may be known of it."""
@@ -81,7 +82,7 @@ class _Layer:
         """That the layer's next forward uses `key`, from 0 to 1."""
         record = self._record(key)
         fast, slow, first = self._weights
-        return fast * record.fast + slow * record.slow + first * record.first
+        return min(1.0, fast * record.fast + slow * record.slow + first * record.first)
 
     def _record(self, key: ExpertKey) -> _Record:
         """The record of `key` as of the layer's last forward."""
@@ -140,8 +141,9 @@ class NextUse:
         """See `EvictionPolicy`."""
         self._info = info
         if opens_block(info):
+            fused = any(one.phase is Phase.COMMIT for one in info.blocks)
             for layer in self._layers.values():
-                layer.expect_opening()
+                layer.expect(FUSED if fused else OPENING)
 
     def on_route(self, layer: int, experts: Sequence[int]) -> None:
         """See `EvictionPolicy`."""

@@ -72,11 +72,11 @@ def test_a_forward_that_opens_a_block_keeps_what_blocks_want_first_until_the_lay
     policy = NextUse()
     for block in range(1, 4):
         told(policy, fused(block), (1, [0]), (2, [0]))
-        for number in range(1, 4):
-            told(policy, ForwardInfo(Phase.DENOISE, block, number), (1, [5]), (2, [5]))
+        for number, expert in enumerate((7, 5, 5), start=1):
+            told(policy, ForwardInfo(Phase.DENOISE, block, number), (1, [expert]), (2, [expert]))
     assert policy.victim(lambda key: key.layer == 2) == ExpertKey(2, 0), "within a block its own experts count"
     told(policy, fused(4), (1, [5]))
-    assert policy.victim(lambda key: key.layer == 2) == ExpertKey(2, 5), "what the block begins with is kept"
+    assert policy.victim(lambda key: key.layer == 2) == ExpertKey(2, 7), "what the block begins with is kept"
     assert policy.victim(lambda key: key.layer == 1) == ExpertKey(1, 0), "layer 1 has routed"
 
 
