@@ -116,6 +116,16 @@ def test_next_use_stays_near_the_optimum_and_ahead_of_the_others(recorded: Recor
         assert loads <= min(others.values())
 
 
+@pytest.mark.parametrize(("routing", "bar"), [("original", 1.35), ("dmoe", 1.15)])
+@pytest.mark.parametrize("slots", [8, 43])
+def test_at_full_size_the_bars_of_the_design_hold(routing: str, bar: float, slots: int) -> None:
+    """Recorded with LLaDA2.0-mini's shape; 43 slots per layer are what 8 GB give (docs/PERFORMANCE.md)."""
+    header, records = read_trace(TRACES / f"llada2-mini-{routing}.jsonl.gz")
+    trace = list(forwards(records))
+    least = sum(belady_misses([layer.keys for run in trace for layer in run.layers], slots * len(header.layers)))
+    assert least <= loads_of((header, trace), slots, "next-use") <= bar * least
+
+
 def test_more_slots_never_load_more(recorded: Recorded) -> None:
     loads = [loads_of(recorded, slots, "next-use") for slots in (8, 24, 100)]
     assert all(more >= fewer for more, fewer in pairwise(loads))
