@@ -20,9 +20,11 @@ if __package__ in (None, ""):  # run as a script: the repository's root is not o
 
 from offload_engine.config import format_bytes, parse_bytes
 from offload_engine.errors import MemoryBudgetError, OffloadError, UsageError
+from offload_engine.experts.packed_header import SOURCE_KEY
 from offload_engine.model.config import ModelConfig
 from offload_engine.model.partial_directory import partial_directory
 from tools.checkpoint_maker.measure import measure
+from tools.checkpoint_maker.packed import describe, packed_bytes, write_experts
 from tools.checkpoint_maker.presets import PRESETS, config_of
 from tools.checkpoint_maker.tensors import blanks
 from tools.checkpoint_maker.weights import RoutingStatistics, Weights
@@ -62,9 +64,11 @@ def make_checkpoint(
     tokenizer: Path | None,
     log: IO[str],
     statistics: RoutingStatistics = DEFAULTS,
+    packed: str | None = None,
 ) -> int:
-    """Write a checkpoint to the new folder `out`, and return its tensors' bytes. `out` appears when all is written.
+    """Write a checkpoint to the new folder `out`, and return its weights' bytes. `out` appears when all is written.
 
+    `packed`: keep experts as `dmoe convert` would (stored, bf16, int8 or int4), without the published layout between.
     Raises `UsageError` if `out` exists, `OUT.partial` is not ours to remove or the tokenizer does not fit,
     `OffloadError` if the disk is too small or fails.
     """
@@ -74,8 +78,12 @@ def make_checkpoint(
     if tokenizer is not None:
         config = config | special_ids(tokenizer, config["vocab_size"])
     model = ModelConfig.from_dict(config)
-    tensors = list(blanks(model, getattr(torch, config["torch_dtype"])))
+    dtype = getattr(torch, config["torch_dtype"])
+    weights = Weights(model, seed, statistics)
+    description = None if packed is None else describe(config, packed, seed, statistics)
+    tensors = [blank for blank in blanks(model, dtype) if description is None or ".mlp.experts." not in blank.name]
     total = sum(blank.nbytes for blank in tensors)
+    total += 0 if description is None else packed_bytes(description, model)
     with partial_directory(out, tokenizer) as partial:
         split = shards(tensors, shard_bytes)
         needed = total + sum(len(header(shard)) for shard in split) + 256 * len(tensors)  # the index
@@ -86,7 +94,11 @@ def make_checkpoint(
                 "free some, choose a smaller preset, or fewer --layers"
             )
         progress = Progress(total, log)
-        write_shards(partial, split, Weights(model, seed, statistics).draw, progress)
+        metadata = {}
+        if description is not None:
+            write_experts(partial, description, model, dtype, weights, progress)
+            metadata = {SOURCE_KEY: description.source}
+        write_shards(partial, split, weights.draw, progress, metadata)
         write_json(partial / "config.json", config)
         if tokenizer is not None:
             for name in TOKENIZER_FILES:
@@ -116,6 +128,11 @@ def report(out: Path, blocks: int, gpu_mem: str) -> None:
 @click.option("--shard-size", default="1GB", show_default=True, help="Largest shard, such as 500MB.")
 @click.option("--tokenizer", type=click.Path(path_type=Path, file_okay=False, exists=True), help="Folder to copy from.")
 @click.option(
+    "--packed",
+    type=click.Choice(["stored", "bf16", "int8", "int4"]),
+    help="Write the layout of `dmoe convert` at once, its experts as this.",
+)
+@click.option(
     "--similarity",
     type=float,
     default=DEFAULTS.similarity,
@@ -140,6 +157,7 @@ def main(
     dtype: str,
     shard_size: str,
     tokenizer: Path | None,
+    packed: str | None,
     similarity: float,
     bias_spread: float,
     measured: bool,
@@ -161,6 +179,7 @@ def main(
             tokenizer=tokenizer,
             log=sys.stderr,
             statistics=statistics,
+            packed=packed,
         )
         click.echo(f"{out}: {format_bytes(total)} of tensors")
         if measured:

@@ -8,9 +8,10 @@ import itertools
 import json
 import os
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from math import prod
 from pathlib import Path
+from types import MappingProxyType
 from typing import IO, Any, NamedTuple
 
 import torch
@@ -35,6 +36,8 @@ class Blank(NamedTuple):
         return prod(self.shape) * self.dtype.itemsize
 
 
+NOTHING: Mapping[str, str] = MappingProxyType({})
+
 Draw = Callable[[Blank], Iterable[Tensor]]
 
 
@@ -54,9 +57,9 @@ def shards(tensors: list[Blank], limit: int) -> list[list[Blank]]:
     return [sorted(shard, key=lambda blank: (-blank.dtype.itemsize, blank.name)) for shard in split]
 
 
-def header(shard: list[Blank]) -> bytes:
+def header(shard: list[Blank], metadata: Mapping[str, str] = NOTHING) -> bytes:
     """A safetensors header: its length as u64, then JSON, padded with blanks so that the data begins aligned to 8."""
-    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    entries: dict[str, Any] = {"__metadata__": {"format": "pt", **metadata}}
     offset = 0
     for blank in shard:
         entries[blank.name] = {
@@ -100,14 +103,19 @@ class Progress:
             self.stream.write("\n")
 
 
-def write_shards(folder: Path, split: list[list[Blank]], draw: Draw, progress: Progress) -> None:
-    """The shards and their index; `draw` gives each tensor's elements in order, in pieces of its dtype."""
+def write_shards(
+    folder: Path, split: list[list[Blank]], draw: Draw, progress: Progress, metadata: Mapping[str, str] = NOTHING
+) -> None:
+    """The shards and their index; `draw` gives each tensor's elements in order, in pieces of its dtype. `metadata` goes
+    into every file's header.
+    """
     weight_map: dict[str, str] = {}
     for number, shard in enumerate(split, start=1):
         path = folder / f"model-{number:05d}-of-{len(split):05d}.safetensors"
         weight_map |= {blank.name: path.name for blank in shard}
-        write_file(path, shard, draw, progress)
-    index = {"metadata": {"total_size": progress.total}, "weight_map": weight_map}
+        write_file(path, shard, draw, progress, metadata)
+    total = sum(blank.nbytes for shard in split for blank in shard)
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
     write_json(folder / "model.safetensors.index.json", index)
 
 
@@ -119,11 +127,13 @@ def write_model(folder: Path, split: list[list[Blank]], draw: Draw, progress: Pr
         write_file(folder / "model.safetensors", split[0], draw, progress)
 
 
-def write_file(path: Path, shard: list[Blank], draw: Draw, progress: Progress) -> None:
+def write_file(
+    path: Path, shard: list[Blank], draw: Draw, progress: Progress, metadata: Mapping[str, str] = NOTHING
+) -> None:
     """One safetensors file, on the disk when this returns."""
     unsettled = 0
     with path.open("wb") as file:
-        file.write(header(shard))
+        file.write(header(shard, metadata))
         for piece in itertools.chain.from_iterable(draw(blank) for blank in shard):
             written = file.write(piece.reshape(-1).view(torch.uint8).numpy().data)
             progress.advance(written)
