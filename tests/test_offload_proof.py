@@ -51,14 +51,23 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 
 def options(directory: Path, routing: str, gpu_mem: int | str) -> dict[str, Any]:
-    return {"model": str(directory), "routing": routing, "gpu_mem": gpu_mem, "max_context": 1024, "threads": 1}
+    return {
+        "model": str(directory),
+        "routing": routing,
+        "gpu_mem": gpu_mem,
+        "max_context": 1024,
+        "threads": 1,
+        "hot_set": "off",
+    }
 
 
 def check_slots_and_bytes(report: Report) -> None:
     stats, watched = report.stats, report.watched
     assert watched.most_taken <= report.plan["slots"]
     assert watched.places <= report.plan["slots"]
-    assert stats["loads"] == watched.loads == stats["misses"] + stats["prefetches_issued"]
+    assert stats["loads"] == watched.loads
+    again = stats["loads"] - stats["misses"] - stats["prefetches_issued"]
+    assert 0 <= again <= 0.01 * stats["loads"], "what a sweep fetches ahead may have to make room before its turn"
     assert stats["bytes_read"] == watched.bytes_read == watched.bytes_asked
     assert stats["hits"] + stats["late"] + stats["misses"] == stats["expert_requests"]
     assert stats["bytes_moved"] <= stats["bytes_read"] <= 1.05 * stats["bytes_moved"]
@@ -82,7 +91,7 @@ def test_a_fraction_of_the_experts_gives_the_same_answer_within_the_plan(micro: 
     assert tight.token_ids == whole.token_ids
     assert tight.plan["slots"] < 200
     assert tight.stats["evictions"] > 0
-    assert tight.stats["bytes_read"] > 1.5 * whole.stats["bytes_read"]
+    assert tight.stats["bytes_read"] > 1.2 * whole.stats["bytes_read"]
     for report in (whole, tight):
         check_slots_and_bytes(report)
         check_peak(report)

@@ -23,12 +23,14 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from offload_engine.assembly import choose_policy
+from offload_engine.config import EngineConfig
 from offload_engine.core import ForwardInfo, Phase
 from offload_engine.evaluate.arithmetic import Problem, problem
 from offload_engine.model.attention import MaskedSequence, block_causal_mask
 from offload_engine.model.config import ModelConfig
 from offload_engine.model.llada2 import Forward
-from offload_engine.routing import RoutingOptions, RoutingPolicy, make_policy
+from offload_engine.routing import RoutingPolicy
 from tools.training import checkpoint
 from tools.training.data import Vocabulary, prompt_text, vocabulary
 from tools.training.export import from_published
@@ -205,7 +207,7 @@ def by_length(problems: Iterable[Problem], words: Vocabulary) -> dict[int, list[
 @click.option("--threshold", default=0.95, show_default=True)
 @click.option("--routing", default="original", show_default=True)
 @click.option("--top-p", default=0.6, show_default=True)
-@click.option("--min-experts", default=16, show_default=True)
+@click.option("--min-experts", type=click.IntRange(min=1), help="[default: the checkpoint's, else 16]")
 @click.option("--batch", default=64, show_default=True)
 @click.option("--show", default=0, show_default=True, help="Print this many wrong answers.")
 @click.option("--threads", default=1, show_default=True)
@@ -214,8 +216,8 @@ def main(path: Path, tokenizer: str | None, problems: int, seed: int, **options:
     torch.set_num_threads(options["threads"])
     network = load_network(path)
     words = vocabulary(tokenizer or str(path / "tokenizer.json"))
-    routing = RoutingOptions(top_p=options["top_p"], min_experts=options["min_experts"])
-    policy = make_policy(options["routing"], network.model.config.router, routing)
+    asked = EngineConfig(routing=options["routing"], top_p=options["top_p"], min_experts=options["min_experts"])
+    policy, _ = choose_policy(asked, network.model.config)
     decoding = Decoding(steps=options["steps"], threshold=options["threshold"])
     evaluator = Evaluator(network, policy, words, decoding)
     tallies: dict[str, Tally] = defaultdict(Tally)

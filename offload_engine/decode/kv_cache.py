@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from offload_engine.model.attention import KeyValues, prefix_attention
+from offload_engine.model.attention import KeyValues, padded_positions, prefix_attention
 from offload_engine.model.config import ModelConfig
 
 
@@ -25,10 +25,14 @@ class PrefixCache:
         self.context = context
         self.length = 0
         """Positions committed so far."""
+        self.written = 0
+        """Positions that a forward has left something in since the last `reset`."""
 
     def reset(self) -> None:
-        """Forget everything."""
+        """Forget everything. Attention multiplies what lies behind a prefix by 0, so it must not be NaN."""
         self.length = 0
+        self.values[:, : self.written] = 0
+        self.written = 0
 
     def release(self) -> None:
         """Give the memory back; the cache can't be used any more."""
@@ -63,11 +67,13 @@ class Span:
         keys, values = self.cache.keys[layer], self.cache.values[layer]
         keys[self.start : self.start + self.tokens] = key
         values[self.start : self.start + self.tokens] = value
+        self.cache.written = max(self.cache.written, self.start + self.tokens)
         outputs = []
         for first in range(0, self.tokens, self.block_length):
             rows = query[first : first + self.block_length]
             end = self.start + first + rows.shape[0]
-            outputs.append(prefix_attention(rows, keys[:end], values[:end]))
+            padded = padded_positions(end, keys.shape[0])
+            outputs.append(prefix_attention(rows, keys[:padded], values[:padded], end))
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
 

@@ -354,3 +354,15 @@ def test_blocks_see_what_is_before_them_and_nothing_behind(offset: int) -> None:
     assert span.positions.tolist() == list(range(offset, 24))
     found = span.attend(0, query[offset:], key[offset:], value[offset:])
     torch.testing.assert_close(found, whole[offset:])
+
+
+def test_a_cache_forgets_what_a_damaged_forward_left_behind() -> None:
+    """In bfloat16 what lies behind a prefix is multiplied by 0, and NaN would stay NaN."""
+    cache = PrefixCache(ModelConfig.from_dict(tiny_config(head_dim=8)), 96, torch.bfloat16, torch.device("cpu"))
+    shape = (cache.keys.shape[2], cache.keys.shape[3])
+    damaged = torch.full((96, *shape), torch.nan, dtype=torch.bfloat16)
+    query = torch.ones(96, 4, 8, dtype=torch.bfloat16)
+    assert cache.span(96, 32).attend(0, query, damaged, damaged).isnan().any()
+    cache.reset()
+    sound = torch.ones(40, *shape, dtype=torch.bfloat16)
+    assert cache.span(40, 40).attend(0, query[:40], sound, sound).isfinite().all()

@@ -62,7 +62,7 @@ def worker_at_work(job: psutil.Process, journals: Path) -> psutil.Process | None
 def test_a_killed_workers_shard_is_done_again(tmp_path: Path, ray_home: dict[str, str]) -> None:
     command = [sys.executable, "-m", "tools.arithmetic_problems", "--n", "64", "--seed", "5"]
     (tmp_path / "p.jsonl").write_bytes(subprocess.check_output(command, cwd=ROOT))
-    options = ["--prompts", tmp_path / "p.jsonl", "--routing", "original", "--gpu-mem", "1GB", "--shard-size", 16]
+    options = ["--prompts", tmp_path / "p.jsonl", "--routing", "original", "--gpu-mem", "2GB", "--shard-size", 16]
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     result = CliRunner().invoke(self_distil, [*map(str, options), "--out", str(whole)])
     assert result.exit_code == 0, result.output

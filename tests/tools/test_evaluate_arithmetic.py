@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from offload_engine.assembly import BUILT_IN
+from offload_engine.assembly import BUILT_IN, choose_policy
+from offload_engine.config import EngineConfig
 from offload_engine.core import SamplingParams
 from offload_engine.engine import Engine
 from offload_engine.evaluate.arithmetic import generate
-from offload_engine.routing import make_policy
 from tools.evaluate_arithmetic import Decoding, Evaluator, answer_text, boxed, by_length, load_network
 from tools.training.data import vocabulary
 
@@ -19,7 +19,8 @@ def test_it_answers_as_the_engine_does(routing: str) -> None:
     problems = list(generate(2, 20))
     network = load_network(BUILT_IN).cast(torch.float32)  # lossless: stored as bfloat16
     words = vocabulary(str(BUILT_IN / "tokenizer.json"))
-    evaluator = Evaluator(network, make_policy(routing, network.model.config.router), words, Decoding())
+    policy, _ = choose_policy(EngineConfig(routing=routing, top_p=0.6), network.model.config)
+    evaluator = Evaluator(network, policy, words, Decoding())
     answers: dict[str, tuple[str, int]] = {}
     for length, group in by_length(problems, words).items():
         tokens, steps = evaluator.decode(torch.tensor([ids for _, ids in group]))
