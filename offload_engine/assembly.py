@@ -259,11 +259,12 @@ def plan_for(config: EngineConfig, model: ModelConfig, setup: Setup) -> MemoryPl
 
     try:
         return plan(setup)
-    except MemoryBudgetError:
-        # The next process may measure itself larger: nearly 60 MB where the libraries were not in the page cache when
-        # this one touched them; the budget that the refusal names must do for it too.
-        plan(replace(setup, runtime_bytes=(setup.runtime_bytes or 0) + 10 * RUNTIME_STEP))
-        raise
+    except MemoryBudgetError as error:
+        refusal = error
+    # The next process may measure itself larger: nearly 60 MB where the libraries were not in the page cache when this
+    # one touched them. The budget that the refusal names must do for it too, and be the only one that it names.
+    plan(replace(setup, runtime_bytes=(setup.runtime_bytes or 0) + 8 * RUNTIME_STEP))
+    raise refusal
 
 
 def assemble(config: EngineConfig, stats: EngineStats, progress: Progress | None = None) -> Parts:
