@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NamedTuple, Self, cast, overload
+from typing import Any, Self, cast, overload
 
 import torch
 from torch import Tensor
@@ -21,7 +21,7 @@ from offload_engine.decode.answers import Answer, Events, completions, events_of
 from offload_engine.decode.block_diffusion import BlockDiffusionDecoder
 from offload_engine.decode.kv_cache import PrefixCache
 from offload_engine.decode.prompts import Prompt, check_fits, checked_batch_size, checked_ids, is_prompt
-from offload_engine.decode.scoring import check_room, score
+from offload_engine.decode.scoring import LayerRouting, check_room, score
 from offload_engine.decode.state import DecodingState, Request, never
 from offload_engine.decode.threads import compute_threads
 from offload_engine.errors import EngineClosedError, PromptError, TokenizerError, UsageError
@@ -37,15 +37,6 @@ from offload_engine.trace import TraceHeader
 
 NO_TOKEN = -1
 """Stands for a special token that is unknown; nothing is generated then."""
-
-
-class LayerRouting(NamedTuple):
-    """Where one MoE layer sent each of T tokens."""
-
-    experts: Tensor
-    """[T, k] int64; -1 where a token used fewer than k."""
-    weights: Tensor
-    """[T, k] float32."""
 
 
 class Engine:
@@ -380,8 +371,9 @@ class Engine:
 
     def _conclude(self, state: DecodingState) -> None:
         """An answer is over."""
-        self._parts.experts.idle()  # a prefetch under way belongs to this answer
-        self._parts.experts.wait_for_slots()  # and all of them to its peak
+        experts = self._parts.experts
+        experts.idle()  # a prefetch under way belongs to this answer
+        experts.wait_for_slots()  # and all of them to its peak
         self.stats.measured_peak_bytes = measure_peak()
         if self._recorder is not None:
             self._recorder.end_sequence(state.lane)

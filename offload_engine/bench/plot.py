@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -10,6 +9,7 @@ import matplotlib as mpl
 from matplotlib.figure import Figure
 
 from offload_engine.bench.summary import Figures
+from offload_engine.files import replacing
 
 mpl.use("Agg")
 
@@ -30,9 +30,5 @@ def plot(everyone: Mapping[str, Figures], path: Path) -> None:
         axes.plot([bound for _, bound in bounds], [name for name, _ in bounds], "k|", markersize=14, label="bound")
         axes.legend()
     axes.set_xlabel("seconds per denoising step: median and quartiles")
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
+    with replacing(path) as aside:
         figure.savefig(aside, format="png", dpi=150)
-        aside.replace(path)
-    finally:
-        aside.unlink(missing_ok=True)

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import tempfile
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +14,7 @@ from offload_engine.bench.spec import Bandwidth, Run, Workload
 from offload_engine.bench.summary import Figures, bandwidth_of, disagreements, figures
 from offload_engine.config import format_bytes
 from offload_engine.errors import OffloadError, UsageError
+from offload_engine.files import write_aside
 
 VERSION = 1
 """Of `bench.json`."""
@@ -141,8 +140,8 @@ def save(findings: Findings, folder: Path) -> list[str]:
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        _write(folder / "bench.json", f"{json.dumps(findings.as_dict(), indent=1)}\n".encode())
-        _write(folder / "bench.md", findings.markdown().encode())
+        write_aside(folder / "bench.json", f"{json.dumps(findings.as_dict(), indent=1)}\n".encode())
+        write_aside(folder / "bench.md", findings.markdown().encode())
         from offload_engine.bench.plot import plot
 
         plot(findings.figures, folder / "bench.png")
@@ -155,19 +154,6 @@ def save(findings: Findings, folder: Path) -> list[str]:
 
 def _unwritable(folder: Path, error: OSError) -> OffloadError:
     return OffloadError(f"--out {folder}: can't be written ({error.strerror or error})")
-
-
-def _write(path: Path, content: bytes) -> None:
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with aside.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        aside.replace(path)
-    finally:
-        with suppress(OSError):
-            aside.unlink(missing_ok=True)
 
 
 def _heading(conditions: Conditions) -> str:

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from offload_engine.core import SamplingParams
+from offload_engine.files import write_aside
 
 Kind = Literal["engine", "unlimited", "mmap", "mmap-random", "accelerate", "bandwidth"]
 Count = Annotated[int, Field(ge=1)]
@@ -157,6 +158,4 @@ class Run(Document):
 
 def write_document(path: Path, document: Document) -> None:
     """Write it as JSON, whole or not at all."""
-    aside = path.with_name(path.name + ".partial")
-    aside.write_text(document.model_dump_json(), encoding="utf-8")
-    aside.replace(path)
+    write_aside(path, document.model_dump_json().encode())

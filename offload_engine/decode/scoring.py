@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,6 +16,15 @@ from offload_engine.model.attention import MaskedSequence, block_causal_mask
 from offload_engine.model.llada2 import Forward, LLaDA2Model
 from offload_engine.model.moe import ExpertExecutor
 from offload_engine.routing.base import RoutingPolicy
+
+
+class LayerRouting(NamedTuple):
+    """Where one MoE layer sent each of T tokens."""
+
+    experts: Tensor
+    """[T, k] int64; -1 where a token used fewer than k."""
+    weights: Tensor
+    """[T, k] float32."""
 
 
 def check_room(plan: MemoryPlan, needed: int, tokens: int, block_length: int) -> None:

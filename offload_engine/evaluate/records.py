@@ -19,6 +19,7 @@ from typing import Any, Final, Protocol, Self
 from offload_engine.config import brief
 from offload_engine.errors import OffloadError, UsageError
 from offload_engine.evaluate.rows import Row, json_rows
+from offload_engine.files import write_aside
 
 RUN, RECORDS, SUMMARY = "run.json", "records.jsonl", "summary.json"
 FORMAT: Final = 1
@@ -175,15 +176,7 @@ def read_run(directory: Path) -> SavedRun:
 
 def write_json(path: Path, value: Any) -> None:
     """Write `value` beside `path` and put it in its place whole."""
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with aside.open("w", encoding="utf-8") as file:
-            file.write(f"{json.dumps(value, indent=2)}\n")
-            file.flush()
-            os.fsync(file.fileno())
-        aside.replace(path)
-    finally:
-        aside.unlink(missing_ok=True)
+    write_aside(path, f"{json.dumps(value, indent=2)}\n".encode())
 
 
 def _read_settings(directory: Path) -> dict[str, Any]:

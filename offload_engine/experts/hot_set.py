@@ -11,7 +11,6 @@ import heapq
 import json
 import logging
 import os
-import tempfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Annotated, Final, Literal, NamedTuple
@@ -19,6 +18,7 @@ from typing import Annotated, Final, Literal, NamedTuple
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from offload_engine.core import ExpertKey
+from offload_engine.files import write_aside
 
 logger = logging.getLogger(__name__)
 
@@ -144,23 +144,9 @@ def remember(directory: Path, hot: HotSet, count: int) -> Path | None:
         try:
             if path.parent != directory:  # a checkpoint that is gone stays gone
                 path.parent.mkdir(parents=True, exist_ok=True)
-            _replace(path, json.dumps(data, separators=(",", ":")).encode() + b"\n")
+            write_aside(path, json.dumps(data, separators=(",", ":")).encode() + b"\n")
         except OSError as error:
             logger.debug("%s: hot experts not written (%s)", path, error)
         else:
             return path
     return None
-
-
-def _replace(path: Path, data: bytes) -> None:
-    """Write aside, then rename: a reader finds the old file or the new one, whole."""
-    descriptor, aside = tempfile.mkstemp(dir=path.parent, prefix=path.name)
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        Path(aside).replace(path)
-    except BaseException:
-        Path(aside).unlink(missing_ok=True)
-        raise

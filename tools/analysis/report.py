@@ -11,6 +11,7 @@ from typing import Any
 
 from offload_engine.evaluate.records import write_json
 from offload_engine.evaluate.tasks import ARITHMETIC
+from offload_engine.files import write_aside
 from tools.analysis import measurements, paper
 from tools.analysis.evaluations import differences, said
 from tools.analysis.figures import Drawn
@@ -77,8 +78,8 @@ def write(report: Report, markdown: Path | None = None) -> None:
     write_json(out / "report.json", as_dict(report))
     text = as_markdown(report)
     for path in filter(None, (out / "tables.md", markdown)):
-        _write_text(path, text)
-    _write_text(out / "report.html", as_html(report))
+        write_aside(path, text.encode())
+    write_aside(out / "report.html", as_html(report).encode())
 
 
 def as_dict(report: Report) -> dict[str, Any]:
@@ -177,12 +178,6 @@ def _other_settings(study: Study, section: Section) -> str:
 def _marked(text: str) -> str:
     """Escaped, with `code` between backticks."""
     return re.sub(r"`([^`]+)`", r"<code>\1</code>", unbroken(text))
-
-
-def _write_text(path: Path, text: str) -> None:
-    aside = path.with_name(f".{path.name}.aside")
-    aside.write_text(text, encoding="utf-8")
-    aside.replace(path)
 
 
 def _headline(data: Data) -> tuple[list[str], dict[str, Any]]:

@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from offload_engine.errors import OffloadError
+from offload_engine.files import write_aside
 from tools.finetuning.tuner import StepReport
-from tools.training.checkpoint import write_aside
 
 
 @dataclass

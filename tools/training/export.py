@@ -15,9 +15,9 @@ import torch
 from safetensors.torch import save as to_safetensors
 from torch import Tensor
 
+from offload_engine.files import write_aside
 from offload_engine.model.config import ModelConfig
 from tools.training import checkpoint
-from tools.training.checkpoint import write_aside
 from tools.training.data import Vocabulary
 
 
