@@ -20,8 +20,13 @@ def test_a_file_is_replaced_whole_and_nothing_is_left_beside_it(tmp_path: Path) 
 def test_what_fails_leaves_the_old_file(tmp_path: Path) -> None:
     path = tmp_path / "a"
     write_aside(path, b"old")
-    with pytest.raises(ZeroDivisionError), replacing(path) as aside:
-        aside.write_bytes(b"half")
-        raise ZeroDivisionError
+
+    def fail_half_way() -> None:
+        with replacing(path) as aside:
+            aside.write_bytes(b"half")
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail_half_way()
     assert path.read_bytes() == b"old"
     assert list(tmp_path.iterdir()) == [path]
