@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -27,7 +27,7 @@ from offload_engine.model.moe import (
     ExpertOutputs,
     ExpertSum,
     ExpertTokens,
-    ExpertWeights,
+    ExpertWork,
     Preview,
     tokens_by_expert,
 )
@@ -37,6 +37,8 @@ PREVIEW_SHARE = 1 / 8
 """Share of the experts wanted lately that had to be moved, below which no preview is asked for: residents, which are
 computed first, then hide the loads by themselves, and running routers twice costs more than it saves (docs/LOG.md).
 """
+LAUNCH_EXPERTS = 16
+"""Experts that are computed in one launch, at most: their slots can't be given to others before all have been."""
 RECENT_RUNS = 64
 """Runs of layers after which that share has faded to about a third."""
 SWEEP_WINDOW = 16
@@ -163,9 +165,11 @@ class OffloadedExperts:
                 self.stats.expert_requests += len(ranked.experts)
                 moved = counters.misses + counters.prefetches_used - moved
                 self._moved_share += (moved / max(1, len(ranked.experts)) - self._moved_share) / RECENT_RUNS
-            for _ in ranked.experts:
-                compute = self._next_compute()
-                self._launch(compute, outputs.compute, tokens[compute.key.expert])
+            missing = len(ranked.experts)
+            while missing:
+                computes = self._next_computes()
+                self._launch(computes, outputs.compute, tokens)
+                missing -= len(computes)
         except BaseException:
             self._abandon()
             raise
@@ -203,9 +207,8 @@ class OffloadedExperts:
                 arrived: dict[int, Compute] = {}
                 for group in now:
                     while group.expert not in arrived:
-                        compute = self._next_compute()
-                        arrived[compute.key.expert] = compute
-                    self._launch(arrived[group.expert], total.add, group)
+                        arrived.update((compute.key.expert, compute) for compute in self._next_computes())
+                    self._launch([arrived[group.expert]], total.add, {group.expert: group})
         except BaseException:
             self._abandon()
             raise
@@ -226,13 +229,20 @@ class OffloadedExperts:
         return Ranked([expert for expert, _ in pairs], [score for _, score in pairs])
 
     def _launch(
-        self, compute: Compute, work: Callable[[ExpertTokens, ExpertWeights], None], tokens: ExpertTokens
+        self,
+        computes: Sequence[Compute],
+        work: Callable[[Sequence[ExpertWork]], None],
+        tokens: Mapping[int, ExpertTokens],
     ) -> None:
-        """Have `work` done with the expert's weights, and give its slot free for what comes next."""
-        weights = self.arena.weights(compute.slot, self.store.layout(compute.key))
-        self.transfers.launch(Stream.COMPUTE, partial(work, tokens, weights), reads=(compute.slot,))
+        """Have `work` done with the experts' weights, and give their slots free for what comes next."""
+        todo = [
+            ExpertWork(tokens[key.expert], self.arena.weights(slot, self.store.layout(key)))
+            for key, slot in ((compute.key, compute.slot) for compute in computes)
+        ]
+        self.transfers.launch(Stream.COMPUTE, partial(work, todo), reads=[compute.slot for compute in computes])
         with self._changed:
-            self._carry_out(self.scheduler.computed(compute.key))
+            for compute in computes:
+                self._carry_out(self.scheduler.computed(compute.key))
 
     def idle(self, timeout: float = 60.0) -> None:
         """Wait until no transfer is under way but those of `warm_up`, then check that the cache conserves its slots.
@@ -274,8 +284,10 @@ class OffloadedExperts:
         self.transfers.close()
         self.arena.close()
 
-    def _next_compute(self) -> Compute:
-        """The next expert whose weights are here; waits for one, which is a stall. Raises if one can't be had."""
+    def _next_computes(self) -> list[Compute]:
+        """The next experts whose weights are here, at most `LAUNCH_EXPERTS`; waits for one, which is a stall. Raises if
+        one can't be had.
+        """
         with self._changed:
             if not self._ready and self._failure is None:
                 began = time.perf_counter()
@@ -283,7 +295,7 @@ class OffloadedExperts:
                 self.stats.stall_seconds += time.perf_counter() - began
             if self._failure is not None:
                 raise self._failure
-            return self._ready.popleft()
+            return [self._ready.popleft() for _ in range(min(len(self._ready), LAUNCH_EXPERTS))]
 
     def _abandon(self) -> None:
         """Leave the layer half done: the cache is consistent again, and the next forward may begin.

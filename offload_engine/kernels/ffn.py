@@ -1,8 +1,9 @@
-"""One expert on its tokens, through the C kernels: the checks that keep them within bounds, and the call."""
+"""Experts on their tokens, through the C kernels: the checks that keep them within bounds, and the calls."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -28,16 +29,85 @@ class Matrix(NamedTuple):
     """int8: float32 [rows]; int4: bf16 [rows, cols / g]; bf16: None."""
 
 
-def serves(hidden: Tensor, *matrices: Matrix) -> bool:
-    """Whether `expert_ffn` takes these: CPU, contiguous, known dtypes, no gradient wanted. Shapes are not looked at."""
-    if hidden.device.type != "cpu" or hidden.dtype not in (torch.bfloat16, torch.float32):
+def fits(*matrices: Matrix) -> bool:
+    """Whether these weights are on the CPU, contiguous, and of dtypes the kernels know. Shapes are not looked at."""
+    return all(matrix.values.dtype in _KINDS for matrix in matrices) and all(
+        tensor.is_contiguous() and tensor.device.type == "cpu" for tensor in _tensors(matrices)
+    )
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Expert:
+    """One expert's matrices, checked: gate and up [I, H], down [H, I], all three in one format.
+
+    Checking costs more than handing them to the kernel, so that whoever computes an expert often keeps this.
+    """
+
+    shape: tuple[int, int, int, int]
+    """Format, H, I, and columns per int4 scale; experts of one call share it."""
+    pointers: tuple[int, ...]
+    """Values and scales of gate, up and down; 0 for none."""
+    learning: bool
+    """Whether a matrix wants a gradient, which the kernels don't give."""
+    held: tuple[Matrix, ...]
+    """So that the memory stays."""
+
+    @staticmethod
+    def of(gate: Matrix, up: Matrix, down: Matrix) -> Expert:
+        """Raises ValueError for shapes, dtypes or devices that don't fit."""
+        matrices = (gate, up, down)
+        shape = _check(*matrices)
+        pointers = tuple(0 if part is None else part.data_ptr() for matrix in matrices for part in matrix)
+        learning = any(tensor.requires_grad for tensor in _tensors(matrices))
+        return Expert(shape, pointers, learning, matrices)
+
+
+def serves(hidden: Tensor, *experts: Expert) -> bool:
+    """Whether `experts_ffn` computes these: there is a kernel, `hidden` is bf16 or float32 on the CPU, and nobody wants
+    a gradient.
+    """
+    if hidden.device.type != "cpu" or hidden.dtype not in (torch.bfloat16, torch.float32) or status().variant is None:
         return False
-    if status().variant is None or any(matrix.values.dtype not in _KINDS for matrix in matrices):
-        return False
-    tensors = [hidden, *_tensors(matrices)]
-    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
-        return False
-    return all(tensor.is_contiguous() for tensor in tensors[1:])
+    return not (torch.is_grad_enabled() and (hidden.requires_grad or any(expert.learning for expert in experts)))
+
+
+def experts_ffn(
+    hidden: Tensor,
+    experts: Sequence[Expert],
+    places: Sequence[Tensor | None],
+    out: Tensor,
+    *,
+    kernel: KernelStatus | None = None,
+    threads: int | None = None,
+) -> None:
+    """Each expert on its tokens: down(silu(gate(x)) * up(x)) of rows of `hidden` [T, H], into rows of `out` [T * k, H].
+
+    Both are contiguous, bf16 or float32. `places` [n] int64 are an expert's rows of `out`, and divided by k its rows of
+    `hidden`; None: all of them. No two experts share a place.
+
+    Products are summed in float32 and the inner activation is not rounded to `hidden`'s dtype. Activations meet bf16
+    and int4 weights as bf16 on AVX512-BF16 and as float32 elsewhere; they meet int8 weights as integers of at most
+    2^31 / (128 cols) of the row's largest. A token's result depends neither on the tokens or experts beside it nor on
+    `threads` (default: torch's number).
+
+    `kernel` defaults to `status()`. Raises ValueError for shapes or dtypes that don't fit, or without a kernel.
+    """
+    kernel = kernel or status()
+    number, library = kernel.number, kernel.library
+    assert library is not None
+    if not experts or not out.numel():
+        return
+    shape = experts[0].shape
+    _check_activations(hidden, out, experts, places)
+    threads = library.threads() if threads is None or library.parallel is None else threads
+    table: list[int] = []
+    for expert, rows in zip(experts, places, strict=True):
+        where, count = (0, out.shape[0]) if rows is None else (rows.data_ptr(), rows.numel())
+        table += (*expert.pointers, where, count)
+    format_, width, inner, group = shape
+    sizes = (len(experts), out.shape[0] // hidden.shape[0], width, inner, group, out.shape[0])
+    bf16 = hidden.dtype == torch.bfloat16
+    library.experts(number, format_, bf16, threads, sizes, hidden.data_ptr(), table, out.data_ptr())
 
 
 def expert_ffn(
@@ -49,29 +119,30 @@ def expert_ffn(
     kernel: KernelStatus | None = None,
     threads: int | None = None,
 ) -> Tensor:
-    """down(silu(gate(x)) * up(x)): `hidden` [n, H], bf16 or float32, to [n, H] in its dtype.
+    """One expert on all rows of `hidden` [n, H], to [n, H] in its dtype; see `experts_ffn`."""
+    hidden = hidden.contiguous()
+    out = torch.empty_like(hidden)
+    experts_ffn(hidden, [Expert.of(gate, up, down)], [None], out, kernel=kernel, threads=threads)
+    return out
 
-    `gate` and `up` are [I, H], `down` is [H, I], all three in one format. Products are summed in float32 and the inner
-    activation is not rounded to `hidden`'s dtype. Activations meet bf16 and int4 weights as bf16 on AVX512-BF16 and as
-    float32 elsewhere; they meet int8 weights as integers of at most 2^31 / (128 cols) of the row's largest. A token's
-    result depends neither on the tokens beside it nor on `threads` (default: torch's number).
 
-    `kernel` defaults to `status()`. Raises ValueError for shapes or dtypes that don't fit, or without a kernel.
+def weighted_sum(outputs: Tensor, experts: Tensor, weights: Tensor, *, kernel: KernelStatus | None = None) -> Tensor:
+    """The sum [T, H] over k of `weights` [T, k] float32 times `outputs` [T, k, H] bf16, both contiguous, accumulated in
+    float32 in the order of k. Outputs whose expert, of `experts` [T, k] int64, is below 0 count nothing and may hold
+    anything. Raises ValueError for shapes or dtypes that don't fit, or without a kernel.
     """
     kernel = kernel or status()
     number, library = kernel.number, kernel.library
     assert library is not None
-    kind, inner, group = _check(hidden, gate, up, down)
-    hidden = hidden.contiguous()
-    out = torch.empty_like(hidden)
-    tokens, width = hidden.shape
-    if tokens:
-        threads = library.threads() if threads is None or library.parallel is None else threads
-        pointers = [None if tensor is None else tensor.data_ptr() for matrix in (gate, up, down) for tensor in matrix]
-        bf16 = hidden.dtype == torch.bfloat16
-        library.run(
-            number, kind, bf16, threads, (tokens, width, inner, group), hidden.data_ptr(), *pointers, out.data_ptr()
-        )
+    tokens, choices, width = outputs.shape
+    wanted = ((outputs, torch.bfloat16), (experts, torch.int64), (weights, torch.float32))
+    if experts.shape != (tokens, choices) or weights.shape != experts.shape:
+        raise ValueError(f"experts are {_told(experts)}, weights {_told(weights)}, wanted both [{tokens}, {choices}]")
+    for tensor, dtype in wanted:
+        if tensor.dtype != dtype or not tensor.is_contiguous() or tensor.device.type != "cpu":
+            raise ValueError(f"{_told(tensor)} on {tensor.device}, wanted contiguous {dtype} on the CPU")
+    out = torch.empty(tokens, width, dtype=outputs.dtype)
+    library.weighted_sum(number, (tokens, choices, width), *(tensor.data_ptr() for tensor, _ in wanted), out.data_ptr())
     return out
 
 
@@ -79,24 +150,41 @@ def _tensors(matrices: Sequence[Matrix]) -> list[Tensor]:
     return [tensor for matrix in matrices for tensor in matrix if tensor is not None]
 
 
-def _check(hidden: Tensor, gate: Matrix, up: Matrix, down: Matrix) -> tuple[int, int, int]:
-    """Format, width of the expert, columns per int4 scale. Raises ValueError rather than read out of bounds."""
-    if hidden.dim() != 2 or hidden.dtype not in (torch.bfloat16, torch.float32):
-        raise ValueError(f"hidden is {_told(hidden)}, wanted bf16 or float32 [n, H]")
+def _check_activations(hidden: Tensor, out: Tensor, experts: Sequence[Expert], places: Sequence[Tensor | None]) -> None:
+    if hidden.dim() != 2 or hidden.dtype not in (torch.bfloat16, torch.float32) or not hidden.is_contiguous():
+        raise ValueError(f"hidden is {_told(hidden)}, wanted contiguous bf16 or float32 [T, H]")
+    tokens, width = hidden.shape
+    if out.dtype != hidden.dtype or out.shape[1:] != (width,) or not out.is_contiguous() or out.shape[0] % tokens:
+        raise ValueError(f"out is {_told(out)}, wanted contiguous {hidden.dtype} [{tokens} k, {width}]")
+    shape = experts[0].shape
+    if shape[1] != width:
+        raise ValueError(f"an expert takes {shape[1]} columns, hidden has {width}")
+    if any(expert.shape != shape for expert in experts):
+        raise ValueError("the experts of one call differ in format or shape")
+    if any(rows is not None and (rows.dtype != torch.int64 or not rows.is_contiguous()) for rows in places):
+        raise ValueError("places are not contiguous int64 tensors")
+    devices = {tensor.device.type for tensor in (hidden, out, *places) if tensor is not None}
+    if devices != {"cpu"}:
+        raise ValueError(f"tensors are on {', '.join(sorted(devices))}, wanted all on the CPU")
+
+
+def _check(gate: Matrix, up: Matrix, down: Matrix) -> tuple[int, int, int, int]:
+    """See `Expert.shape`. Raises ValueError rather than read out of bounds."""
     kind = _KINDS.get(gate.values.dtype)
     if kind is None or gate.values.dim() != 2:
         raise ValueError(f"gate is {_told(gate.values)}, wanted bf16, int8 or packed int4 (uint8) [I, H]")
-    inner, width = gate.values.shape[0], hidden.shape[1]
+    inner, stored = gate.values.shape
+    width = 2 * stored if kind == _INT4 else stored
     if not inner or not 0 < max(inner, width) <= WIDEST:
         raise ValueError(f"an expert of [{inner}, {width}] has an empty side or one above {WIDEST}")
     group = _int4_group(gate, width) if kind == _INT4 else 0
     shapes = {"gate": (inner, width), "up": (inner, width), "down": (width, inner)}
     for (name, (rows, cols)), matrix in zip(shapes.items(), (gate, up, down), strict=True):
         _check_matrix(name, matrix, kind, rows, cols, group)
-    devices = {str(tensor.device) for tensor in [hidden, *_tensors((gate, up, down))]}
+    devices = {str(tensor.device) for tensor in _tensors((gate, up, down))}
     if devices != {"cpu"}:
         raise ValueError(f"tensors are on {', '.join(sorted(devices))}, wanted all on the CPU")
-    return kind, inner, group
+    return kind, width, inner, group
 
 
 def _int4_group(gate: Matrix, width: int) -> int:

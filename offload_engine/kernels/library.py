@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import os
+import struct
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -17,7 +19,7 @@ CHOICE = "OFFLOAD_ENGINE_KERNEL"
 
 REBUILD = "run `python -m offload_engine.kernels.build`"
 NO_MEMORY = 1
-"""`dmoe_expert_ffn` could not allocate its workspace."""
+"""`dmoe_experts` could not allocate its workspace."""
 
 _INT, _INT64, _POINTER = ctypes.c_int, ctypes.c_int64, ctypes.c_void_p
 
@@ -52,8 +54,10 @@ class Library:
             )
         self.path = path
         self.parallel = _parallel()
-        self._run = library.dmoe_expert_ffn
-        self._run.argtypes = [*(_INT,) * 4, _POINTER, *(_INT64,) * 4, *(_POINTER,) * 8]
+        self._experts = library.dmoe_experts
+        self._experts.argtypes = [*(_INT,) * 4, _POINTER, *(_INT64,) * 6, *(_POINTER,) * 3]
+        self._weighted_sum = library.dmoe_weighted_sum
+        self._weighted_sum.argtypes = [*(_INT,) * 2, _POINTER, *(_INT64,) * 3, *(_POINTER,) * 4]
         self.variants: dict[str, int] = {}
         """Variants that this CPU can run, fastest first, with their numbers."""
         for number in range(8):
@@ -65,13 +69,30 @@ class Library:
         """How many threads a call may use: torch's number, if its OpenMP runtime can be shared."""
         return torch.get_num_threads() if self.parallel else 1
 
-    def run(self, variant: int, kind: int, bf16: bool, threads: int, sizes: tuple[int, ...], *data: int | None) -> None:
-        """Call `dmoe_expert_ffn` (cpu/expert_ffn.c) with checked arguments. Raises MemoryError."""
-        failure = self._run(variant, kind, bf16, threads, self.parallel, *sizes, *data)
+    def experts(
+        self,
+        variant: int,
+        kind: int,
+        bf16: bool,
+        threads: int,
+        sizes: tuple[int, ...],
+        hidden: int,
+        table: Sequence[int],
+        out: int,
+    ) -> None:
+        """Call `dmoe_experts` (cpu/expert_ffn.c) with checked arguments, `table` its experts. Raises MemoryError."""
+        packed = struct.pack(f"{len(table)}q", *table)
+        failure = self._experts(variant, kind, bf16, threads, self.parallel, *sizes, hidden, packed, out)
         if failure == NO_MEMORY:
-            raise MemoryError(f"no memory for the workspace of an expert of {sizes[0]} tokens")
+            raise MemoryError(f"no memory for the workspace of {sizes[0]} experts")
         if failure:
-            raise ValueError(f"{self.path.name} refused variant {variant} with code {failure}")
+            raise ValueError(f"{self.path.name} refused {sizes[0]} experts in variant {variant} with code {failure}")
+
+    def weighted_sum(self, variant: int, sizes: tuple[int, ...], *data: int) -> None:
+        """Call `dmoe_weighted_sum` (cpu/weighted_sum.c) with checked arguments."""
+        failure = self._weighted_sum(variant, self.threads(), self.parallel, *sizes, *data)
+        if failure:
+            raise ValueError(f"{self.path.name} refused a weighted sum in variant {variant} with code {failure}")
 
 
 def _parallel() -> int | None:

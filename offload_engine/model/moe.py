@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property
 from typing import NamedTuple, Protocol
 
 import torch
@@ -16,16 +17,27 @@ from offload_engine.model.layers import SwiGLU
 from offload_engine.model.quantized import Matrix, QuantizedMatrix, in_dtype
 from offload_engine.routing.base import Route
 
+LAUNCH_ROWS = 1024
+"""Rows, tokens times their experts, that a kernel is given at a time: what bounds its workspace, some 6 KB for each."""
 
-class ExpertWeights(NamedTuple):
-    """One expert's matrices as they are stored, `I` the expert's width and `H` the model's."""
 
+class _Matrices(NamedTuple):
     gate: Matrix
     """[I, H]"""
     up: Matrix
     """[I, H]"""
     down: Matrix
     """[H, I]"""
+
+
+class ExpertWeights(_Matrices):
+    """One expert's matrices as they are stored, `I` the expert's width and `H` the model's."""
+
+    @cached_property
+    def kernel_expert(self) -> kernels.Expert | None:
+        """The same as our kernels take it, or None; kept, since checking costs a tenth of computing."""
+        matrices = [_kernel_matrix(matrix) for matrix in self]
+        return kernels.Expert.of(*matrices) if kernels.fits(*matrices) else None
 
 
 Preview = Callable[[int], RoutingDecision]
@@ -66,6 +78,13 @@ class ExpertTokens(NamedTuple):
     """[n] int64 into the flattened [T * k] decision, rising; `places // k` is the token."""
 
 
+class ExpertWork(NamedTuple):
+    """An expert to be run, and on what."""
+
+    tokens: ExpertTokens
+    weights: ExpertWeights
+
+
 def tokens_by_expert(experts: Tensor) -> list[ExpertTokens]:
     """Group a decision's `experts` [T, k] by expert, by rising expert index; -1 left out."""
     flat = experts.flatten()
@@ -89,16 +108,26 @@ def expert_ffn(hidden: Tensor, weights: ExpertWeights) -> Tensor:
     In bf16 on the CPU by our kernel, if it is there, from whatever the weights are stored as; otherwise by torch, with
     weights of another kind converted, or dequantised, here.
     """
-    if hidden.dtype == torch.bfloat16:
-        stored = [_kernel_matrix(matrix) for matrix in weights]
-        if kernels.serves(hidden, *stored):
-            return kernels.expert_ffn(hidden, *stored)
+    expert = _for_kernel(hidden, weights)
+    if expert is not None:
+        hidden = hidden.contiguous()
+        out = torch.empty_like(hidden)
+        kernels.experts_ffn(hidden, [expert], [None], out)
+        return out
     rows = hidden.shape[0]
     missing = padded_rows(rows, hidden.dtype) - rows
     if missing:
         hidden = F.pad(hidden, (0, 0, 0, missing))
     gate, up, down = (in_dtype(matrix, hidden.dtype) for matrix in weights)
     return F.linear(F.silu(F.linear(hidden, gate)) * F.linear(hidden, up), down)[:rows]
+
+
+def _for_kernel(hidden: Tensor, weights: ExpertWeights) -> kernels.Expert | None:
+    """The expert as our kernels take it, if they are to compute it on `hidden`: in bf16, and on the CPU."""
+    if hidden.dtype != torch.bfloat16 or hidden.device.type != "cpu":
+        return None
+    expert = weights.kernel_expert
+    return expert if expert is not None and kernels.serves(hidden, expert) else None
 
 
 def _kernel_matrix(matrix: Matrix) -> kernels.Matrix:
@@ -114,20 +143,48 @@ class ExpertOutputs:
     """
 
     def __init__(self, hidden: Tensor, decision: RoutingDecision) -> None:
-        self.hidden = hidden
+        self.hidden = hidden.contiguous()
         self.decision = decision
         self.choices = decision.experts.shape[1]
         self.outputs = hidden.new_zeros(decision.experts.numel(), hidden.shape[1])
 
-    def compute(self, tokens: ExpertTokens, weights: ExpertWeights) -> None:
-        """Run one expert on its tokens."""
-        rows = self.hidden.index_select(0, tokens.places.div(self.choices, rounding_mode="floor"))
-        self.outputs.index_copy_(0, tokens.places, expert_ffn(rows, weights))
+    def compute(self, work: Sequence[ExpertWork]) -> None:
+        """Run some of the experts, each on its tokens."""
+        fused: list[tuple[kernels.Expert, Tensor]] = []
+        for tokens, weights in work:
+            expert = _for_kernel(self.hidden, weights)
+            if expert is not None:
+                fused.append((expert, tokens.places))
+                continue
+            rows = self.hidden.index_select(0, tokens.places.div(self.choices, rounding_mode="floor"))
+            self.outputs.index_copy_(0, tokens.places, expert_ffn(rows, weights))
+        for launch in _launches(fused):
+            kernels.experts_ffn(
+                self.hidden, [expert for expert, _ in launch], [places for _, places in launch], self.outputs
+            )
 
     def combine(self) -> Tensor:
         """The weighted sum [T, H]: accumulated in float32, then cast (REFERENCE §1)."""
-        per_choice = self.outputs.view(*self.decision.experts.shape, -1).to(torch.float32, copy=True)
-        return per_choice.mul_(self.decision.weights.unsqueeze(-1)).sum(dim=1).to(self.hidden.dtype)
+        experts, weights = self.decision.experts, self.decision.weights
+        per_choice = self.outputs.view(*experts.shape, -1)
+        if per_choice.dtype == torch.bfloat16 and kernels.serves(per_choice) and not torch.is_grad_enabled():
+            return kernels.weighted_sum(per_choice, experts.contiguous(), weights.contiguous())
+        summed = per_choice.to(torch.float32, copy=True).mul_(weights.unsqueeze(-1)).sum(dim=1)
+        return summed.to(self.hidden.dtype)
+
+
+def _launches(work: list[tuple[kernels.Expert, Tensor]]) -> Iterator[list[tuple[kernels.Expert, Tensor]]]:
+    """The work in its order, cut into what one call of the kernel may be given."""
+    launch: list[tuple[kernels.Expert, Tensor]] = []
+    rows = 0
+    for expert, places in work:
+        if launch and (rows + places.numel() > LAUNCH_ROWS or expert.shape != launch[0][0].shape):
+            yield launch
+            launch, rows = [], 0
+        launch.append((expert, places))
+        rows += places.numel()
+    if launch:
+        yield launch
 
 
 class ExpertSum:
@@ -144,12 +201,13 @@ class ExpertSum:
         self.rows = rows
         self.sum = torch.zeros(hidden.shape, dtype=torch.float32, device=hidden.device)
 
-    def add(self, tokens: ExpertTokens, weights: ExpertWeights) -> None:
-        """Run one expert on its tokens."""
-        for places in tokens.places.split(self.rows):
-            rows = places.div(self.choices, rounding_mode="floor")
-            out = expert_ffn(self.hidden.index_select(0, rows), weights).float()
-            self.sum.index_add_(0, rows, out.mul_(self.weights[places].unsqueeze(-1)))
+    def add(self, work: Sequence[ExpertWork]) -> None:
+        """Run these experts, one after the other, each on its tokens."""
+        for tokens, weights in work:
+            for places in tokens.places.split(self.rows):
+                rows = places.div(self.choices, rounding_mode="floor")
+                out = expert_ffn(self.hidden.index_select(0, rows), weights).float()
+                self.sum.index_add_(0, rows, out.mul_(self.weights[places].unsqueeze(-1)))
 
 
 class ResidentExperts:
@@ -168,15 +226,15 @@ class ResidentExperts:
     def run(self, layer: int, hidden: Tensor, decision: RoutingDecision) -> Tensor:
         """See `ExpertExecutor`."""
         outputs = ExpertOutputs(hidden, decision)
-        for tokens in tokens_by_expert(decision.experts):
-            outputs.compute(tokens, self.weights(layer, tokens.expert))
+        groups = tokens_by_expert(decision.experts)
+        outputs.compute([ExpertWork(tokens, self.weights(layer, tokens.expert)) for tokens in groups])
         return outputs.combine()
 
     def sweep(self, layer: int, hidden: Tensor, decision: RoutingDecision, rows: int) -> Tensor:
         """See `ExpertExecutor`."""
         total = ExpertSum(hidden, decision, rows)
         for tokens in tokens_by_expert(decision.experts):
-            total.add(tokens, self.weights(layer, tokens.expert))
+            total.add([ExpertWork(tokens, self.weights(layer, tokens.expert))])
         return total.sum
 
 

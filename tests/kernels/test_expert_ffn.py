@@ -187,7 +187,7 @@ def test_what_does_not_fit_is_refused(library: Library, form: str, change: dict[
 
 @pytest.mark.parametrize("hidden", [torch.zeros(3, 64).half(), torch.zeros(64), torch.zeros(3, 64, dtype=torch.int8)])
 def test_hidden_that_does_not_fit_is_refused(library: Library, hidden: torch.Tensor) -> None:
-    with pytest.raises(ValueError, match=r"hidden is .* wanted bf16 or float32"):
+    with pytest.raises(ValueError, match=r"hidden is .* wanted contiguous bf16 or float32"):
         expert_ffn(hidden, *GOOD["bf16"], kernel=choose(library, "auto"))
 
 

@@ -128,7 +128,13 @@ TARGET static void round_bf16(const float *from, int64_t count, uint16_t *to)
     round_inline(from, count, to);
 }
 
+TARGET static void weighted_sum(const struct choices *choices, int64_t h, uint16_t *to)
+{
+    weighted_sum_inline(choices, h, to);
+}
+
 const struct variant dmoe_avx2 = {
-    "avx2", supported, sizeof(float), pack, quantise, decode, multiply, multiply_integer, scale, silu_times, round_bf16,
+    "avx2", supported, sizeof(float), pack, quantise, decode, multiply, multiply_integer, scale, silu_times,
+    round_bf16, weighted_sum,
 };
 #endif

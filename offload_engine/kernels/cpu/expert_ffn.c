@@ -1,8 +1,8 @@
-/* One expert on its tokens: down(silu(x @ gate^T) * (x @ up^T)), straight from the stored weights.
+/* Experts on their tokens: down(silu(x @ gate^T) * (x @ up^T)), straight from the stored weights.
  *
- * The rows of each matrix are handed out in chunks to whichever thread asks. An output element is always computed by
+ * The rows of all matrices are handed out in chunks to whichever thread asks. An output element is always computed by
  * one thread, by the same operations in the same order, whatever the number of threads, of tokens beside it, or the
- * order of the chunks: that is why neither threads nor batching can show in a result.
+ * order of the chunks: that is why neither threads nor batching can show in a result, nor which experts run together.
  *
  * The caller has checked shapes and bounds (offload_engine/kernels/ffn.py).
  */
@@ -14,23 +14,27 @@
 #define LEAD 4   /* rows between what is computed and what is prefetched; below CHUNK */
 #define ALIGN 64
 
-enum { OK = 0, NO_MEMORY = 1, NO_VARIANT = 2 };
-
-/* GOMP_parallel of the OpenMP runtime that the process already has: a second one would fight the first for the cores. */
-typedef void (*parallel_fn)(void (*body)(void *), void *data, unsigned threads, unsigned flags);
+/* One expert and the rows of `hidden` and `out` that are its tokens'. */
+struct expert {
+    const void *gate, *gate_scales, *up, *up_scales, *down, *down_scales;
+    const int64_t *places; /* [tokens], rising; row of `out`, and times `choices` the row of `hidden`; null: 0, 1, ... */
+    int64_t tokens;
+};
 
 struct job {
     const struct variant *variant;
-    struct matrix gate, up, down;
-    int64_t tokens;
-    int bf16;            /* `hidden` and `out` are bf16, else float32 */
-    void *out;           /* [tokens, H] */
-    float *inner;        /* [tokens, I] */
-    char *packed;        /* the activations that the matrices of this phase are multiplied with */
-    float *packed_scale; /* [tokens], integer path only */
-    int64_t stride;      /* bytes between packed rows */
-    char *scratch;       /* per thread: decoded rows, then two tiles */
-    int64_t scratch_size, decoded_size;
+    const struct expert *experts; /* [count] */
+    int64_t count, choices, h, i, group;
+    int format, bf16;      /* `hidden` and `out` are bf16, else float32 */
+    const char *hidden;    /* [.., h] */
+    char *out;             /* [.., h] */
+    int64_t *first;        /* [count]: the expert's first row among the packed ones */
+    float *inner;          /* [rows, i] */
+    char *packed;          /* [rows]: the activations that the matrices of this phase are multiplied with */
+    float *packed_scale;   /* [rows], integer path only */
+    int64_t stride;        /* bytes between packed rows */
+    char *scratch;         /* per thread: one row of float32, decoded rows, two tiles */
+    int64_t scratch_size, row_bytes, decoded_bytes, tile_bytes;
     int64_t next, workers; /* tickets */
 };
 
@@ -41,7 +45,7 @@ static int64_t round_up(int64_t value, int64_t step)
 
 static int64_t element_size(const struct job *job)
 {
-    return job->gate.format == DMOE_INT8 ? (int64_t)sizeof(int16_t) : job->variant->element;
+    return job->format == DMOE_INT8 ? (int64_t)sizeof(int16_t) : job->variant->element;
 }
 
 /* Largest activation that keeps every sum of products within int32: |w| <= 128. */
@@ -51,12 +55,12 @@ static int32_t integer_limit(int64_t cols)
     return (int32_t)(limit > DMOE_LARGEST ? DMOE_LARGEST : limit);
 }
 
-static void pack_row(struct job *job, const float *row, int64_t token, int64_t cols)
+static void pack_row(struct job *job, const float *row, int64_t at, int64_t cols)
 {
-    void *packed = job->packed + token * job->stride;
+    void *packed = job->packed + at * job->stride;
     int64_t padded = round_up(cols, DMOE_PAD);
-    if (job->gate.format == DMOE_INT8)
-        job->packed_scale[token] = job->variant->quantise(row, cols, padded, integer_limit(cols), packed);
+    if (job->format == DMOE_INT8)
+        job->packed_scale[at] = job->variant->quantise(row, cols, padded, integer_limit(cols), packed);
     else
         job->variant->pack(row, cols, padded, packed);
 }
@@ -66,92 +70,167 @@ static int64_t row_size(const struct matrix *matrix)
     return row_values(matrix, 1) - matrix->values;
 }
 
-/* Rows `first` to `last` of a matrix times the packed activations, into tile[t * CHUNK + row - first]. `after` is what
- * this thread reads next: the memory is asked for LEAD rows early, which may lie there.
+static struct matrix gate_of(const struct job *job, const struct expert *expert)
+{
+    return (struct matrix){expert->gate, expert->gate_scales, job->i, job->h, job->group, job->format};
+}
+
+static struct matrix up_of(const struct job *job, const struct expert *expert)
+{
+    return (struct matrix){expert->up, expert->up_scales, job->i, job->h, job->group, job->format};
+}
+
+static struct matrix down_of(const struct job *job, const struct expert *expert)
+{
+    return (struct matrix){expert->down, expert->down_scales, job->h, job->i, job->group, job->format};
+}
+
+static int64_t place_of(const struct expert *expert, int64_t token)
+{
+    return expert->places ? expert->places[token] : token;
+}
+
+/* What one thread works with. */
+struct worker {
+    float *row;    /* of activations */
+    char *decoded; /* DMOE_ROWS rows of weights */
+    float *tile, *other;
+};
+
+static struct worker take_worker(struct job *job)
+{
+    char *mine = job->scratch + __atomic_fetch_add(&job->workers, 1, __ATOMIC_RELAXED) * job->scratch_size;
+    char *tile = mine + job->row_bytes + job->decoded_bytes;
+    return (struct worker){(float *)mine, mine + job->row_bytes, (float *)tile, (float *)(tile + job->tile_bytes)};
+}
+
+/* A piece of the work that nobody else has; `limit` or more when all is taken. */
+static int64_t take_ticket(struct job *job)
+{
+    return __atomic_fetch_add(&job->next, 1, __ATOMIC_RELAXED);
+}
+
+/* CHUNK rows of one of the experts' matrices. */
+struct chunk {
+    const struct expert *expert;
+    int64_t packed, first, last;
+};
+
+static int64_t chunks(const struct job *job, int64_t rows)
+{
+    return job->count * ((rows + CHUNK - 1) / CHUNK);
+}
+
+static struct chunk chunk_of(const struct job *job, int64_t ticket, int64_t rows)
+{
+    int64_t each = (rows + CHUNK - 1) / CHUNK, index = ticket / each, first = ticket % each * CHUNK;
+    int64_t last = first + CHUNK < rows ? first + CHUNK : rows;
+    return (struct chunk){&job->experts[index], job->first[index], first, last};
+}
+
+/* A chunk of a matrix times its expert's packed activations, into tile[t * CHUNK + row - first]. `after` is what this
+ * thread reads next: the memory is asked for LEAD rows early, which may lie there.
  */
 static void project(
-    const struct job *job, const struct matrix *matrix, int64_t first, int64_t last, const unsigned char *after,
-    char *scratch, float *tile)
+    const struct job *job, const struct matrix *matrix, const struct chunk *chunk, const unsigned char *after,
+    char *decoded, float *tile)
 {
     int integer = matrix->format == DMOE_INT8;
     int64_t padded = round_up(matrix->cols, DMOE_PAD), element = element_size(job), size = row_size(matrix);
     struct product product = {
-        .packed = job->packed,
+        .packed = job->packed + chunk->packed * job->stride,
         .stride = job->stride,
         .padded = padded,
-        .tokens = job->tokens,
+        .tokens = chunk->expert->tokens,
         .ahead_bytes = DMOE_ROWS * size,
         .out_stride = CHUNK,
     };
-    for (int64_t row = first; row < last; row += DMOE_ROWS) {
+    for (int64_t row = chunk->first; row < chunk->last; row += DMOE_ROWS) {
         for (int r = 0; r < DMOE_ROWS; r++) {
-            int64_t at = row + r < last ? row + r : last - 1; /* the last rows are computed again, and not used */
-            product.weights[r] = job->variant->decode(matrix, at, padded, scratch + r * padded * element);
+            /* the last rows are computed again, and not used */
+            int64_t at = row + r < chunk->last ? row + r : chunk->last - 1;
+            product.weights[r] = job->variant->decode(matrix, at, padded, decoded + r * padded * element);
         }
         int64_t lead = row + LEAD;
-        product.ahead = (const char *)(lead < last ? row_values(matrix, lead) : after + (lead - last) * size);
-        product.out = tile + (row - first);
+        product.ahead = (const char *)(lead < chunk->last ? row_values(matrix, lead) : after + (lead - chunk->last) * size);
+        product.out = tile + (row - chunk->first);
         if (integer)
             job->variant->multiply_integer(&product);
         else
             job->variant->multiply(&product);
     }
     if (integer)
-        for (int64_t t = 0; t < job->tokens; t++)
+        for (int64_t t = 0; t < product.tokens; t++)
             job->variant->scale(
-                tile + t * CHUNK, matrix->scales + first * (int64_t)sizeof(float), job->packed_scale[t], last - first);
+                tile + t * CHUNK, matrix->scales + chunk->first * (int64_t)sizeof(float),
+                job->packed_scale[chunk->packed + t], chunk->last - chunk->first);
 }
 
-static char *my_scratch(struct job *job)
+static void pack_hidden(void *argument)
 {
-    return job->scratch + __atomic_fetch_add(&job->workers, 1, __ATOMIC_RELAXED) * job->scratch_size;
-}
-
-/* The first row of a chunk that nobody else has; `rows` or more when all are taken. */
-static int64_t take_chunk(struct job *job)
-{
-    return __atomic_fetch_add(&job->next, CHUNK, __ATOMIC_RELAXED);
-}
-
-static int64_t chunk_end(int64_t first, int64_t rows)
-{
-    return first + CHUNK < rows ? first + CHUNK : rows;
+    struct job *job = argument;
+    float *row = take_worker(job).row;
+    for (int64_t index; (index = take_ticket(job)) < job->count;) {
+        const struct expert *expert = &job->experts[index];
+        for (int64_t t = 0; t < expert->tokens; t++) {
+            int64_t at = place_of(expert, t) / job->choices * job->h;
+            if (job->bf16)
+                decode_bf16_inline((const unsigned char *)job->hidden + 2 * at, job->h, job->h, row);
+            pack_row(job, job->bf16 ? row : (const float *)job->hidden + at, job->first[index] + t, job->h);
+        }
+    }
 }
 
 static void gate_and_up(void *argument)
 {
     struct job *job = argument;
-    char *scratch = my_scratch(job);
-    float *gate = (float *)(scratch + job->decoded_size), *up = gate + job->tokens * CHUNK;
-    int64_t rows = job->gate.rows;
-    for (int64_t first = take_chunk(job), next; first < rows; first = next) {
-        int64_t last = chunk_end(first, rows);
-        next = take_chunk(job);
-        project(job, &job->gate, first, last, row_values(&job->up, first), scratch, gate);
-        project(job, &job->up, first, last, row_values(&job->gate, next), scratch, up);
-        for (int64_t t = 0; t < job->tokens; t++) {
-            job->variant->silu_times(gate + t * CHUNK, up + t * CHUNK, last - first);
-            memcpy(job->inner + t * rows + first, gate + t * CHUNK, (size_t)(last - first) * sizeof *gate);
+    struct worker mine = take_worker(job);
+    int64_t limit = chunks(job, job->i);
+    for (int64_t ticket = take_ticket(job), next; ticket < limit; ticket = next) {
+        next = take_ticket(job);
+        struct chunk chunk = chunk_of(job, ticket, job->i);
+        struct chunk following = next < limit ? chunk_of(job, next, job->i) : chunk;
+        struct matrix gate = gate_of(job, chunk.expert), up = up_of(job, chunk.expert);
+        struct matrix next_gate = gate_of(job, following.expert);
+        project(job, &gate, &chunk, row_values(&up, chunk.first), mine.decoded, mine.tile);
+        project(job, &up, &chunk, row_values(&next_gate, following.first), mine.decoded, mine.other);
+        int64_t count = chunk.last - chunk.first;
+        for (int64_t t = 0; t < chunk.expert->tokens; t++) {
+            float *tile = mine.tile + t * CHUNK;
+            job->variant->silu_times(tile, mine.other + t * CHUNK, count);
+            memcpy(job->inner + (chunk.packed + t) * job->i + chunk.first, tile, (size_t)count * sizeof *tile);
         }
     }
+}
+
+static void pack_inner(void *argument)
+{
+    struct job *job = argument;
+    for (int64_t index; (index = take_ticket(job)) < job->count;)
+        for (int64_t t = 0; t < job->experts[index].tokens; t++) {
+            int64_t at = job->first[index] + t;
+            pack_row(job, job->inner + at * job->i, at, job->i);
+        }
 }
 
 static void down(void *argument)
 {
     struct job *job = argument;
-    char *scratch = my_scratch(job);
-    float *tile = (float *)(scratch + job->decoded_size);
-    int64_t rows = job->down.rows;
-    for (int64_t first = take_chunk(job), next; first < rows; first = next) {
-        int64_t last = chunk_end(first, rows);
-        next = take_chunk(job);
-        project(job, &job->down, first, last, row_values(&job->down, next), scratch, tile);
-        for (int64_t t = 0; t < job->tokens; t++) {
-            int64_t at = t * rows + first, count = last - first;
+    struct worker mine = take_worker(job);
+    int64_t limit = chunks(job, job->h);
+    for (int64_t ticket = take_ticket(job), next; ticket < limit; ticket = next) {
+        next = take_ticket(job);
+        struct chunk chunk = chunk_of(job, ticket, job->h);
+        struct chunk following = next < limit ? chunk_of(job, next, job->h) : chunk;
+        struct matrix matrix = down_of(job, chunk.expert), next_matrix = down_of(job, following.expert);
+        project(job, &matrix, &chunk, row_values(&next_matrix, following.first), mine.decoded, mine.tile);
+        int64_t count = chunk.last - chunk.first;
+        for (int64_t t = 0; t < chunk.expert->tokens; t++) {
+            int64_t at = place_of(chunk.expert, t) * job->h + chunk.first;
             if (job->bf16)
-                job->variant->round(tile + t * CHUNK, count, (uint16_t *)job->out + at);
+                job->variant->round(mine.tile + t * CHUNK, count, (uint16_t *)job->out + at);
             else
-                memcpy((float *)job->out + at, tile + t * CHUNK, (size_t)count * sizeof *tile);
+                memcpy((float *)job->out + at, mine.tile + t * CHUNK, (size_t)count * sizeof(float));
         }
     }
 }
@@ -166,91 +245,64 @@ static void run(struct job *job, void (*phase)(void *), int threads, parallel_fn
         phase(job);
 }
 
-static void pack_hidden(struct job *job, const void *hidden, float *row)
-{
-    int64_t cols = job->gate.cols;
-    for (int64_t t = 0; t < job->tokens; t++) {
-        if (job->bf16)
-            decode_bf16_inline((const unsigned char *)hidden + 2 * t * cols, cols, cols, row);
-        pack_row(job, job->bf16 ? row : (const float *)hidden + t * cols, t, cols);
-    }
-}
-
-static const struct variant *const VARIANTS[] = {
-#if defined(__x86_64__)
-    &dmoe_avx512,
-    &dmoe_avx2,
-#endif
-    &dmoe_generic,
-};
-#define VARIANT_COUNT ((int)(sizeof VARIANTS / sizeof *VARIANTS))
-
-#define EXPORT __attribute__((visibility("default")))
-
-#define TEXT(macro) #macro
-#define TEXT_OF(macro) TEXT(macro)
-
-/* Fingerprint of the sources that this was built from. */
-EXPORT const char *dmoe_sources(void)
-{
-    return TEXT_OF(DMOE_SOURCES);
-}
-
-/* Name of variant `index`, fastest first; null behind the last. */
-EXPORT const char *dmoe_variant(int index)
-{
-    return index >= 0 && index < VARIANT_COUNT ? VARIANTS[index]->name : NULL;
-}
-
-/* Whether this CPU, and its operating system, can run variant `index`. */
-EXPORT int dmoe_supported(int index)
-{
-    return index >= 0 && index < VARIANT_COUNT && VARIANTS[index]->supported();
-}
-
-/* hidden [tokens, h] and out [tokens, h], both bf16 or both float32; gate and up [i, h], down [h, i] in `format`, `group`
- * columns per scale in int4. `parallel` may be null if `threads` is 1.
+/* `count` experts on their tokens, all with gate and up [i, h] and down [h, i] in `format`, `group` columns per scale in
+ * int4; hidden and out both bf16 or both float32. Row places[t] of out is the expert's output for row places[t] / choices
+ * of hidden; no two experts share a place. `parallel` may be null if `threads` is 1.
  */
-EXPORT int dmoe_expert_ffn(
-    int variant, int format, int bf16, int threads, parallel_fn parallel, int64_t tokens, int64_t h, int64_t i,
-    int64_t group, const void *hidden, const void *gate, const void *gate_scales, const void *up,
-    const void *up_scales, const void *down_values, const void *down_scales, void *out)
+DMOE_EXPORT int dmoe_experts(
+    int variant, int format, int bf16, int threads, parallel_fn parallel, int64_t count, int64_t choices, int64_t h,
+    int64_t i, int64_t group, int64_t places, const void *hidden, const struct expert *experts, void *out)
 {
-    if (!dmoe_supported(variant))
-        return NO_VARIANT;
     struct job job = {
-        .variant = VARIANTS[variant],
-        .gate = {gate, gate_scales, i, h, group, format},
-        .up = {up, up_scales, i, h, group, format},
-        .down = {down_values, down_scales, h, i, group, format},
-        .tokens = tokens,
+        .variant = dmoe_variant_at(variant),
+        .experts = experts,
+        .count = count,
+        .choices = choices,
+        .h = h,
+        .i = i,
+        .group = group,
+        .format = format,
         .bf16 = bf16,
+        .hidden = hidden,
         .out = out,
     };
+    if (!job.variant)
+        return DMOE_NO_VARIANT;
+    int64_t rows = 0, most = 0;
+    for (int64_t index = 0; index < count; index++) {
+        rows += experts[index].tokens;
+        most = experts[index].tokens > most ? experts[index].tokens : most;
+        for (int64_t t = 0; t < experts[index].tokens; t++)
+            if (place_of(&experts[index], t) < 0 || place_of(&experts[index], t) >= places)
+                return DMOE_BAD_PLACE;
+    }
     int64_t widest = round_up(h > i ? h : i, DMOE_PAD);
     job.stride = round_up(widest * element_size(&job), ALIGN) + DMOE_SPARE;
-    job.decoded_size = round_up(DMOE_ROWS * widest * element_size(&job), ALIGN);
-    job.scratch_size = round_up(job.decoded_size + 2 * tokens * CHUNK * (int64_t)sizeof(float), ALIGN);
+    job.row_bytes = round_up(h * (int64_t)sizeof(float), ALIGN);
+    job.decoded_bytes = round_up(DMOE_ROWS * widest * element_size(&job), ALIGN);
+    job.tile_bytes = round_up(most * CHUNK * (int64_t)sizeof(float), ALIGN);
+    job.scratch_size = job.row_bytes + job.decoded_bytes + 2 * job.tile_bytes;
 
-    int64_t packed_size = tokens * job.stride;
-    int64_t inner_size = round_up(tokens * i * (int64_t)sizeof(float), ALIGN);
-    int64_t scale_size = round_up(tokens * (int64_t)sizeof(float), ALIGN);
-    int64_t one_row = round_up(h * (int64_t)sizeof(float), ALIGN);
+    int64_t packed_size = rows * job.stride;
+    int64_t inner_size = round_up(rows * i * (int64_t)sizeof(float), ALIGN);
+    int64_t scale_size = round_up(rows * (int64_t)sizeof(float), ALIGN);
+    int64_t first_size = round_up(count * (int64_t)sizeof(int64_t), ALIGN);
     char *workspace = NULL;
-    size_t size = (size_t)(packed_size + inner_size + scale_size + one_row + threads * job.scratch_size);
+    size_t size = (size_t)(packed_size + inner_size + scale_size + first_size + threads * job.scratch_size);
     if (posix_memalign((void **)&workspace, ALIGN, size))
-        return NO_MEMORY;
+        return DMOE_NO_MEMORY;
     job.packed = workspace;
     job.inner = (float *)(job.packed + packed_size);
     job.packed_scale = (float *)((char *)job.inner + inner_size);
-    float *row = (float *)((char *)job.packed_scale + scale_size);
-    job.scratch = (char *)row + one_row;
+    job.first = (int64_t *)((char *)job.packed_scale + scale_size);
+    job.scratch = (char *)job.first + first_size;
+    for (int64_t index = 0, row = 0; index < count; row += experts[index++].tokens)
+        job.first[index] = row;
 
-    pack_hidden(&job, hidden, row);
+    run(&job, pack_hidden, threads, parallel);
     run(&job, gate_and_up, threads, parallel);
-    for (int64_t t = 0; t < tokens; t++)
-        pack_row(&job, job.inner + t * i, t, i);
+    run(&job, pack_inner, threads, parallel);
     run(&job, down, threads, parallel);
     free(workspace);
-    return OK;
+    return DMOE_OK;
 }

@@ -38,6 +38,14 @@ struct product {
     int64_t out_stride;
 };
 
+/* What one token's experts gave, and what they weigh; an expert below 0 gave nothing. */
+struct choices {
+    const uint16_t *outputs; /* bf16 [count, h] */
+    const int64_t *experts;
+    const float *weights;
+    int64_t count;
+};
+
 struct variant {
     const char *name;
     int (*supported)(void);
@@ -51,7 +59,18 @@ struct variant {
     void (*scale)(float *sums, const unsigned char *scales, float worth, int64_t count); /* int32 to float32, in place */
     void (*silu_times)(float *gate, const float *up, int64_t count); /* gate = silu(gate) * up */
     void (*round)(const float *from, int64_t count, uint16_t *to);   /* to bf16, to nearest even */
+    void (*weighted_sum)(const struct choices *choices, int64_t h, uint16_t *to);
 };
+
+/* Variant `index`, fastest first; null if there is none, or this CPU can't run it. */
+const struct variant *dmoe_variant_at(int index);
+
+/* GOMP_parallel of the OpenMP runtime that the process already has: a second one would fight the first for the cores. */
+typedef void (*parallel_fn)(void (*body)(void *), void *data, unsigned threads, unsigned flags);
+
+#define DMOE_EXPORT __attribute__((visibility("default")))
+
+enum { DMOE_OK = 0, DMOE_NO_MEMORY = 1, DMOE_NO_VARIANT = 2, DMOE_BAD_PLACE = 3 };
 
 extern const struct variant dmoe_generic;
 #if defined(__x86_64__)
@@ -119,6 +138,25 @@ DMOE_INLINE void round_inline(const float *from, int64_t count, uint16_t *to)
 {
     for (int64_t i = 0; i < count; i++)
         to[i] = to_bf16(from[i]);
+}
+
+#define DMOE_COLUMNS 128 /* of a weighted sum, kept in registers or the nearest cache */
+
+/* The weighted sum of one token, to bf16: accumulated in float32, in the order of its choices. */
+DMOE_INLINE void weighted_sum_inline(const struct choices *choices, int64_t h, uint16_t *to)
+{
+    for (int64_t first = 0; first < h; first += DMOE_COLUMNS) {
+        int64_t count = h - first < DMOE_COLUMNS ? h - first : DMOE_COLUMNS;
+        float sums[DMOE_COLUMNS] = {0};
+        for (int64_t j = 0; j < choices->count; j++) {
+            if (choices->experts[j] < 0)
+                continue;
+            const unsigned char *row = (const unsigned char *)(choices->outputs + j * h + first);
+            for (int64_t i = 0; i < count; i++)
+                sums[i] += choices->weights[j] * load_bf16(row + 2 * i);
+        }
+        round_inline(sums, count, to + first);
+    }
 }
 
 /* How a row of activations becomes integers: times `inverse`, rounded; and what one of them is worth. */
