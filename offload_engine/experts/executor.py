@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -37,7 +37,7 @@ PREVIEW_SHARE = 1 / 8
 """Share of the experts wanted lately that had to be moved, below which no preview is asked for: residents, which are
 computed first, then hide the loads by themselves, and running routers twice costs more than it saves (docs/LOG.md).
 """
-LAUNCH_EXPERTS = 16
+LAUNCH_EXPERTS = 32
 """Experts that are computed in one launch, at most: their slots can't be given to others before all have been."""
 RECENT_RUNS = 64
 """Runs of layers after which that share has faded to about a third."""
@@ -63,6 +63,10 @@ def ranked_experts(decision: RoutingDecision) -> Ranked:
     scores = decision.block_scores.sum(dim=0)[used].nan_to_num()  # damaged weights must not damage the cache's books
     order = scores.argsort(descending=True, stable=True)
     return Ranked(used[order].tolist(), scores[order].tolist())
+
+
+def _add_one(total: ExpertSum, tokens: ExpertTokens, work: Sequence[ExpertWork]) -> None:
+    total.add(tokens, work[0].weights)
 
 
 class OffloadedExperts:
@@ -155,7 +159,6 @@ class OffloadedExperts:
         self.predictor.observe(layer, ranked.experts, ranked.scores, learned)
         if self.predictor.generating:
             self.hot.use(layer, learned.experts)
-        tokens = {group.expert: group for group in tokens_by_expert(decision.experts)}
         outputs = ExpertOutputs(hidden, decision)
         try:
             with self._changed:
@@ -168,7 +171,7 @@ class OffloadedExperts:
             missing = len(ranked.experts)
             while missing:
                 computes = self._next_computes()
-                self._launch(computes, outputs.compute, tokens)
+                self._launch(computes, outputs.compute)
                 missing -= len(computes)
         except BaseException:
             self._abandon()
@@ -208,7 +211,7 @@ class OffloadedExperts:
                 for group in now:
                     while group.expert not in arrived:
                         arrived.update((compute.key.expert, compute) for compute in self._next_computes())
-                    self._launch([arrived[group.expert]], total.add, {group.expert: group})
+                    self._launch([arrived[group.expert]], partial(_add_one, total, group))
         except BaseException:
             self._abandon()
             raise
@@ -228,17 +231,10 @@ class OffloadedExperts:
         pairs = [pair for pair in zip(ranked.experts, ranked.scores, strict=True) if pair[0] in kept]
         return Ranked([expert for expert, _ in pairs], [score for _, score in pairs])
 
-    def _launch(
-        self,
-        computes: Sequence[Compute],
-        work: Callable[[Sequence[ExpertWork]], None],
-        tokens: Mapping[int, ExpertTokens],
-    ) -> None:
+    def _launch(self, computes: Sequence[Compute], work: Callable[[Sequence[ExpertWork]], None]) -> None:
         """Have `work` done with the experts' weights, and give their slots free for what comes next."""
-        todo = [
-            ExpertWork(tokens[key.expert], self.arena.weights(slot, self.store.layout(key)))
-            for key, slot in ((compute.key, compute.slot) for compute in computes)
-        ]
+        weights, layout = self.arena.weights, self.store.layout
+        todo = [ExpertWork(one.key.expert, weights(one.slot, layout(one.key))) for one in computes]
         self.transfers.launch(Stream.COMPUTE, partial(work, todo), reads=[compute.slot for compute in computes])
         with self._changed:
             for compute in computes:

@@ -73,17 +73,17 @@ def serves(hidden: Tensor, *experts: Expert) -> bool:
 
 def experts_ffn(
     hidden: Tensor,
+    chosen: Tensor | None,
+    numbers: Sequence[int],
     experts: Sequence[Expert],
-    places: Sequence[Tensor | None],
     out: Tensor,
     *,
     kernel: KernelStatus | None = None,
     threads: int | None = None,
 ) -> None:
-    """Each expert on its tokens: down(silu(gate(x)) * up(x)) of rows of `hidden` [T, H], into rows of `out` [T * k, H].
-
-    Both are contiguous, bf16 or float32. `places` [n] int64 are an expert's rows of `out`, and divided by k its rows of
-    `hidden`; None: all of them. No two experts share a place.
+    """Experts on the tokens that chose them: down(silu(gate(x)) * up(x)) of rows of `hidden` [T, H], into the rows of
+    `out` [T * k, H] whose number in `chosen` [T, k] int64 is theirs; other rows stay as they are. All contiguous,
+    `hidden` and `out` bf16 or float32. Without `chosen`, one expert computes all rows.
 
     Products are summed in float32 and the inner activation is not rounded to `hidden`'s dtype. Activations meet bf16
     and int4 weights as bf16 on AVX512-BF16 and as float32 elsewhere; they meet int8 weights as integers of at most
@@ -97,17 +97,14 @@ def experts_ffn(
     assert library is not None
     if not experts or not out.numel():
         return
-    shape = experts[0].shape
-    _check_activations(hidden, out, experts, places)
+    _check_activations(hidden, chosen, numbers, experts, out)
     threads = library.threads() if threads is None or library.parallel is None else threads
-    table: list[int] = []
-    for expert, rows in zip(experts, places, strict=True):
-        where, count = (0, out.shape[0]) if rows is None else (rows.data_ptr(), rows.numel())
-        table += (*expert.pointers, where, count)
-    format_, width, inner, group = shape
-    sizes = (len(experts), out.shape[0] // hidden.shape[0], width, inner, group, out.shape[0])
+    table = [part for one, named in zip(experts, numbers, strict=True) for part in (*one.pointers, named)]
+    format_, width, inner, group = experts[0].shape
+    sizes = (len(experts), out.shape[0], out.shape[0] // hidden.shape[0], width, inner, group)
     bf16 = hidden.dtype == torch.bfloat16
-    library.experts(number, format_, bf16, threads, sizes, hidden.data_ptr(), table, out.data_ptr())
+    where = None if chosen is None else chosen.data_ptr()
+    library.experts(number, format_, bf16, threads, sizes, hidden.data_ptr(), where, table, out.data_ptr())
 
 
 def expert_ffn(
@@ -122,7 +119,7 @@ def expert_ffn(
     """One expert on all rows of `hidden` [n, H], to [n, H] in its dtype; see `experts_ffn`."""
     hidden = hidden.contiguous()
     out = torch.empty_like(hidden)
-    experts_ffn(hidden, [Expert.of(gate, up, down)], [None], out, kernel=kernel, threads=threads)
+    experts_ffn(hidden, None, [0], [Expert.of(gate, up, down)], out, kernel=kernel, threads=threads)
     return out
 
 
@@ -150,20 +147,26 @@ def _tensors(matrices: Sequence[Matrix]) -> list[Tensor]:
     return [tensor for matrix in matrices for tensor in matrix if tensor is not None]
 
 
-def _check_activations(hidden: Tensor, out: Tensor, experts: Sequence[Expert], places: Sequence[Tensor | None]) -> None:
+def _check_activations(
+    hidden: Tensor, chosen: Tensor | None, numbers: Sequence[int], experts: Sequence[Expert], out: Tensor
+) -> None:
     if hidden.dim() != 2 or hidden.dtype not in (torch.bfloat16, torch.float32) or not hidden.is_contiguous():
         raise ValueError(f"hidden is {_told(hidden)}, wanted contiguous bf16 or float32 [T, H]")
     tokens, width = hidden.shape
-    if out.dtype != hidden.dtype or out.shape[1:] != (width,) or not out.is_contiguous() or out.shape[0] % tokens:
+    choices = out.shape[0] // tokens
+    if out.dtype != hidden.dtype or out.shape != (tokens * choices, width) or not out.is_contiguous():
         raise ValueError(f"out is {_told(out)}, wanted contiguous {hidden.dtype} [{tokens} k, {width}]")
     shape = experts[0].shape
     if shape[1] != width:
         raise ValueError(f"an expert takes {shape[1]} columns, hidden has {width}")
-    if any(expert.shape != shape for expert in experts):
-        raise ValueError("the experts of one call differ in format or shape")
-    if any(rows is not None and (rows.dtype != torch.int64 or not rows.is_contiguous()) for rows in places):
-        raise ValueError("places are not contiguous int64 tensors")
-    devices = {tensor.device.type for tensor in (hidden, out, *places) if tensor is not None}
+    if any(expert.shape != shape for expert in experts) or not len(set(numbers)) == len(numbers) == len(experts):
+        raise ValueError("the experts of one call differ in format or shape, or have not a number each")
+    if chosen is None:
+        if choices != 1 or len(experts) != 1:
+            raise ValueError(f"{len(experts)} experts and {choices} choices per token, but nothing says who chose whom")
+    elif chosen.shape != (tokens, choices) or chosen.dtype != torch.int64 or not chosen.is_contiguous():
+        raise ValueError(f"chosen is {_told(chosen)}, wanted contiguous int64 [{tokens}, {choices}]")
+    devices = {tensor.device.type for tensor in (hidden, out, chosen) if tensor is not None}
     if devices != {"cpu"}:
         raise ValueError(f"tensors are on {', '.join(sorted(devices))}, wanted all on the CPU")
 

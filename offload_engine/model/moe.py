@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import NamedTuple, Protocol
 
@@ -16,9 +16,6 @@ from offload_engine.model.config import ModelConfig
 from offload_engine.model.layers import SwiGLU
 from offload_engine.model.quantized import Matrix, QuantizedMatrix, in_dtype
 from offload_engine.routing.base import Route
-
-LAUNCH_ROWS = 1024
-"""Rows, tokens times their experts, that a kernel is given at a time: what bounds its workspace, some 6 KB for each."""
 
 
 class _Matrices(NamedTuple):
@@ -79,9 +76,9 @@ class ExpertTokens(NamedTuple):
 
 
 class ExpertWork(NamedTuple):
-    """An expert to be run, and on what."""
+    """An expert of the layer to be run."""
 
-    tokens: ExpertTokens
+    expert: int
     weights: ExpertWeights
 
 
@@ -112,7 +109,7 @@ def expert_ffn(hidden: Tensor, weights: ExpertWeights) -> Tensor:
     if expert is not None:
         hidden = hidden.contiguous()
         out = torch.empty_like(hidden)
-        kernels.experts_ffn(hidden, [expert], [None], out)
+        kernels.experts_ffn(hidden, None, [0], [expert], out)
         return out
     rows = hidden.shape[0]
     missing = padded_rows(rows, hidden.dtype) - rows
@@ -144,47 +141,40 @@ class ExpertOutputs:
 
     def __init__(self, hidden: Tensor, decision: RoutingDecision) -> None:
         self.hidden = hidden.contiguous()
-        self.decision = decision
-        self.choices = decision.experts.shape[1]
-        self.outputs = hidden.new_zeros(decision.experts.numel(), hidden.shape[1])
+        self.chosen = decision.experts.contiguous()
+        self.weights = decision.weights.contiguous()
+        self.fused = hidden.dtype == torch.bfloat16 and not torch.is_grad_enabled() and kernels.serves(hidden)
+        """Our kernels sum, and compute what they can. Places of no expert then stay unwritten, and are not read."""
+        rows = self.chosen.numel(), hidden.shape[1]
+        self.outputs = hidden.new_empty(rows) if self.fused else hidden.new_zeros(rows)
+
+    @cached_property
+    def places(self) -> dict[int, Tensor]:
+        """By expert, where its outputs go: `ExpertTokens.places`."""
+        return {group.expert: group.places for group in tokens_by_expert(self.chosen)}
 
     def compute(self, work: Sequence[ExpertWork]) -> None:
-        """Run some of the experts, each on its tokens."""
-        fused: list[tuple[kernels.Expert, Tensor]] = []
-        for tokens, weights in work:
-            expert = _for_kernel(self.hidden, weights)
-            if expert is not None:
-                fused.append((expert, tokens.places))
-                continue
-            rows = self.hidden.index_select(0, tokens.places.div(self.choices, rounding_mode="floor"))
-            self.outputs.index_copy_(0, tokens.places, expert_ffn(rows, weights))
-        for launch in _launches(fused):
-            kernels.experts_ffn(
-                self.hidden, [expert for expert, _ in launch], [places for _, places in launch], self.outputs
-            )
+        """Run some of the experts, each on the tokens that chose it."""
+        if self.fused:
+            experts = [weights.kernel_expert for _expert, weights in work]
+            fitting = [expert for expert in experts if expert is not None]
+            if len(fitting) == len(work) and kernels.serves(self.hidden, *fitting):
+                numbers = [expert for expert, _weights in work]
+                kernels.experts_ffn(self.hidden, self.chosen, numbers, fitting, self.outputs)
+                return
+        choices = self.chosen.shape[1]
+        for expert, weights in work:
+            places = self.places[expert]
+            rows = self.hidden.index_select(0, places.div(choices, rounding_mode="floor"))
+            self.outputs.index_copy_(0, places, expert_ffn(rows, weights))
 
     def combine(self) -> Tensor:
         """The weighted sum [T, H]: accumulated in float32, then cast (REFERENCE §1)."""
-        experts, weights = self.decision.experts, self.decision.weights
-        per_choice = self.outputs.view(*experts.shape, -1)
-        if per_choice.dtype == torch.bfloat16 and kernels.serves(per_choice) and not torch.is_grad_enabled():
-            return kernels.weighted_sum(per_choice, experts.contiguous(), weights.contiguous())
-        summed = per_choice.to(torch.float32, copy=True).mul_(weights.unsqueeze(-1)).sum(dim=1)
+        per_choice = self.outputs.view(*self.chosen.shape, -1)
+        if self.fused:
+            return kernels.weighted_sum(per_choice, self.chosen, self.weights)
+        summed = per_choice.to(torch.float32, copy=True).mul_(self.weights.unsqueeze(-1)).sum(dim=1)
         return summed.to(self.hidden.dtype)
-
-
-def _launches(work: list[tuple[kernels.Expert, Tensor]]) -> Iterator[list[tuple[kernels.Expert, Tensor]]]:
-    """The work in its order, cut into what one call of the kernel may be given."""
-    launch: list[tuple[kernels.Expert, Tensor]] = []
-    rows = 0
-    for expert, places in work:
-        if launch and (rows + places.numel() > LAUNCH_ROWS or expert.shape != launch[0][0].shape):
-            yield launch
-            launch, rows = [], 0
-        launch.append((expert, places))
-        rows += places.numel()
-    if launch:
-        yield launch
 
 
 class ExpertSum:
@@ -201,13 +191,12 @@ class ExpertSum:
         self.rows = rows
         self.sum = torch.zeros(hidden.shape, dtype=torch.float32, device=hidden.device)
 
-    def add(self, work: Sequence[ExpertWork]) -> None:
-        """Run these experts, one after the other, each on its tokens."""
-        for tokens, weights in work:
-            for places in tokens.places.split(self.rows):
-                rows = places.div(self.choices, rounding_mode="floor")
-                out = expert_ffn(self.hidden.index_select(0, rows), weights).float()
-                self.sum.index_add_(0, rows, out.mul_(self.weights[places].unsqueeze(-1)))
+    def add(self, tokens: ExpertTokens, weights: ExpertWeights) -> None:
+        """Run one expert on its tokens."""
+        for places in tokens.places.split(self.rows):
+            rows = places.div(self.choices, rounding_mode="floor")
+            out = expert_ffn(self.hidden.index_select(0, rows), weights).float()
+            self.sum.index_add_(0, rows, out.mul_(self.weights[places].unsqueeze(-1)))
 
 
 class ResidentExperts:
@@ -226,15 +215,15 @@ class ResidentExperts:
     def run(self, layer: int, hidden: Tensor, decision: RoutingDecision) -> Tensor:
         """See `ExpertExecutor`."""
         outputs = ExpertOutputs(hidden, decision)
-        groups = tokens_by_expert(decision.experts)
-        outputs.compute([ExpertWork(tokens, self.weights(layer, tokens.expert)) for tokens in groups])
+        used = decision.experts.unique().tolist()
+        outputs.compute([ExpertWork(expert, self.weights(layer, expert)) for expert in used if expert >= 0])
         return outputs.combine()
 
     def sweep(self, layer: int, hidden: Tensor, decision: RoutingDecision, rows: int) -> Tensor:
         """See `ExpertExecutor`."""
         total = ExpertSum(hidden, decision, rows)
         for tokens in tokens_by_expert(decision.experts):
-            total.add([ExpertWork(tokens, self.weights(layer, tokens.expert))])
+            total.add(tokens, self.weights(layer, tokens.expert))
         return total.sum
 
 

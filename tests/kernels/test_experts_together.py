@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given
@@ -19,52 +21,66 @@ def variants(library: Library) -> list[KernelStatus]:
 
 
 @pytest.mark.parametrize("form", FORMATS)
-@given(chosen=st.lists(st.lists(st.integers(0, 5), min_size=CHOICES, max_size=CHOICES), min_size=1, max_size=40))
+@given(chosen=st.lists(st.lists(st.integers(-1, 5), min_size=CHOICES, max_size=CHOICES), min_size=1, max_size=40))
 def test_experts_together_give_what_each_gives_alone(library: Library, form: str, chosen: list[list[int]]) -> None:
-    experts = [random_expert(form, HIDDEN, INNER, seed=number) for number in range(6)]
-    flat = torch.tensor(chosen).flatten()
+    experts = [random_expert(form, HIDDEN, INNER, seed=number) for number in range(5)]  # nobody computes 5
+    decision = torch.tensor(chosen)
+    flat = decision.flatten()
     for dtype in (torch.bfloat16, torch.float32):
         hidden = random_hidden(len(chosen), HIDDEN, dtype)
-        places = [(flat == number).nonzero().flatten() for number in range(6)]  # of no token at all, too
         for kernel in variants(library):
-            wanted = torch.full((flat.numel(), HIDDEN), torch.nan, dtype=dtype)
-            for expert, rows in zip(experts, places, strict=True):
+            wanted = torch.full((flat.numel(), HIDDEN), 7.0, dtype=dtype)
+            for number, expert in enumerate(experts):
+                rows = (flat == number).nonzero().flatten()
                 wanted[rows] = expert_ffn(hidden[rows // CHOICES], *expert, kernel=kernel, threads=1)
             for threads in (1, 2):
-                found = torch.full_like(wanted, torch.nan)
+                found = torch.full_like(wanted, 7.0)
                 together = [Expert.of(*expert) for expert in experts]
-                experts_ffn(hidden, together, places, found, kernel=kernel, threads=threads)
+                experts_ffn(hidden, decision, range(5), together, found, kernel=kernel, threads=threads)
                 assert torch.equal(found, wanted)
+
+
+def test_more_rows_than_the_workspace_has_are_computed_in_pieces(library: Library) -> None:
+    kernel = choose(library, "auto")
+    experts = [random_expert("bf16", 32, 16, seed=number) for number in range(4)]
+    hidden = random_hidden(1500, 32, torch.bfloat16)
+    decision = torch.tensor([[0, 1], [2, 3], [0, 2]]).repeat(500, 1)  # 1000, 500, 1000 and 500 rows
+    found = torch.empty(3000, 32, dtype=torch.bfloat16)
+    experts_ffn(hidden, decision, [0, 1, 2, 3], [Expert.of(*one) for one in experts], found, kernel=kernel)
+    for number, expert in enumerate(experts):
+        rows = (decision.flatten() == number).nonzero().flatten()
+        assert torch.equal(found[rows], expert_ffn(hidden[rows // 2], *expert, kernel=kernel))
 
 
 @pytest.mark.parametrize(
     ("change", "told"),
     [
-        ({"places": [torch.tensor([0, 30])]}, "code 3"),
-        ({"places": [torch.tensor([-1])]}, "code 3"),
-        ({"places": [torch.tensor([0], dtype=torch.int32)]}, "int64"),
+        ({"chosen": torch.zeros(10, 3, dtype=torch.int32)}, "chosen is int32"),
+        ({"chosen": torch.zeros(10, 2, dtype=torch.int64)}, r"chosen is int64 \[10, 2\], wanted .* \[10, 3\]"),
+        ({"chosen": torch.zeros(3, 10, dtype=torch.int64).T}, "contiguous int64"),
+        ({"chosen": None}, "nothing says who chose whom"),
         ({"out": torch.empty(31, HIDDEN).bfloat16()}, r"out is bfloat16 \[31, 96\]"),
         ({"out": torch.empty(30, HIDDEN)}, "out is float32"),
         ({"hidden": torch.empty(10, HIDDEN + 16).bfloat16()}, "out is"),
+        ({"experts": [Expert.of(*random_expert("bf16", HIDDEN + 16, INNER))]}, "takes 112 columns, hidden has 96"),
+        ({"numbers": [0, 0]}, "a number each"),
         (
-            {"experts": [Expert.of(*random_expert("int8", HIDDEN, INNER)), Expert.of(*random_expert("bf16", 96, 48))]},
+            {"experts": [Expert.of(*random_expert(form, HIDDEN, INNER)) for form in ("int8", "bf16")]},
             "differ",
         ),
-        ({"experts": [Expert.of(*random_expert("bf16", HIDDEN + 16, INNER))]}, "takes 112 columns, hidden has 96"),
     ],
 )
-def test_calls_that_do_not_fit_are_refused(library: Library, change: dict[str, object], told: str) -> None:
-    good = {
+def test_calls_that_do_not_fit_are_refused(library: Library, change: dict[str, Any], told: str) -> None:
+    good: dict[str, Any] = {
         "hidden": random_hidden(10, HIDDEN, torch.bfloat16),
+        "chosen": torch.zeros(10, 3, dtype=torch.int64),
+        "numbers": [0],
         "experts": [Expert.of(*random_expert("bf16", HIDDEN, INNER))],
-        "places": [torch.arange(10)],
         "out": torch.empty(30, HIDDEN, dtype=torch.bfloat16),
     }
-    experts_ffn(**good, kernel=choose(library, "auto"))  # type: ignore[arg-type]
-    call = good | change
-    call["places"] = call["places"] * len(call["experts"])  # type: ignore[operator, arg-type]
+    experts_ffn(**good, kernel=choose(library, "auto"))
     with pytest.raises(ValueError, match=told):
-        experts_ffn(**call, kernel=choose(library, "auto"))  # type: ignore[arg-type]
+        experts_ffn(**good | change, kernel=choose(library, "auto"))
 
 
 @given(

@@ -14,21 +14,29 @@
 #define LEAD 4   /* rows between what is computed and what is prefetched; below CHUNK */
 #define ALIGN 64
 
-/* One expert and the rows of `hidden` and `out` that are its tokens'. */
+#define ROWS 1024 /* tokens times their experts, worked on at a time: what bounds the workspace, some 6 KB for each */
+
+/* One expert's matrices, and the number it has in the decision. */
 struct expert {
     const void *gate, *gate_scales, *up, *up_scales, *down, *down_scales;
-    const int64_t *places; /* [tokens], rising; row of `out`, and times `choices` the row of `hidden`; null: 0, 1, ... */
-    int64_t tokens;
+    int64_t number;
+};
+
+/* The rows of `out` that an expert fills: places[first] to places[first + count - 1], the rows of `hidden` times k. */
+struct share {
+    int64_t first, count;
 };
 
 struct job {
     const struct variant *variant;
-    const struct expert *experts; /* [count] */
+    const struct expert *experts; /* those worked on, and */
+    const struct share *shares;   /* what is theirs */
+    const int64_t *places;
     int64_t count, choices, h, i, group;
     int format, bf16;      /* `hidden` and `out` are bf16, else float32 */
     const char *hidden;    /* [.., h] */
     char *out;             /* [.., h] */
-    int64_t *first;        /* [count]: the expert's first row among the packed ones */
+    int64_t start;         /* place of the first packed row */
     float *inner;          /* [rows, i] */
     char *packed;          /* [rows]: the activations that the matrices of this phase are multiplied with */
     float *packed_scale;   /* [rows], integer path only */
@@ -85,11 +93,6 @@ static struct matrix down_of(const struct job *job, const struct expert *expert)
     return (struct matrix){expert->down, expert->down_scales, job->h, job->i, job->group, job->format};
 }
 
-static int64_t place_of(const struct expert *expert, int64_t token)
-{
-    return expert->places ? expert->places[token] : token;
-}
-
 /* What one thread works with. */
 struct worker {
     float *row;    /* of activations */
@@ -110,10 +113,11 @@ static int64_t take_ticket(struct job *job)
     return __atomic_fetch_add(&job->next, 1, __ATOMIC_RELAXED);
 }
 
-/* CHUNK rows of one of the experts' matrices. */
+/* CHUNK rows of one of the experts' matrices, and its tokens: packed rows, places. */
 struct chunk {
     const struct expert *expert;
-    int64_t packed, first, last;
+    const int64_t *places;
+    int64_t packed, tokens, first, last;
 };
 
 static int64_t chunks(const struct job *job, int64_t rows)
@@ -125,7 +129,9 @@ static struct chunk chunk_of(const struct job *job, int64_t ticket, int64_t rows
 {
     int64_t each = (rows + CHUNK - 1) / CHUNK, index = ticket / each, first = ticket % each * CHUNK;
     int64_t last = first + CHUNK < rows ? first + CHUNK : rows;
-    return (struct chunk){&job->experts[index], job->first[index], first, last};
+    struct share share = job->shares[index];
+    const int64_t *places = job->places + share.first;
+    return (struct chunk){&job->experts[index], places, share.first - job->start, share.count, first, last};
 }
 
 /* A chunk of a matrix times its expert's packed activations, into tile[t * CHUNK + row - first]. `after` is what this
@@ -141,7 +147,7 @@ static void project(
         .packed = job->packed + chunk->packed * job->stride,
         .stride = job->stride,
         .padded = padded,
-        .tokens = chunk->expert->tokens,
+        .tokens = chunk->tokens,
         .ahead_bytes = DMOE_ROWS * size,
         .out_stride = CHUNK,
     };
@@ -171,12 +177,12 @@ static void pack_hidden(void *argument)
     struct job *job = argument;
     float *row = take_worker(job).row;
     for (int64_t index; (index = take_ticket(job)) < job->count;) {
-        const struct expert *expert = &job->experts[index];
-        for (int64_t t = 0; t < expert->tokens; t++) {
-            int64_t at = place_of(expert, t) / job->choices * job->h;
+        struct share share = job->shares[index];
+        for (int64_t t = 0; t < share.count; t++) {
+            int64_t at = job->places[share.first + t] / job->choices * job->h;
             if (job->bf16)
                 decode_bf16_inline((const unsigned char *)job->hidden + 2 * at, job->h, job->h, row);
-            pack_row(job, job->bf16 ? row : (const float *)job->hidden + at, job->first[index] + t, job->h);
+            pack_row(job, job->bf16 ? row : (const float *)job->hidden + at, share.first - job->start + t, job->h);
         }
     }
 }
@@ -195,7 +201,7 @@ static void gate_and_up(void *argument)
         project(job, &gate, &chunk, row_values(&up, chunk.first), mine.decoded, mine.tile);
         project(job, &up, &chunk, row_values(&next_gate, following.first), mine.decoded, mine.other);
         int64_t count = chunk.last - chunk.first;
-        for (int64_t t = 0; t < chunk.expert->tokens; t++) {
+        for (int64_t t = 0; t < chunk.tokens; t++) {
             float *tile = mine.tile + t * CHUNK;
             job->variant->silu_times(tile, mine.other + t * CHUNK, count);
             memcpy(job->inner + (chunk.packed + t) * job->i + chunk.first, tile, (size_t)count * sizeof *tile);
@@ -207,8 +213,8 @@ static void pack_inner(void *argument)
 {
     struct job *job = argument;
     for (int64_t index; (index = take_ticket(job)) < job->count;)
-        for (int64_t t = 0; t < job->experts[index].tokens; t++) {
-            int64_t at = job->first[index] + t;
+        for (int64_t t = 0; t < job->shares[index].count; t++) {
+            int64_t at = job->shares[index].first - job->start + t;
             pack_row(job, job->inner + at * job->i, at, job->i);
         }
 }
@@ -225,8 +231,8 @@ static void down(void *argument)
         struct matrix matrix = down_of(job, chunk.expert), next_matrix = down_of(job, following.expert);
         project(job, &matrix, &chunk, row_values(&next_matrix, following.first), mine.decoded, mine.tile);
         int64_t count = chunk.last - chunk.first;
-        for (int64_t t = 0; t < chunk.expert->tokens; t++) {
-            int64_t at = place_of(chunk.expert, t) * job->h + chunk.first;
+        for (int64_t t = 0; t < chunk.tokens; t++) {
+            int64_t at = chunk.places[t] * job->h + chunk.first;
             if (job->bf16)
                 job->variant->round(mine.tile + t * CHUNK, count, (uint16_t *)job->out + at);
             else
@@ -245,18 +251,41 @@ static void run(struct job *job, void (*phase)(void *), int threads, parallel_fn
         phase(job);
 }
 
+/* Work on experts that need no more memory than the workspace has. */
+static void run_experts(struct job *job, int threads, parallel_fn parallel)
+{
+    run(job, pack_hidden, threads, parallel);
+    run(job, gate_and_up, threads, parallel);
+    run(job, pack_inner, threads, parallel);
+    run(job, down, threads, parallel);
+}
+
+/* Sort the places [0, rows) by the experts that `chosen` names there, rising; those of no expert are left out. */
+static void sort_places(
+    const int64_t *chosen, int64_t rows, const struct expert *experts, int64_t count, int64_t *places,
+    struct share *shares)
+{
+    for (int64_t index = 0, at = 0; index < count; index++) {
+        shares[index].first = at;
+        for (int64_t place = 0; place < rows; place++)
+            if (!chosen || chosen[place] == experts[index].number)
+                places[at++] = place;
+        shares[index].count = at - shares[index].first;
+    }
+}
+
 /* `count` experts on their tokens, all with gate and up [i, h] and down [h, i] in `format`, `group` columns per scale in
- * int4; hidden and out both bf16 or both float32. Row places[t] of out is the expert's output for row places[t] / choices
- * of hidden; no two experts share a place. `parallel` may be null if `threads` is 1.
+ * int4; hidden [rows / choices, h] and out [rows, h] both bf16 or both float32. Where chosen [rows] names an expert's
+ * number, out has what it makes of hidden; an expert is named here once. Null: the first one is chosen everywhere.
+ * `parallel` may be null if `threads` is 1.
  */
 DMOE_EXPORT int dmoe_experts(
-    int variant, int format, int bf16, int threads, parallel_fn parallel, int64_t count, int64_t choices, int64_t h,
-    int64_t i, int64_t group, int64_t places, const void *hidden, const struct expert *experts, void *out)
+    int variant, int format, int bf16, int threads, parallel_fn parallel, int64_t count, int64_t rows, int64_t choices,
+    int64_t h, int64_t i, int64_t group, const void *hidden, const int64_t *chosen, const struct expert *experts,
+    void *out)
 {
     struct job job = {
         .variant = dmoe_variant_at(variant),
-        .experts = experts,
-        .count = count,
         .choices = choices,
         .h = h,
         .i = i,
@@ -268,41 +297,53 @@ DMOE_EXPORT int dmoe_experts(
     };
     if (!job.variant)
         return DMOE_NO_VARIANT;
-    int64_t rows = 0, most = 0;
-    for (int64_t index = 0; index < count; index++) {
-        rows += experts[index].tokens;
-        most = experts[index].tokens > most ? experts[index].tokens : most;
-        for (int64_t t = 0; t < experts[index].tokens; t++)
-            if (place_of(&experts[index], t) < 0 || place_of(&experts[index], t) >= places)
-                return DMOE_BAD_PLACE;
-    }
+    int64_t places_size = round_up(rows * (int64_t)sizeof(int64_t), ALIGN);
+    char *sorted = NULL;
+    if (posix_memalign((void **)&sorted, ALIGN, (size_t)(places_size + count * (int64_t)sizeof(struct share))))
+        return DMOE_NO_MEMORY;
+    struct share *shares = (struct share *)(sorted + places_size);
+    job.places = (const int64_t *)sorted;
+    sort_places(chosen, rows, experts, count, (int64_t *)sorted, shares);
+    int64_t most = 0, largest = 0; /* tokens of one expert; rows worked on at a time */
+    for (int64_t index = 0; index < count; index++)
+        most = shares[index].count > most ? shares[index].count : most;
+    largest = shares[count - 1].first + shares[count - 1].count;
+    if (largest > ROWS)
+        largest = most > ROWS ? most : ROWS;
+
     int64_t widest = round_up(h > i ? h : i, DMOE_PAD);
     job.stride = round_up(widest * element_size(&job), ALIGN) + DMOE_SPARE;
     job.row_bytes = round_up(h * (int64_t)sizeof(float), ALIGN);
     job.decoded_bytes = round_up(DMOE_ROWS * widest * element_size(&job), ALIGN);
     job.tile_bytes = round_up(most * CHUNK * (int64_t)sizeof(float), ALIGN);
     job.scratch_size = job.row_bytes + job.decoded_bytes + 2 * job.tile_bytes;
-
-    int64_t packed_size = rows * job.stride;
-    int64_t inner_size = round_up(rows * i * (int64_t)sizeof(float), ALIGN);
-    int64_t scale_size = round_up(rows * (int64_t)sizeof(float), ALIGN);
-    int64_t first_size = round_up(count * (int64_t)sizeof(int64_t), ALIGN);
+    int64_t packed_size = largest * job.stride;
+    int64_t inner_size = round_up(largest * i * (int64_t)sizeof(float), ALIGN);
+    int64_t scale_size = round_up(largest * (int64_t)sizeof(float), ALIGN);
+    size_t size = (size_t)(packed_size + inner_size + scale_size + threads * job.scratch_size);
     char *workspace = NULL;
-    size_t size = (size_t)(packed_size + inner_size + scale_size + first_size + threads * job.scratch_size);
-    if (posix_memalign((void **)&workspace, ALIGN, size))
+    if (posix_memalign((void **)&workspace, ALIGN, size)) {
+        free(sorted);
         return DMOE_NO_MEMORY;
+    }
     job.packed = workspace;
     job.inner = (float *)(job.packed + packed_size);
     job.packed_scale = (float *)((char *)job.inner + inner_size);
-    job.first = (int64_t *)((char *)job.packed_scale + scale_size);
-    job.scratch = (char *)job.first + first_size;
-    for (int64_t index = 0, row = 0; index < count; row += experts[index++].tokens)
-        job.first[index] = row;
+    job.scratch = (char *)job.packed_scale + scale_size;
 
-    run(&job, pack_hidden, threads, parallel);
-    run(&job, gate_and_up, threads, parallel);
-    run(&job, pack_inner, threads, parallel);
-    run(&job, down, threads, parallel);
+    for (int64_t from = 0; from < count; from += job.count) {
+        int64_t taken = shares[from].count;
+        for (job.count = 1; from + job.count < count; job.count++) {
+            taken += shares[from + job.count].count;
+            if (taken > largest)
+                break;
+        }
+        job.experts = experts + from;
+        job.shares = shares + from;
+        job.start = shares[from].first;
+        run_experts(&job, threads, parallel);
+    }
     free(workspace);
+    free(sorted);
     return DMOE_OK;
 }

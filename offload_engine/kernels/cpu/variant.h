@@ -70,7 +70,7 @@ typedef void (*parallel_fn)(void (*body)(void *), void *data, unsigned threads, 
 
 #define DMOE_EXPORT __attribute__((visibility("default")))
 
-enum { DMOE_OK = 0, DMOE_NO_MEMORY = 1, DMOE_NO_VARIANT = 2, DMOE_BAD_PLACE = 3 };
+enum { DMOE_OK = 0, DMOE_NO_MEMORY = 1, DMOE_NO_VARIANT = 2 };
 
 extern const struct variant dmoe_generic;
 #if defined(__x86_64__)
