@@ -57,7 +57,7 @@ class Library:
         self._run.argtypes = [*(_INT,) * 4, _POINTER, *(_INT64,) * 4, *(_POINTER,) * 8]
         self.select = library.dmoe_select
         """cpu/select.c, unchecked, as is the next."""
-        self.select.argtypes = [_INT, *(_INT64,) * 6, _INT, _FLOAT, _DOUBLE, _INT64, *(_POINTER,) * 8]
+        self.select.argtypes = [_INT, *(_INT64,) * 6, _INT, _FLOAT, _DOUBLE, _INT64, *(_POINTER,) * 7]
         self.select.restype = _INT64
         self.rank = library.dmoe_rank
         self.rank.argtypes = [_INT64, _POINTER, _INT64, _INT64, *(_POINTER,) * 3]

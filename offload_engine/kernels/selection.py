@@ -1,6 +1,7 @@
 """Which experts the tokens of a forward go to, by the C kernels: the checks that keep them in bounds, and the calls.
 
-They decide as the torch operations of offload_engine/routing do, bit for bit; cpu/select.c says how.
+They decide as the torch operations of offload_engine/routing do, bit for bit; cpu/select.c says how. Where `serves` does
+not say yes, the decision is torch's.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ MOST_EXPERTS, MOST_CHOICES = 1024, 64
 """What there is room for (cpu/select.c)."""
 
 _VOTE, _ELECT, _CHOOSE, _TALLY, _FLOOR = 1, 2, 4, 8, 16
-_NOTHING = torch.empty(0)
+_NOTHING = torch.empty(0, device="cpu")
 """A null pointer to the kernel."""
 
 
@@ -46,8 +47,8 @@ class _Done(NamedTuple):
 
     experts: Tensor
     weights: Tensor
-    coreset: Tensor
-    voted: Tensor
+    marks: Tensor
+    """[B, E] bool: the coreset; if only voted for, whether there were any votes."""
     votes: Tensor
 
 
@@ -95,13 +96,13 @@ def route_by_coreset(
     """dMoE: experts [T, k] int64, weights [T, k] float32, coresets [B, E] bool, block scores [B, E] float32."""
     stages = _VOTE | _ELECT | _CHOOSE | _FLOOR
     done = _run(stages, block_ids, k, selection, scores, router, top_p=top_p, least=min_experts)
-    return done.experts, done.weights, done.coreset, done.votes
+    return done.experts, done.weights, done.marks, done.votes
 
 
 def vote(selection: Tensor, block_ids: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """As `routing.base.block_votes`: votes [B, E] float32, and whether there were any, [B, E] bool."""
     done = _run(_VOTE, block_ids, k, selection)
-    return done.votes, done.voted
+    return done.votes, done.marks
 
 
 def choose_inside(
@@ -110,8 +111,10 @@ def choose_inside(
     """As `routing.base.choose_inside`: experts [T, k] int64, weights [T, k] float32. Raises IndexError for a block that
     `coreset` [B, E] bool has no row for.
     """
-    if coreset.dtype != torch.bool or coreset.shape[1:] != selection.shape[1:]:
-        raise ValueError(f"coreset is {coreset.dtype} {list(coreset.shape)}, wanted bool [B, {selection.shape[1]}]")
+    width = selection.shape[1]
+    if not coreset.is_cpu or coreset.dtype != torch.bool or coreset.dim() != 2 or coreset.shape[1] != width:
+        told = f"{coreset.dtype} {list(coreset.shape)} on {coreset.device}"
+        raise ValueError(f"coreset is {told}, wanted bool [B, {width}] on the CPU")
     done = _run(_CHOOSE, block_ids, k, selection, scores, router, coreset=coreset.contiguous())
     return done.experts, done.weights
 
@@ -164,18 +167,19 @@ def _run(
         raise ValueError(f"no kernel is in use: {status().reason}")
     (tokens, width), k = selection.shape, min(k, selection.shape[1])
     choices = [tokens, k] if stages & _CHOOSE else [0]
-    experts, weights = torch.empty(choices, dtype=torch.int64), torch.empty(choices)
+    experts, weights = block_ids.new_empty(choices), selection.new_empty(choices)
     blocks = coreset.shape[0] if coreset is not _NOTHING else 1
     numbers = router.n_group, router.topk_group, router.norm_topk_prob, router.routed_scaling_factor, top_p, least
     while True:
-        elected = torch.empty(blocks, width, dtype=torch.bool) if stages & _ELECT else coreset
-        voted = torch.empty(blocks, width, dtype=torch.bool) if stages & _VOTE else _NOTHING
-        votes = torch.empty(blocks, width) if stages & (_VOTE | _TALLY) else _NOTHING
-        done = _Done(experts, weights, elected, voted, votes)
+        marks = selection.new_empty(blocks, width, dtype=torch.bool) if stages & _VOTE else coreset
+        votes = selection.new_empty(blocks, width) if stages & (_VOTE | _TALLY) else _NOTHING
+        done = _Done(experts, weights, marks, votes)
         pointers = [tensor.data_ptr() for tensor in (block_ids, scores, selection, *done)]
         needed = library.select(stages, tokens, width, blocks, k, *numbers, *pointers)
         if not needed:
             return done
-        if needed < 0 or coreset is not _NOTHING:
+        if needed < 0:
+            raise ValueError(f"{width} experts, {k} of them per token, in {router.n_group} groups don't fit the kernel")
+        if coreset is not _NOTHING:
             raise IndexError(f"block {needed - 1} has no row in a coreset of {blocks}")
         blocks = needed

@@ -91,7 +91,7 @@ def select_scores(logits: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
     Gradients flow through `s` alone: a choice has none.
     """
     scores = logits.float().sigmoid()
-    selection = scores.detach()
+    selection = scores.detach() if scores.requires_grad else scores
     return scores, selection if bias is None else selection + bias.float()
 
 

@@ -206,8 +206,10 @@ def test_what_would_be_out_of_bounds_is_refused(library: Library) -> None:
     ids, coreset = torch.tensor([0, 3]), torch.ones(2, 8, dtype=torch.bool)
     with pytest.raises(IndexError, match="block 3 has no row in a coreset of 2"):
         by(kernel, lambda: selection.choose_inside(scores, scores, coreset, ids, 2, router))
-    with pytest.raises(ValueError, match=r"coreset is torch.bool \[2, 7\], wanted bool \[B, 8\]"):
+    with pytest.raises(ValueError, match=r"coreset is torch.bool \[2, 7\] on cpu, wanted bool \[B, 8\]"):
         by(kernel, lambda: selection.choose_inside(scores, scores, coreset[:, :7], ids, 2, router))
+    with pytest.raises(ValueError, match="8 experts, 2 of them per token, in 9 groups don't fit"):
+        by(kernel, lambda: selection.route(scores, scores, ids, 2, RouterShape(8, 2, 9, 2)))
     with pytest.raises(IndexError, match="beyond the 8 that block scores name"):
         by(kernel, lambda: selection.ranked(torch.tensor([[0, 8]]), scores))
     with pytest.raises(ValueError, match="no kernel is in use"):

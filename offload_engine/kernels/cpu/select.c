@@ -32,8 +32,7 @@ struct routing {
     const float *selection;   /* [T, E] */
     int64_t *chosen;          /* [T, k] */
     float *weights;           /* [T, k] */
-    uint8_t *coreset;         /* [B, E]; null: tokens choose among all experts */
-    uint8_t *voted;           /* [B, E] */
+    uint8_t *coreset;         /* [B, E]; null: tokens choose among all experts; until elected, who has a vote */
     float *votes;             /* [B, E] */
 };
 
@@ -115,7 +114,7 @@ static void vote(const struct routing *r)
     uint32_t keys[MOST_EXPERTS];
     struct best best;
     memset(r->votes, 0, (size_t)(r->blocks * r->experts) * sizeof *r->votes);
-    memset(r->voted, 0, (size_t)(r->blocks * r->experts));
+    memset(r->coreset, 0, (size_t)(r->blocks * r->experts));
     for (int64_t t = 0; t < r->tokens; t++) {
         if (r->block_ids[t] < 0)
             continue;
@@ -128,7 +127,7 @@ static void vote(const struct routing *r)
             insert(&best, keys[e], e);
         for (int64_t c = 0; c < best.count; c++) {
             r->votes[block + best.experts[c]] += row[best.experts[c]];
-            r->voted[block + best.experts[c]] = 1;
+            r->coreset[block + best.experts[c]] = 1;
         }
     }
 }
@@ -140,7 +139,6 @@ static void elect(const struct routing *r)
     float shares[MOST_EXPERTS];
     for (int64_t b = 0; b < r->blocks; b++) {
         const float *votes = r->votes + b * r->experts;
-        const uint8_t *voted = r->voted + b * r->experts;
         uint8_t *coreset = r->coreset + b * r->experts;
         double sum = 0;
         for (int64_t e = 0; e < r->experts; e++)
@@ -155,7 +153,7 @@ static void elect(const struct routing *r)
         for (int64_t rank = 0; rank < r->experts; rank++) {
             uint32_t e = (uint32_t)places[rank];
             int passed = r->top_p >= 1 || (float)before <= (float)r->top_p;
-            coreset[e] = rank < r->least || (voted[e] && passed);
+            coreset[e] = rank < r->least || (coreset[e] && passed);
             before += shares[e];
         }
     }
@@ -269,7 +267,7 @@ static void tally(const struct routing *r)
 EXPORT int64_t dmoe_select(
     int stages, int64_t tokens, int64_t experts, int64_t blocks, int64_t choices, int64_t groups, int64_t kept_groups,
     int normalise, float scale, double top_p, int64_t least, const int64_t *block_ids, const float *scores,
-    const float *selection, int64_t *chosen, float *weights, uint8_t *coreset, uint8_t *voted, float *votes)
+    const float *selection, int64_t *chosen, float *weights, uint8_t *coreset, float *votes)
 {
     const struct routing r = {
         .tokens = tokens,
@@ -288,7 +286,6 @@ EXPORT int64_t dmoe_select(
         .chosen = chosen,
         .weights = weights,
         .coreset = coreset,
-        .voted = voted,
         .votes = votes,
     };
     if (experts > MOST_EXPERTS || choices > MOST_CHOICES || (kept_groups < groups && kept_groups > MOST_CHOICES))
