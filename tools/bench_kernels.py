@@ -1,7 +1,9 @@
-"""Times one expert on the CPU: torch's F.linear in bf16 beside our kernel on bf16, int8 and int4 weights, in one run.
+"""Times one expert on the CPU: torch's F.linear in bf16 beside our kernel on bf16, int8 and int4 weights, in one run;
+and a layer's routing decision, torch beside our kernel.
 
 `python -m tools.bench_kernels`. Experts lie in arenas of more than `--megabytes` and are used in turn, so that their
-weights come from DRAM; contenders alternate expert by expert, and medians are told.
+weights come from DRAM; contenders alternate expert by expert, and medians are told. Decisions are timed with warm
+caches, and with caches that 128 MB of other data has just gone through: in a run it is between the two.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
+from unittest.mock import patch
 
 import click
 import torch
@@ -20,7 +23,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from offload_engine import kernels
-from offload_engine.kernels import Matrix
+from offload_engine.experts.executor import ranked_experts
+from offload_engine.kernels import Matrix, selection
+from offload_engine.kernels.library import KernelStatus
+from offload_engine.routing import RouterShape, make_policy
 
 Expert = tuple[Matrix, Matrix, Matrix]
 CONTENDERS = ("F.linear", "bf16", "int8", "int4")
@@ -111,6 +117,40 @@ def measure(tokens: int, stores: dict[str, list[Expert]], rounds: int) -> dict[s
     return {name: statistics.median(spent[5:]) for name, spent in times.items()}
 
 
+def measure_selection(routing: str, rounds: int, flush: Tensor | None) -> dict[str, float]:
+    """Median seconds from a layer's logits, of LLaDA2.0-mini's shape and one block, to its decision and the order of
+    its experts; `flush` is read before each.
+    """
+    policy = make_policy(routing, RouterShape(256, 8, 8, 4, True, 2.5))
+    logits, bias, block_ids = torch.randn(32, 256), torch.randn(256) * 0.05, torch.zeros(32, dtype=torch.long)
+    contenders = {"torch": KernelStatus(None, "to be timed without"), "kernel": kernels.status()}
+    times: dict[str, list[float]] = {name: [] for name in contenders}
+    for _ in range(rounds + 5):
+        for name, status in contenders.items():
+            with patch.object(selection, "status", lambda status=status: status), torch.inference_mode():
+                if flush is not None:
+                    flush.sum()
+                began = time.perf_counter()
+                ranked_experts(policy(logits, bias, block_ids))
+                times[name].append(time.perf_counter() - began)
+    return {name: statistics.median(spent[5:]) for name, spent in times.items()}
+
+
+def tell_selection(threads: int, rounds: int) -> list[dict[str, float | str]]:
+    """Print and return what `measure_selection` finds."""
+    rows: list[dict[str, float | str]] = []
+    for caches, flush in (("warm", None), ("cold", torch.ones(2**25))):
+        for routing in ("original", "dmoe"):
+            medians = measure_selection(routing, rounds, flush)
+            for name, seconds in medians.items():
+                what = f"selection, {routing}, {caches}, {name}"
+                rows.append({"threads": threads, "tokens": 32, "what": what, "seconds": seconds})
+            ratio = medians["torch"] / medians["kernel"]
+            told = "   ".join(f"{name} {seconds * 1e6:.0f} us" for name, seconds in medians.items())
+            click.echo(f"selection, {routing}, {caches} caches: {told} {ratio:.2f}x")
+    return rows
+
+
 @click.command(help=__doc__)
 @click.option("--hidden", default=2048, show_default=True, help="The model's width.")
 @click.option("--inner", default=512, show_default=True, help="The expert's width.")
@@ -138,7 +178,7 @@ def main(
     stores["F.linear"] = experts("bf16", hidden, inner, group, megabytes, huge)
     status = kernels.status()
     click.echo(f"kernel: {status.variant} ({status.reason}); torch {torch.__version__}; {platform.machine()}")
-    rows = []
+    rows: list[dict[str, float | str]] = []
     for count in (int(part) for part in threads.split(",")):
         torch.set_num_threads(count)
         click.echo(f"\n{count} thread(s), DRAM read {dram_rate():.1f} GB/s; ms per expert (GB/s of weights) x F.linear")
@@ -151,6 +191,7 @@ def main(
                 rows.append({"threads": count, "tokens": number, "what": name, "seconds": seconds, "GB/s": rate})
                 cells.append(f"{name} {seconds * 1e3:.3f} ({rate:4.1f}) {ratio:.2f}x")
             click.echo(f"{number:4d} tokens  " + "   ".join(cells))
+        rows += tell_selection(count, rounds)
     if output is not None:
         output.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
 

@@ -22,6 +22,7 @@ from offload_engine.experts.prefetch import prefetch_order
 from offload_engine.experts.scheduler import Command, Compute, ExpertScheduler, Load
 from offload_engine.experts.store import ExpertStore
 from offload_engine.experts.transfer.base import Stream, TransferBackend, TransferTicket
+from offload_engine.kernels import selection as fused
 from offload_engine.metrics import EngineStats
 from offload_engine.model.moe import (
     ExpertOutputs,
@@ -31,7 +32,7 @@ from offload_engine.model.moe import (
     Preview,
     tokens_by_expert,
 )
-from offload_engine.routing.base import by_block
+from offload_engine.routing.base import by_block, total
 
 PREVIEW_SHARE = 1 / 8
 """Share of the experts wanted lately that had to be moved, below which no preview is asked for: residents, which are
@@ -56,11 +57,14 @@ class Ranked(NamedTuple):
 
 def ranked_experts(decision: RoutingDecision) -> Ranked:
     """The experts actually chosen, by falling block score summed over the blocks of the forward (REFERENCE §3)."""
+    ranked = fused.ranked(decision.experts, decision.block_scores)
+    if ranked is not None:
+        return Ranked(*ranked)
     used = decision.experts.flatten().unique()
     used = used[used >= 0]
     if decision.block_scores is None:
         return Ranked(used.tolist(), [1.0] * used.numel())
-    scores = decision.block_scores.sum(dim=0)[used].nan_to_num()  # damaged weights must not damage the cache's books
+    scores = total(decision.block_scores, 0)[0, used].nan_to_num()  # damaged weights must not damage the cache's books
     order = scores.argsort(descending=True, stable=True)
     return Ranked(used[order].tolist(), scores[order].tolist())
 

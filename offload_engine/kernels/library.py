@@ -22,6 +22,7 @@ NO_MEMORY = 1
 """`dmoe_experts` could not allocate its workspace."""
 
 _INT, _INT64, _POINTER = ctypes.c_int, ctypes.c_int64, ctypes.c_void_p
+_FLOAT, _DOUBLE = ctypes.c_float, ctypes.c_double
 
 
 class UnavailableError(Exception):
@@ -58,6 +59,13 @@ class Library:
         self._experts.argtypes = [*(_INT,) * 4, _POINTER, *(_INT64,) * 6, *(_POINTER,) * 4]
         self._weighted_sum = library.dmoe_weighted_sum
         self._weighted_sum.argtypes = [*(_INT,) * 2, _POINTER, *(_INT64,) * 3, *(_POINTER,) * 4]
+        self.select = library.dmoe_select
+        """cpu/select.c, unchecked, as is the next."""
+        self.select.argtypes = [_INT, *(_INT64,) * 6, _INT, _FLOAT, _DOUBLE, _INT64, *(_POINTER,) * 7]
+        self.select.restype = _INT64
+        self.rank = library.dmoe_rank
+        self.rank.argtypes = [_INT64, _POINTER, _INT64, _INT64, *(_POINTER,) * 3]
+        self.rank.restype = _INT64
         self.variants: dict[str, int] = {}
         """Variants that this CPU can run, fastest first, with their numbers."""
         for number in range(8):

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from offload_engine.core import ForwardInfo, Phase, RoutingDecision
+from offload_engine.kernels import selection as fused
 
 EPSILON = 1e-20
 """Added to the sum that weights are divided by, as the reference does."""
@@ -90,8 +91,15 @@ def select_scores(logits: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
     Gradients flow through `s` alone: a choice has none.
     """
     scores = logits.float().sigmoid()
-    selection = scores.detach()
+    selection = scores.detach() if scores.requires_grad else scores
     return scores, selection if bias is None else selection + bias.float()
+
+
+def total(values: Tensor, dim: int) -> Tensor:
+    """The sum over `dim`, which is kept. Unlike torch's `sum` it adds from the first to the last, on the CPU in double,
+    whatever the instruction set or what lies beside: cpu/select.c has to come to the same bits.
+    """
+    return values.cumsum(dim).narrow(dim, -1, 1)
 
 
 def top_indices(values: Tensor, k: int) -> Tensor:
@@ -100,7 +108,7 @@ def top_indices(values: Tensor, k: int) -> Tensor:
         return values.sort(dim=-1, descending=True, stable=True).indices
     best = values.topk(k + 1, dim=-1)  # one more than asked for, to see whether it ties with the last
     indices = best.indices[..., :k]
-    tied = (best.values[..., 1:] == best.values[..., :-1]).any(dim=-1)
+    tied = ~(best.values[..., 1:] < best.values[..., :-1]).all(dim=-1)  # or a NaN, which counts as the largest
     if tied.any():
         indices[tied] = values[tied].sort(dim=-1, descending=True, stable=True).indices[..., :k]
     return indices
@@ -134,7 +142,7 @@ def choose(scores: Tensor, allowed: Tensor, k: int, shape: RouterShape, pads: Te
     absent = (allowed.gather(1, experts) == -torch.inf) | pads.unsqueeze(-1)
     weights = scores.gather(1, experts).masked_fill(absent, 0.0)
     if shape.norm_topk_prob:
-        weights = weights / (weights.sum(dim=-1, keepdim=True) + EPSILON)
+        weights = weights / (total(weights, -1) + EPSILON)
     return experts.masked_fill(absent, -1), weights * shape.routed_scaling_factor
 
 
@@ -159,6 +167,8 @@ def tally(selection: Tensor, experts: Tensor, block_ids: Tensor) -> tuple[Tensor
 
 def block_votes(selection: Tensor, block_ids: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """As `tally`, every token naming its k best experts, not group-limited."""
+    if fused.serves(block_ids, k, None, selection):
+        return fused.vote(selection, block_ids, k)
     return tally(selection, top_indices(selection, k), block_ids)
 
 
@@ -180,11 +190,13 @@ def choose_inside(
     limit_groups: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """As `choose`, each token among its block's `coreset` [B, E] bool, of which groups may be cut off."""
-    allowed = inside = selection.masked_fill(~coreset[block_ids.clamp(min=0)], -torch.inf)
-    if limit_groups:
-        allowed = group_limited(inside, shape)
-        # A very small coreset may have no expert in any group kept; the token then chooses from all of the coreset.
-        stranded = allowed.amax(dim=-1) == -torch.inf
-        if stranded.any():
-            allowed = inside.where(stranded.unsqueeze(-1), allowed)
+    router = shape if limit_groups else replace(shape, n_group=1)
+    if fused.serves(block_ids, shape.top_k, router, scores, selection):
+        return fused.choose_inside(scores, selection, coreset, block_ids, shape.top_k, router)
+    inside = selection.masked_fill(~coreset[block_ids.clamp(min=0)], -torch.inf)
+    allowed = group_limited(inside, router)
+    # A very small coreset may have no expert in any group kept; the token then chooses from all of the coreset.
+    stranded = allowed.amax(dim=-1) == -torch.inf
+    if stranded.any():
+        allowed = inside.where(stranded.unsqueeze(-1), allowed)
     return choose(scores, allowed, shape.top_k, shape, block_ids < 0)

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from offload_engine.core import RoutingDecision
-from offload_engine.routing.base import RouterShape, block_votes, choose_inside, select_scores
+from offload_engine.kernels import selection as fused
+from offload_engine.routing.base import RouterShape, block_votes, choose_inside, select_scores, total
 
 Election = Callable[[Tensor, Tensor], Tensor]
 """Makes a coreset [B, E] bool of votes [B, E] float32 and whether there were any, [B, E] bool."""
@@ -29,6 +30,13 @@ class Coreset:
 
     def __call__(self, logits: Tensor, bias: Tensor | None, block_ids: Tensor) -> RoutingDecision:
         """See `RoutingPolicy`. Block scores are the votes; the coreset is [B, E] bool."""
+        scores, selection = select_scores(logits, bias)
+        if fused.serves(block_ids, self.shape.top_k, self.shape, scores, selection):
+            return RoutingDecision(
+                *fused.route_by_coreset(
+                    scores, selection, block_ids, self.shape.top_k, self.shape, self.top_p, self.min_experts
+                )
+            )
         return self.decide(logits, bias, block_ids, self.elect)
 
     def elect(self, votes: Tensor, voted: Tensor) -> Tensor:
@@ -48,7 +56,7 @@ def top_p_coreset(votes: Tensor, voted: Tensor, top_p: float, min_experts: int) 
     """The experts [B, E] bool that hold `top_p` of the votes [B, E], and the one that crosses it; at least
     `min_experts` of them. `top_p` 1 keeps every expert with a vote.
     """
-    shares = votes / votes.sum(dim=-1, keepdim=True).clamp(min=torch.finfo(votes.dtype).tiny)
+    shares = votes / total(votes, -1).clamp(min=torch.finfo(votes.dtype).tiny)
     ranked = shares.sort(dim=-1, descending=True, stable=True)
     before = ranked.values.cumsum(dim=-1).roll(1, dims=-1)
     before[:, :1] = 0.0

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from offload_engine.core import RoutingDecision
+from offload_engine.kernels import selection as fused
 from offload_engine.routing.base import RouterShape, choose, group_limited, select_scores, tally
 
 
@@ -21,6 +22,9 @@ class TopK:
     def __call__(self, logits: Tensor, bias: Tensor | None, block_ids: Tensor) -> RoutingDecision:
         """See `RoutingPolicy`. Block scores are the summed selection scores of the experts chosen."""
         scores, selection = select_scores(logits, bias)
+        if fused.serves(block_ids, self.k, self.shape, scores, selection):
+            experts, weights, wanted = fused.route(scores, selection, block_ids, self.k, self.shape)
+            return RoutingDecision(experts, weights, None, wanted)
         pads = block_ids < 0
         experts, weights = choose(scores, group_limited(selection, self.shape), self.k, self.shape, pads)
         wanted, _anyone = tally(selection, experts, block_ids)
