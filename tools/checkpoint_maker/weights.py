@@ -78,7 +78,7 @@ class RoutingStatistics:
 
     similarity: float = 0.4
     """Share of the position in position and token together: higher is more alike from step to step."""
-    bias_spread: float = 0.06
+    bias_spread: float = 0.05
     """Standard deviation of `expert_bias`: higher is fewer experts per block, and the same ones in all blocks."""
     topic: float = 0.75
     """Share of the topic in topic and shared direction together: higher is less alike from block to block."""
