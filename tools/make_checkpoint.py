@@ -144,10 +144,19 @@ def report(out: Path, blocks: int, gpu_mem: str) -> None:
     type=float,
     default=DEFAULTS.bias_spread,
     show_default=True,
-    help="Of the experts' popularity: higher is fewer experts per block.",
+    help="Of the experts' popularity: higher is fewer experts per block, the same in all.",
+)
+@click.option(
+    "--topic",
+    type=float,
+    default=DEFAULTS.topic,
+    show_default=True,
+    help="Share of the text in what a block's positions agree on: higher is less alike from block to block.",
 )
 @click.option("--measure/--no-measure", "measured", default=True, help="Run the engine on it, and print its routing.")
-@click.option("--blocks", type=click.IntRange(1, 100), default=3, show_default=True, help="Blocks of the measurement.")
+@click.option(
+    "--blocks", type=click.IntRange(1, 100), default=3, show_default=True, help="Blocks of each answer measured."
+)
 @click.option("--gpu-mem", default="auto", show_default=True, help="The engine's budget for the measurement.")
 def main(
     preset: str,
@@ -160,6 +169,7 @@ def main(
     packed: str | None,
     similarity: float,
     bias_spread: float,
+    topic: float,
     measured: bool,
     blocks: int,
     gpu_mem: str,
@@ -168,7 +178,7 @@ def main(
     torch.set_num_threads(1)  # drawing is serial, and handing the small rest to threads costs more than it saves
     try:
         shard_bytes = parse_bytes(shard_size, "--shard-size")
-        statistics = RoutingStatistics(similarity, bias_spread)
+        statistics = RoutingStatistics(similarity, bias_spread, topic)
         if gpu_mem != "auto":
             parse_bytes(gpu_mem, "--gpu-mem")
         total = make_checkpoint(

@@ -15,7 +15,17 @@ from offload_engine.model.layers import rotary_angles, rotate
 from tests.tools.pocket_checkpoint import POCKET, read, write
 from tools.checkpoint_maker.presets import PRESETS, config_of
 from tools.checkpoint_maker.tensors import blanks, expert_blanks
-from tools.checkpoint_maker.weights import BRANCH_GAIN, CHUNK, DISTANCES, SHARED, RoutingStatistics, Weights
+from tools.checkpoint_maker.weights import (
+    AGREED,
+    BRANCH_GAIN,
+    CHUNK,
+    DISTANCES,
+    TOPIC_DISTANCE,
+    TOPIC_WIDTH,
+    TURN,
+    RoutingStatistics,
+    Weights,
+)
 from tools.sharded_writer import Blank
 
 NANO = ModelConfig.from_dict(config_of(PRESETS["llada2-nano"], torch.float32))
@@ -61,43 +71,101 @@ def test_no_more_than_a_piece_of_a_tensor_is_in_memory() -> None:
     assert [tuple(piece.shape) for piece in pieces] == [(rows, width), (5, width)]
 
 
-@pytest.mark.parametrize("similarity", [0.1, 0.5, 0.95])
-def test_embeddings_share_a_direction(similarity: float) -> None:
-    rows = drawn("model.word_embeddings.weight", RoutingStatistics(similarity=similarity))
+@pytest.mark.parametrize(("similarity", "topic"), [(0.1, 0.75), (0.5, 0.0), (0.95, 0.95)])
+def test_embeddings_share_a_direction(similarity: float, topic: float) -> None:
+    rows = drawn("model.word_embeddings.weight", RoutingStatistics(similarity=similarity, topic=topic))
     shared = rows.mean(dim=0)
-    assert float(shared.pow(2).mean()) == pytest.approx(SHARED, rel=0.02)
-    own = (1 - SHARED) * (1 - similarity)
+    assert float(shared.pow(2).mean()) == pytest.approx(AGREED * (1 - topic), rel=0.02)
+    own = (1 - AGREED) * (1 - similarity)
     assert float((rows - shared).pow(2).mean()) == pytest.approx(own, rel=0.02)
+    assert NANO.mask_token_id is not None
+    mask = rows[NANO.mask_token_id]
+    assert float(F.cosine_similarity(mask, shared, dim=0)) > 0.99, "a mask carries nothing else"
+    assert float(mask.norm()) == pytest.approx(float(shared.norm()), rel=0.02)
 
 
-def test_the_head_sees_no_eos_and_nothing_that_masks_have_in_common() -> None:
+def test_the_head_sees_no_eos_no_topic_and_nothing_that_embeddings_have_in_common() -> None:
     head = drawn("lm_head.weight")
     embeddings = drawn("model.word_embeddings.weight")
-    assert NANO.mask_token_id is not None
-    for common in (embeddings.mean(dim=0), embeddings[NANO.mask_token_id]):
-        assert float((head @ common).abs().max()) < 0.15 * float((head @ embeddings[5]).abs().max())
+    common = embeddings.mean(dim=0)
+    assert float((head @ common).abs().max()) < 0.15 * float((head @ embeddings[5]).abs().max())
     assert float(head[NANO.eos_token_id].abs().max()) == 0.0
     assert int((head == 0).all(dim=1).sum()) == 1
-    assert float(head.std()) == pytest.approx(NANO.hidden_size**-0.5, rel=0.02)
+    dense = drawn(f"{FIRST}dense.weight")
+    broad = dense.unflatten(1, (-1, NANO.head_dim))[:, TURN - 1 :: TURN]
+    topics = broad.flatten(1).abs().amax(dim=1) > 0
+    assert int(topics.sum()) == NANO.hidden_size // TURN
+    assert float(head[:, topics].abs().max()) == 0.0
+    assert float(head[:, ~topics].std()) == pytest.approx(NANO.hidden_size**-0.5, rel=0.02)
 
 
-@pytest.mark.parametrize("preset", ["llada2-nano", "llada2-mini"])
-def test_heads_of_the_first_layer_look_back_at_their_distances(preset: str) -> None:
-    """Attention of a sequence of different tokens, from the norm to the softmax, as the model computes it."""
-    config = ModelConfig.from_dict(config_of(PRESETS[preset], torch.float32, layers=1) | {"vocab_size": 512})
-    length, heads = 160, config.num_attention_heads
-    hidden = F.rms_norm(drawn("model.word_embeddings.weight", config=config)[:length], (config.hidden_size,))
-    fused = (hidden @ drawn(f"{FIRST}query_key_value.weight", config=config).T).unflatten(-1, (-1, config.head_dim))
+def first_attention(config: ModelConfig, statistics: RoutingStatistics, length: int) -> tuple[Tensor, Tensor]:
+    """Layer 0's attention weights [heads, T, T] and what it adds [T, H], for a sequence of different tokens under no
+    mask, from the norm on as the model computes them.
+    """
+    embeddings = drawn("model.word_embeddings.weight", statistics, config)
+    hidden = F.rms_norm(embeddings[:length], (config.hidden_size,))
+    heads, groups = config.num_attention_heads, config.num_key_value_heads
+    fused = hidden @ drawn(f"{FIRST}query_key_value.weight", statistics, config).T
+    query, key, value = fused.unflatten(-1, (-1, config.head_dim)).split((heads, groups, groups), dim=1)
     angles = rotary_angles(torch.arange(length), config.rotary, config.rope_theta, torch.float32)
     query, key = (
         rotate(F.rms_norm(part, (config.head_dim,)) * drawn(f"{FIRST}{kind}_layernorm.weight", config=config), *angles)
-        for part, kind in ((fused[:, :heads], "query"), (fused[:, heads : heads + config.num_key_value_heads], "key"))
+        for part, kind in ((query, "query"), (key, "key"))
     )
-    key = key.repeat_interleave(heads // config.num_key_value_heads, dim=1)
+    key, value = (part.repeat_interleave(heads // groups, dim=1) for part in (key, value))
     attention = torch.einsum("ihd,jhd->hij", query, key).div(config.head_dim**0.5).softmax(dim=-1)
-    for head in range(heads):
-        distance = DISTANCES[head % len(DISTANCES)]
+    read = torch.einsum("hij,jhd->ihd", attention, value).flatten(1)
+    return attention, read @ drawn(f"{FIRST}dense.weight", statistics, config).T
+
+
+def shrunk(preset: str) -> ModelConfig:
+    """A preset of few layers and tokens."""
+    return ModelConfig.from_dict(config_of(PRESETS[preset], torch.float32, layers=1) | {"vocab_size": 1024})
+
+
+@pytest.mark.parametrize("preset", ["llada2-nano", "llada2-mini"])
+def test_sharp_heads_of_the_first_layer_look_back_at_their_distances(preset: str) -> None:
+    attention, _ = first_attention(shrunk(preset), DEFAULTS, 160)
+    sharp = [head for head in range(len(attention)) if head % TURN < len(DISTANCES)]
+    assert len(sharp) == len(attention) * 3 // 4
+    for head in sharp:
+        distance = DISTANCES[head % TURN]
         assert float(attention[head].diagonal(-distance).mean()) > 0.85, head
+
+
+@pytest.mark.parametrize("preset", ["llada2-nano", "llada2-micro", "llada2-mini"])
+@pytest.mark.parametrize("length", [160, 1024])
+def test_broad_heads_average_over_a_window_ahead_of_the_block(preset: str, length: int) -> None:
+    """However long the text is: no other window answers."""
+    attention, _ = first_attention(shrunk(preset), DEFAULTS, length)
+    rows = torch.arange(length - 32, length)
+    distances = (rows[:, None] - torch.arange(length)).float()
+    for weights in attention[TURN - 1 :: TURN, rows]:
+        mean = (weights * distances).sum(dim=1)
+        spread = (weights * (distances - mean[:, None]).square()).sum(dim=1).sqrt()
+        assert float(mean.mean()) == pytest.approx(TOPIC_DISTANCE, rel=0.1)
+        assert float(spread.mean()) == pytest.approx(TOPIC_WIDTH, rel=0.2)
+        assert float(weights[:, length - 32 :].sum(dim=1).mean()) < 0.1, "little weight on the block itself"
+
+
+def test_layer_0_brings_topic_and_position_in_their_shares() -> None:
+    """Of what a router sees of a token; the topic is what the neighbours have, and another block has not."""
+    statistics = RoutingStatistics(similarity=0.5, topic=0.8)
+    config, length = shrunk("llada2-mini"), 640
+    _, brought = first_attention(config, statistics, length)
+    later = brought[256:]
+    dimensions = config.hidden_size // TURN
+    rest = later[:, dimensions:]
+    position = (1 - AGREED) * statistics.similarity
+    assert float(rest.square().mean()) == pytest.approx(position, rel=0.15)
+    assert float(later.square().mean()) == pytest.approx(position + AGREED * statistics.topic, rel=0.15)
+    near, far = (
+        float(F.cosine_similarity(later[:-gap, :dimensions], later[gap:, :dimensions]).mean()) for gap in (4, 128)
+    )
+    assert near > 0.7
+    assert abs(far) < 0.15
+    assert float(F.cosine_similarity(rest[:-4], rest[4:]).mean()) < 0.1
 
 
 @pytest.mark.parametrize("spread", [0.0, 0.1, 0.5])

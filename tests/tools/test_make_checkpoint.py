@@ -227,6 +227,7 @@ def test_a_tokenizer_that_does_not_fit_is_refused(tmp_path: Path) -> None:
         ("--similarity", "0", "--similarity is 0; wanted"),
         ("--bias-spread", "-0.1", "--bias-spread is -0.1; wanted a number from 0 to 1"),
         ("--bias-spread", "nan", "--bias-spread is nan; wanted"),
+        ("--topic", "1", "--topic is 1; wanted a number from 0 to 0.95"),
         ("--blocks", "0", "0 is not in the range 1<=x<=100"),
         ("--gpu-mem", "lots", "--gpu-mem is 'lots'"),
         ("--preset", "llada3", "'llada3' is not one of"),
