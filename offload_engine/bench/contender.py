@@ -7,6 +7,7 @@ the process that started it.
 from __future__ import annotations
 
 import ctypes
+import gc
 import hashlib
 import os
 import signal
@@ -64,6 +65,7 @@ def carry_out(task: Task, began: float) -> Report:
     if task.kind == "bandwidth":
         return Report(bandwidth=measure_bandwidth(config))
     with open_engine(decoding_config(config, task)) as engine:
+        gc.freeze()  # as dmoe-run does
         offloaded = task.kind in ENGINES
         if not offloaded:
             reset_peak()

@@ -13,12 +13,11 @@ from typing import Any
 from offload_engine.cli.errors import INTERRUPTED
 from offload_engine.cli.evaluation_progress import evaluation_progress
 from offload_engine.cli.interrupt import interruptible
-from offload_engine.cli.loading import loading_progress
+from offload_engine.cli.loading import load_engine
 from offload_engine.cli.report import announce
 from offload_engine.cli.terminal import Output, note
 from offload_engine.config import EngineConfig
 from offload_engine.core import SamplingParams
-from offload_engine.engine import Engine
 from offload_engine.errors import UsageError
 from offload_engine.evaluate.records import Memory, RunFolder
 from offload_engine.evaluate.runner import about, evaluate, run_folder_settings
@@ -39,9 +38,7 @@ class Request:
 def run_task(config: EngineConfig, request: Request) -> int:
     """Answer the task's samples and print what they come to; returns the exit code. Raises `OffloadError`s."""
     output = Output()
-    with loading_progress() as progress:
-        engine = Engine.from_pretrained(config=config, progress=progress)
-    with engine, interruptible() as interrupted:
+    with load_engine(config) as engine, interruptible() as interrupted:
         if engine.tokenizer is None:
             raise UsageError(f"{config.model}: has no tokenizer.json, and tasks are text")
         announce(engine, whole_plan=False)

@@ -1,7 +1,7 @@
 """Which experts the tokens of a forward go to, by the C kernels: the checks that keep them in bounds, and the calls.
 
-They decide as the torch operations of offload_engine/routing do, bit for bit; cpu/select.c says how. Where `serves` does
-not say yes, the decision is torch's.
+They decide as the torch operations of offload_engine/routing do, bit for bit; cpu/select.c says how. Where `serves`
+does not say yes, the decision is torch's.
 """
 
 from __future__ import annotations
