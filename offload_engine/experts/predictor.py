@@ -255,7 +255,7 @@ class Combined(ExpertPredictor):
     `least` are left out, for what they would bring costs more than it hides.
     """
 
-    def __init__(self, name: str, sources: Sequence[ExpertPredictor], least: float = 0.5) -> None:
+    def __init__(self, name: str, sources: Sequence[ExpertPredictor], least: float = 0.6) -> None:
         super().__init__()
         self.name = name
         self.sources = list(sources)
@@ -273,9 +273,9 @@ class Combined(ExpertPredictor):
             source.offer(layer, experts, scores)
 
     def chance(self, kind: Kind) -> float:
-        """How often guesses of this kind come true; 0.5 before any was seen."""
+        """How often guesses of this kind come true; two of three before any was seen, so that they are tried."""
         true, all_ = self._records.get(kind, (0.0, 0.0))
-        return (true + 1.0) / (all_ + 2.0)
+        return (true + 2.0) / (all_ + 3.0)
 
     def _begin(self) -> None:
         self._kinds.clear()
