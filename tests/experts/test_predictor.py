@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from offload_engine.core import ForwardInfo, Phase
+from offload_engine.core import BlockPass, ForwardInfo, Phase
 from offload_engine.errors import ConfigError, TraceError
 from offload_engine.experts.predictor import (
     PREDICTORS,
@@ -77,6 +77,29 @@ def test_previous_step_sees_a_new_sequence_in_a_step_that_does_not_come_next(blo
     forward(predictor, Phase.DENOISE, 2, 1, ONE)
     assert forward(predictor, Phase.DENOISE, block, step, TWO) == []
     assert forward(predictor, Phase.DENOISE, block, step + 1, TWO) == TWO
+
+
+def batch(*lanes: tuple[int, int, int], phase: Phase = Phase.DENOISE) -> ForwardInfo:
+    """A forward over (lane, block, step) each."""
+    return ForwardInfo.of([BlockPass(phase, lane, block, step, 32) for lane, block, step in lanes])
+
+
+def test_previous_step_remembers_while_any_lane_of_a_batch_goes_on() -> None:
+    predictor = PreviousStep()
+
+    def named(info: ForwardInfo) -> Prediction:
+        predictor.begin(info)
+        predicted = predictor.predict(LAYER)
+        predictor.observe(LAYER, [5], [1.0])
+        return predicted
+
+    assert named(batch((0, 2, 0), (1, 0, 3))) == []
+    assert named(batch((0, 2, 1), (1, 0, 4))) == [(5, 1.0)]
+    assert named(batch((1, 0, 5))) == [(5, 1.0)], "lane 0 has ended, and what is first now is at an earlier block"
+    assert named(batch((0, 0, 0), phase=Phase.PREFILL)) == []
+    assert named(batch((0, 2, 0), (1, 0, 6))) == [(5, 1.0)], "a prompt has entered beside lane 1"
+    assert named(batch((0, 1, 0), (1, 0, 0))) == [], "both began anew"
+    assert named(batch((2, 9, 1))) == [], "nothing is known of lane 2"
 
 
 def test_previous_step_is_left_alone_by_scoring() -> None:
