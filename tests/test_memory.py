@@ -232,6 +232,14 @@ def test_larger_forwards_need_more_workspace() -> None:
     assert plan_memory(mini(), Setup(device="cpu", choices=64), 24 * GB).workspace > workspace(prefill_chunk=32) // 4
 
 
+def test_a_batch_costs_little_but_its_caches() -> None:
+    """The logits of 32 positions take 191 MB at a time, however many sequences there are."""
+    plans = [plan_memory(mini(), Setup(device="cpu", sequences=count), 8 * GB, max_context=160) for count in (1, 8)]
+    assert plans[1].kv_cache == 8 * plans[0].kv_cache
+    assert plans[1].workspace - plans[0].workspace < 10_000_000
+    assert 0 < plans[0].slots - plans[1].slots < 10
+
+
 def test_estimated_slab_bytes() -> None:
     assert estimated_slab_bytes(mini(), 2) == 3 * 2048 * 512 * 2 + 8192
     assert estimated_slab_bytes(mini(hidden_size=6, moe_intermediate_size=1), 2) == 3 * 4096

@@ -2,18 +2,20 @@
 
     python -m tools.bench_batches --model DIR --gpu-mem 7.8GB --routing dmoe
 
-Every batch size has an engine of its own, opened cold; sizes take turns, in rounds. A first pass over half of the
-prompts fills the cache and is not counted.
+Every batch size has a process and an engine of its own, opened cold; sizes take turns, in rounds. A first pass over as
+many other prompts fills the cache and is not counted; what is counted includes the prefills.
 """
 
 from __future__ import annotations
 
 import json
+import multiprocessing
 import random
 import statistics
 import sys
 import time
 from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 
 import click
@@ -58,10 +60,12 @@ def prompts(count: int, length: int, vocab: int, seed: int) -> list[list[int]]:
     return [[drawn.randrange(max(1, vocab - 8)) for _ in range(length)] for _ in range(count)]
 
 
-def measure(config: EngineConfig, asked: Sequence[Sequence[int]], params: SamplingParams) -> Measured:
-    """Answer half of `asked` to warm up, then all of it, with `config.batch_size`; only the second pass counts."""
+def measure(
+    config: EngineConfig, first: Sequence[Sequence[int]], asked: Sequence[Sequence[int]], params: SamplingParams
+) -> Measured:
+    """Answer `first` to warm up, then `asked`, with `config.batch_size`; only the second pass counts."""
     with Engine.from_pretrained(config=config) as engine:
-        engine.generate([list(prompt) for prompt in asked[: max(1, len(asked) // 2)]], params)
+        engine.generate([list(prompt) for prompt in first], params)
         before, began = engine.stats.snapshot(), time.perf_counter()
         answers = engine.generate([list(prompt) for prompt in asked], params)
         seconds, stats = time.perf_counter() - began, engine.stats.since(before)
@@ -75,6 +79,14 @@ def measure(config: EngineConfig, asked: Sequence[Sequence[int]], params: Sampli
             slots=engine.plan.slots,
             stall_share=stats.stall_share or 0.0,
         )
+
+
+def measure_apart(
+    config: EngineConfig, first: Sequence[Sequence[int]], asked: Sequence[Sequence[int]], params: SamplingParams
+) -> Measured:
+    """`measure` in a fresh process: what an engine leaves behind in one would be taken from the next one's slots."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
+        return process.submit(measure, config, first, asked, params).result()
 
 
 def table(rows: Sequence[Sequence[Measured]]) -> str:
@@ -104,6 +116,7 @@ def batch_sizes(_context: click.Context, _option: click.Parameter, text: str) ->
 @click.command(cls=ReportingCommand, help=(__doc__ or "").replace("    python", "\b\n    python", 1))
 @click.option("--model", metavar="DIR", help="Checkpoint.  [default: the built-in model]")
 @click.option("--gpu-mem", required=True, help="Budget of each engine.")
+@click.option("--expert-mem", help="Cap of the slots alone, which gives all sizes equally many.")
 @click.option("--routing", default="dmoe", show_default=True)
 @click.option("--batches", default="1,2,4,8", show_default=True, callback=batch_sizes, help="Batch sizes.")
 @click.option("--prompts", "count", type=click.IntRange(min=1), default=8, show_default=True, help="Prompts per pass.")
@@ -117,6 +130,7 @@ def batch_sizes(_context: click.Context, _option: click.Parameter, text: str) ->
 def main(
     model: str | None,
     gpu_mem: str,
+    expert_mem: str | None,
     routing: str,
     batches: Sequence[int],
     count: int,
@@ -137,11 +151,11 @@ def main(
         for size in batches:
             print(f"round {number} of {rounds}: batches of {size}", file=sys.stderr, flush=True)
             config = EngineConfig.build(
-                None, model=model, gpu_mem=gpu_mem, routing=routing, max_context=context, batch_size=size,
-                threads=threads, hot_set="off",
+                None, model=model, gpu_mem=gpu_mem, expert_mem=expert_mem, routing=routing, max_context=context,
+                batch_size=size, threads=threads, hot_set="off",
             )  # fmt: skip
-            asked = prompts(count, prompt_tokens, find_source(config).config.vocab_size, seed)
-            row.append(measure(config, asked, params))
+            drawn = prompts(2 * count, prompt_tokens, find_source(config).config.vocab_size, seed)
+            row.append(measure_apart(config, drawn[count:], drawn[:count], params))
         rows.append(row)
     print(json.dumps([[asdict(one) for one in row] for row in rows]) if as_json else table(rows))
 

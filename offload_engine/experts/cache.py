@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from enum import StrEnum
 from typing import NamedTuple
 
@@ -52,6 +52,8 @@ class ExpertCache:
     fewer than `probation_limit` are on probation, and from the oldest probationer when that many are. So predictions,
     however wrong, displace at most `probation_share` of the slots. The policy knows nothing of probationers.
 
+    What a layer has yet to ask for, once it said so (`expect`), goes only where nothing else may.
+
     Methods that change a key raise `InternalError` when its state does not allow it, and then change nothing.
     """
 
@@ -73,6 +75,8 @@ class ExpertCache:
         """Counts above 0 only."""
         self._probation: OrderedDict[ExpertKey, None] = OrderedDict()
         """By age of the prediction, oldest first."""
+        self._expected: frozenset[ExpertKey] = frozenset()
+        """What the layer under way has still to ask for."""
 
     @property
     def has_free(self) -> bool:
@@ -86,6 +90,10 @@ class ExpertCache:
     def route(self, layer: int, experts: Sequence[int]) -> None:
         """`layer` routed and wants these experts; the policy is told."""
         self.policy.on_route(layer, experts)
+
+    def expect(self, keys: Iterable[ExpertKey]) -> None:
+        """These, which may have no slot, will be wanted by the layer under way; replaces what was expected before."""
+        self._expected = frozenset(keys)
 
     def state(self, key: ExpertKey) -> SlotState:
         """Where `key` stands; FREE where it has no slot."""
@@ -206,17 +214,25 @@ class ExpertCache:
             raise InternalError(f"the expert cache broke its law {'; '.join(broken)} at {occupancy}")
 
     def _demand_victim(self) -> ExpertKey | None:
-        return self._oldest_probationer() or self.policy.victim(self._unpinned)
+        return (
+            self._oldest_probationer(self._spare)
+            or self.policy.victim(self._spare)
+            or self._oldest_probationer(self._unpinned)
+            or self.policy.victim(self._unpinned)
+        )
 
     def _prefetch_victim(self) -> ExpertKey | None:
-        victim = self.policy.victim(self._unpinned) if len(self._probation) < self.probation_limit else None
-        return victim or self._oldest_probationer()
+        victim = self.policy.victim(self._spare) if len(self._probation) < self.probation_limit else None
+        return victim or self._oldest_probationer(self._spare)
 
-    def _oldest_probationer(self) -> ExpertKey | None:
-        return next((key for key in self._probation if key not in self._loading and key not in self._pins), None)
+    def _oldest_probationer(self, evictable: Callable[[ExpertKey], bool]) -> ExpertKey | None:
+        return next((key for key in self._probation if key not in self._loading and evictable(key)), None)
 
     def _unpinned(self, key: ExpertKey) -> bool:
         return key not in self._pins
+
+    def _spare(self, key: ExpertKey) -> bool:
+        return key not in self._pins and key not in self._expected
 
     def _evict(self, key: ExpertKey) -> None:
         if key in self._probation:

@@ -208,6 +208,7 @@ class OffloadedExperts:
                 wanted = [group.expert for group in now]
                 following = [ExpertKey(layer, group.expert) for group in later]
                 with self._changed:
+                    self.scheduler.expect(ExpertKey(layer, group.expert) for group in groups[start + window :])
                     self._carry_out(self.scheduler.want(layer, wanted, [scores[expert] for expert in wanted]))
                     self._carry_out(self.scheduler.predict(following, routed=True))
                     self.stats.expert_requests += len(wanted)

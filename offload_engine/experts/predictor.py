@@ -134,13 +134,13 @@ class NoPredictor(ExpertPredictor):
 
 
 class PreviousStep(ExpertPredictor):
-    """The layer's own set in the last forward of this sequence that worked on a block.
+    """The layer's own set in the last forward that worked on a block, or on one of each sequence of a batch.
 
     Denoising steps hardly change a layer's set (REFERENCE §3), and a block's first step starts from the set of the
     commit before it. A prefill is neither predicted nor learnt from: it routes many blocks at once, whose union is
-    nearly every expert. It begins a new sequence, and so does a denoising step that does not come after the last one (a
-    prompt shorter than a block has no prefill): the sets of the sequence before are forgotten. Whole-sequence scoring
-    leaves no trace and gets no prediction.
+    nearly every expert. It begins a new sequence in its lanes, and so does a lane's denoising step that does not come
+    after its last one (a prompt shorter than a block has no prefill): once no lane goes on with what it did, the sets
+    are forgotten. Whole-sequence scoring leaves no trace and gets no prediction.
     """
 
     name = "previous-step"
@@ -148,16 +148,20 @@ class PreviousStep(ExpertPredictor):
     def __init__(self) -> None:
         super().__init__()
         self._sets: dict[int, Prediction] = {}
-        self._reached = (-1, -1)
-        """(block, step) of the last denoising step."""
+        self._reached: dict[int, tuple[int, int]] = {}
+        """By lane: (block, step) of its last denoising step."""
 
     def _begin(self) -> None:
-        phase, block, step = self.info.phase, self.info.block, self.info.step
-        if phase is Phase.PREFILL or (phase is Phase.DENOISE and (block, step) <= self._reached):
-            self._sets.clear()
-            self._reached = (-1, -1)
-        if phase is Phase.DENOISE:
-            self._reached = (block, step)
+        info = self.info
+        passes = [one for one in info.blocks if one.phase is info.phase]
+        steps = {one.lane: (one.block, one.step) for one in passes} or {0: (info.block, info.step)}
+        if info.phase is Phase.PREFILL:
+            for lane in steps:
+                self._reached.pop(lane, None)
+        elif info.phase is Phase.DENOISE:
+            if not any(lane in self._reached and step > self._reached[lane] for lane, step in steps.items()):
+                self._sets.clear()
+            self._reached = steps
 
     def _observe(self, layer: int, experts: Sequence[int], scores: Sequence[float]) -> None:
         if self.generating:
@@ -255,7 +259,7 @@ class Combined(ExpertPredictor):
     `least` are left out, for what they would bring costs more than it hides.
     """
 
-    def __init__(self, name: str, sources: Sequence[ExpertPredictor], least: float = 0.5) -> None:
+    def __init__(self, name: str, sources: Sequence[ExpertPredictor], least: float = 0.6) -> None:
         super().__init__()
         self.name = name
         self.sources = list(sources)
@@ -273,9 +277,9 @@ class Combined(ExpertPredictor):
             source.offer(layer, experts, scores)
 
     def chance(self, kind: Kind) -> float:
-        """How often guesses of this kind come true; 0.5 before any was seen."""
+        """How often guesses of this kind come true; two of three before any was seen, so that they are tried."""
         true, all_ = self._records.get(kind, (0.0, 0.0))
-        return (true + 1.0) / (all_ + 2.0)
+        return (true + 2.0) / (all_ + 3.0)
 
     def _begin(self) -> None:
         self._kinds.clear()

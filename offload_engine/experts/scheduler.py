@@ -116,6 +116,10 @@ class ExpertScheduler:
         self._warm = deque(keys)
         return self._start_transfers()
 
+    def expect(self, keys: Iterable[ExpertKey]) -> None:
+        """Event: the layer under way will `want` these after what it wants next; those that are here should stay."""
+        self.cache.expect(keys)
+
     def want(self, layer: int, experts: Sequence[int], scores: Sequence[float]) -> list[Command]:
         """Event: `layer` routed. `experts` are distinct and in falling order of block score, as `scores` are.
 
@@ -190,6 +194,7 @@ class ExpertScheduler:
         """
         for key in self._computing:
             self.cache.unpin(key)
+        self.cache.expect(())
         self._computing.clear()
         self._wanted.clear()
         self._routed.clear()

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from offload_engine.core import ExpertKey, ForwardInfo, Phase
+from offload_engine.core import ExpertKey, ForwardInfo, Phase, RoutingDecision
 from offload_engine.decode.kv_cache import PrefixCache
 from offload_engine.errors import InternalError, TransferError
 from offload_engine.experts.arena import SlotArena
@@ -256,6 +256,40 @@ def test_a_prefill_reads_each_expert_once_however_long_the_prompt(model: Model, 
     assert experts.stats.expert_requests == len(needed) > 50
     if slots >= 8:
         assert experts.stats.prefetches_issued > 0, "the next layer is fetched during this one's attention"
+
+
+@pytest.mark.parametrize("eviction", ["next-use", "lru"])
+def test_a_sweep_keeps_what_it_will_come_to(model: Model, eviction: str) -> None:
+    """What is resident when a sweep begins is not loaded again in it while others could go; with more slots than the
+    layer has experts, others always can.
+    """
+    experts = model.offloaded(40, eviction)
+    read: list[ExpertKey] = []
+    load = model.store.read
+
+    def counting(key: ExpertKey, slab: memoryview) -> int:
+        read.append(key)
+        return load(key, slab)
+
+    experts.transfers.store = Counted(model.store, counting)  # type: ignore[attr-defined]
+    ids = torch.randint(0, 94, (320,), generator=torch.Generator().manual_seed(0))
+    before: dict[int, set[ExpertKey]] = {}
+    sweep = experts.sweep
+
+    def watched(layer: int, hidden: Tensor, decision: RoutingDecision, rows: int) -> Tensor:
+        before[layer] = {key for key in experts.scheduler.cache.resident_keys() if key.layer == layer}
+        read.clear()
+        out = sweep(layer, hidden, decision, rows)
+        assert before[layer].isdisjoint(read)
+        return out
+
+    for _ in range(2):
+        model.prefilled(experts, "original", ids, pieces=10)
+    experts.sweep = watched  # type: ignore[method-assign]
+    model.prefilled(experts, "original", ids, pieces=10)
+    assert any(before.values()), "something was there to be kept"
+    experts.idle()
+    experts.close()
 
 
 class Counted:

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from offload_engine.core import ForwardInfo, Phase
+from offload_engine.core import BlockPass, ForwardInfo, Phase
 from offload_engine.errors import ConfigError, TraceError
 from offload_engine.experts.predictor import (
     PREDICTORS,
@@ -77,6 +77,29 @@ def test_previous_step_sees_a_new_sequence_in_a_step_that_does_not_come_next(blo
     forward(predictor, Phase.DENOISE, 2, 1, ONE)
     assert forward(predictor, Phase.DENOISE, block, step, TWO) == []
     assert forward(predictor, Phase.DENOISE, block, step + 1, TWO) == TWO
+
+
+def batch(*lanes: tuple[int, int, int], phase: Phase = Phase.DENOISE) -> ForwardInfo:
+    """A forward over (lane, block, step) each."""
+    return ForwardInfo.of([BlockPass(phase, lane, block, step, 32) for lane, block, step in lanes])
+
+
+def test_previous_step_remembers_while_any_lane_of_a_batch_goes_on() -> None:
+    predictor = PreviousStep()
+
+    def named(info: ForwardInfo) -> Prediction:
+        predictor.begin(info)
+        predicted = predictor.predict(LAYER)
+        predictor.observe(LAYER, [5], [1.0])
+        return predicted
+
+    assert named(batch((0, 2, 0), (1, 0, 3))) == []
+    assert named(batch((0, 2, 1), (1, 0, 4))) == [(5, 1.0)]
+    assert named(batch((1, 0, 5))) == [(5, 1.0)], "lane 0 has ended, and what is first now is at an earlier block"
+    assert named(batch((0, 0, 0), phase=Phase.PREFILL)) == []
+    assert named(batch((0, 2, 0), (1, 0, 6))) == [(5, 1.0)], "a prompt has entered beside lane 1"
+    assert named(batch((0, 1, 0), (1, 0, 0))) == [], "both began anew"
+    assert named(batch((2, 9, 1))) == [], "nothing is known of lane 2"
 
 
 def test_previous_step_is_left_alone_by_scoring() -> None:
@@ -214,6 +237,16 @@ def test_a_guess_is_right_if_any_block_wanted_it_but_what_is_over_is_not_learnt(
     assert [source.counts.precision for source in predictor.sources] == [1.0, 0.0]
 
 
+def test_guesses_that_come_true_every_other_time_are_not_worth_their_loads() -> None:
+    combined = Combined("gate", [CrossLayerGate()])
+    guessed = [
+        bool(forward(combined, Phase.DENOISE, 0, number + 1, [(number % 2, 1.0)], offer=[(0, 1.0)]))
+        for number in range(12)
+    ]
+    assert guessed[0], "they are tried"
+    assert not any(guessed[8:]), "and then left out"
+
+
 def test_combined_judges_guesses_by_how_far_ahead_they_were_made() -> None:
     """Offers for the layer are wrong a layer earlier, and right just before it."""
     predictor = make_predictor("combined")
@@ -231,9 +264,10 @@ def test_combined_judges_guesses_by_how_far_ahead_they_were_made() -> None:
 @given(chosen=st.lists(st.sets(st.integers(0, 9), min_size=1), min_size=2, max_size=8))
 def test_combined_guesses_are_distinct_and_fall_in_chance(chosen: list[set[int]]) -> None:
     predictor = make_predictor("combined")
+    assert isinstance(predictor, Combined)
     for number, experts in enumerate(chosen):
         ranked = [(expert, float(10 - expert)) for expert in sorted(experts)]
         guessed = forward(predictor, Phase.DENOISE, number // 3, number % 3, ranked, offer=ranked[:2])
         assert len(dict(guessed)) == len(guessed)
         assert all(one >= other for (_, one), (_, other) in pairwise(guessed))
-        assert all(0.5 <= chance < 1.0 for _expert, chance in guessed)
+        assert all(predictor.least <= chance < 1.0 for _expert, chance in guessed)

@@ -18,19 +18,21 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_every_batch_size_answers_all_prompts(small: Path) -> None:
-    arguments = ["--model", str(small), "--gpu-mem", "2GB", "--batches", "1,3", "--prompts", "4", "--blocks", "1"]
-    ran = CliRunner().invoke(main, [*arguments, "--prompt-tokens", "9", "--rounds", "2", "--steps", "2", "--json"])
+    size = ["--gpu-mem", "2GB", "--expert-mem", "150KB", "--batches", "1,3"]
+    length = ["--prompts", "4", "--blocks", "1", "--prompt-tokens", "9", "--rounds", "1", "--steps", "2"]
+    ran = CliRunner().invoke(main, ["--model", str(small), *size, *length, "--json"])
     assert ran.exit_code == 0, ran.output
     rounds = json.loads(ran.stdout.splitlines()[-1])
-    assert [[one["batch_size"] for one in row] for row in rounds] == [[1, 3], [1, 3]]
+    assert [[one["batch_size"] for one in row] for row in rounds] == [[1, 3]]
     alone, together = rounds[0]
     assert alone["tokens"] == together["tokens"] > 0
+    assert 2 <= alone["slots"] == together["slots"] < 32, "as many as --expert-mem holds"
     assert together["forwards"] < alone["forwards"], "prompts of a batch share their forwards"
 
 
 @pytest.mark.parametrize("batches", ["x", "1,,2", "0", "-1"])
 def test_batches_that_are_no_numbers_are_refused(batches: str) -> None:
-    ran = CliRunner().invoke(main, ["--gpu-mem", "2GB", "--batches", batches])
+    ran = CliRunner().invoke(main, ["--gpu-mem", "2GB", "--expert-mem", "150KB", "--batches", batches])
     assert ran.exit_code == 2
     assert "wanted batch sizes from 1 on" in ran.stderr
 
