@@ -8,15 +8,12 @@ from __future__ import annotations
 
 import ctypes
 import gc
-import hashlib
 import os
 import signal
 import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-
-import torch
 
 from offload_engine.assembly import find_source
 from offload_engine.bench.bandwidth import measure_bandwidth
@@ -32,6 +29,7 @@ from offload_engine.bench.probe import (
     settle,
 )
 from offload_engine.bench.spec import COMPONENTS, ENGINES, Measured, Report, Task, Workload, write_document
+from offload_engine.bench.yardstick import digest, disk_bytes, out_of_patience, prompt_ids
 from offload_engine.config import EngineConfig
 from offload_engine.core import ExpertKey
 from offload_engine.engine import Engine
@@ -64,6 +62,10 @@ def carry_out(task: Task, began: float) -> Report:
     config = EngineConfig(**task.config)
     if task.kind == "bandwidth":
         return Report(bandwidth=measure_bandwidth(config))
+    if task.kind == "mlx":
+        from offload_engine.bench.mlx_decoder import measure_mlx
+
+        return Report(measured=measure_mlx(find_source(config), task, began))
     with open_engine(decoding_config(config, task)) as engine:
         gc.freeze()  # as dmoe-run does
         offloaded = task.kind in ENGINES
@@ -93,14 +95,6 @@ def decoding_config(config: EngineConfig, task: Task) -> EngineConfig:
     if task.kind not in ENGINES:
         changes |= {"gpu_mem": "auto", "expert_mem": TOKEN_SLOTS * estimated_slab_bytes(source.config, 4)}
     return EngineConfig(**config.model_dump(exclude_unset=True) | changes)
-
-
-def prompt_ids(engine: Engine, workload: Workload) -> list[int]:
-    """Token ids that depend on the seed and the vocabulary alone; the special ids, which end it, are left out."""
-    ordinary = max(1, (engine.mask_token_id or engine.model_config.vocab_size) - 8)
-    generator = torch.Generator().manual_seed(workload.seed)
-    ids: list[int] = torch.randint(0, ordinary, (workload.prompt_tokens,), generator=generator).tolist()
-    return ids
 
 
 def _other_experts(task: Task, engine: Engine) -> ExpertExecutor:
@@ -141,7 +135,9 @@ def _answer(engine: Engine, task: Task, probe: Probe) -> _Seen:
     workload, seen, blocks = task.workload, _Seen(), 0
     deadline = time.perf_counter() + task.patience
     events = engine.stream(
-        prompt_ids(engine, workload), workload.sampling(), cancelled=lambda: time.perf_counter() > deadline
+        prompt_ids(engine.mask_token_id, engine.model_config.vocab_size, workload),
+        workload.sampling(),
+        cancelled=lambda: time.perf_counter() > deadline,
     )
     while True:
         parts, stalled, clock = dict(probe.seconds), engine.stats.stall_seconds, time.perf_counter()
@@ -160,10 +156,10 @@ def _answer(engine: Engine, task: Task, probe: Probe) -> _Seen:
             _begin_window(engine, probe, seen)
     seen.ended, seen.disk_ended = time.perf_counter(), disk_bytes()
     if seen.before is None or not seen.step_seconds:
-        raise OffloadError(f"{task.name}: the warm-up took longer than the {task.patience:.0f} s of --patience")
+        raise out_of_patience(task)
     seen.stats = engine.stats.since(seen.before)
     seen.cut_short = event.completion.finish_reason == "cancelled"
-    seen.answer = hashlib.sha256(repr(event.completion.token_ids).encode()).hexdigest()[:16]
+    seen.answer = digest(event.completion.token_ids)
     seen.first_forward = probe.first_forward or seen.began
     return seen
 
@@ -238,16 +234,6 @@ def step_work(engine: Engine, workload: Workload, unique: float) -> tuple[float,
     products = sum(weight.numel() for weight in body) + layers * config.num_experts_per_tok * expert
     masked = tokens * (steps + 1) / (2 * steps)
     return float(nbytes), 2.0 * (tokens * products + masked * head.numel())
-
-
-def disk_bytes() -> int | None:
-    """What this process had the kernel fetch from disk so far; None where it doesn't say."""
-    try:
-        lines = Path("/proc/self/io").read_text(encoding="ascii").splitlines()
-    except OSError:
-        return None
-    found = {name: int(count) for name, _, count in (line.partition(": ") for line in lines)}
-    return found.get("read_bytes")
 
 
 def die_with(parent: int) -> None:

@@ -16,8 +16,13 @@ from offload_engine.errors import UsageError
 from offload_engine.experts.packed_header import PACKED_FILE
 
 ROUTINGS = ("original", "dmoe")
-MAPPED: tuple[Kind, ...] = ("mmap", "mmap-random", "accelerate")
+MAPPED: tuple[Kind, ...] = ("mmap", "mmap-random", "accelerate", "mlx")
 """Kinds that read experts out of safetensors files."""
+PEERS: dict[Kind, tuple[str, str]] = {
+    "accelerate": ("accelerate", "accelerate is not installed; pip install --no-deps accelerate adds it"),
+    "mlx": ("mlx_vlm", "mlx-vlm is not installed; pip install 'mlx[cpu]' mlx-vlm adds it, with all that it brings"),
+}
+"""Kinds that need a package of another: what is imported of it, and what to say where it isn't there."""
 RESERVE = 100_000_000
 """Of the limit, what an engine's budget leaves for page cache and the kernel's own tables, in bytes, ..."""
 RESERVE_SHARE = 64
@@ -70,6 +75,8 @@ def line_up(request: Request, *, packed: bool = False) -> Lineup:
         for kind in ("mmap", "mmap-random"):
             everyone.append(_task(request, kind, f"{kind}/{routing}", {"routing": routing}))
         everyone.append(_task(request, "accelerate", f"accelerate/{routing}", {"routing": routing}))
+        if routing == "original":  # mlx-vlm knows no other
+            everyone += _mlx(request)
         config = {"routing": routing, "gpu_mem": "auto", "expert_mem": None}
         everyone.append(_task(request, "unlimited", f"unlimited/{routing}", config, limited=False))
     wanted = [task for task in everyone if not request.only or any(fnmatchcase(task.name, p) for p in request.only)]
@@ -82,8 +89,8 @@ def line_up(request: Request, *, packed: bool = False) -> Lineup:
             lineup.absent[task.name] = (
                 f"it can't read {PACKED_FILE}; name the model it was made of as --model, and this one with --packed"
             )
-        elif task.kind == "accelerate" and importlib.util.find_spec("accelerate") is None:
-            lineup.absent[task.name] = "accelerate is not installed; pip install --no-deps accelerate adds it"
+        elif task.kind in PEERS and importlib.util.find_spec(PEERS[task.kind][0]) is None:
+            lineup.absent[task.name] = PEERS[task.kind][1]
         else:
             lineup.tasks.append(task)
     return lineup
@@ -112,6 +119,14 @@ def _ours(request: Request, routing: str) -> list[Task]:
     for directory in request.packed:
         config = {"routing": routing, "gpu_mem": budgets[0], "model": str(directory)}
         tasks.append(_task(request, "engine", f"engine/{routing}+{directory.name}", config))
+    return tasks
+
+
+def _mlx(request: Request) -> list[Task]:
+    """mlx-vlm within the limit, and, since it wants every weight in memory, without one as well."""
+    tasks = [_task(request, "mlx", "mlx/original", {"routing": "original"})]
+    if request.limit is not None:
+        tasks.append(_task(request, "mlx", "mlx-unlimited/original", {"routing": "original"}, limited=False))
     return tasks
 
 

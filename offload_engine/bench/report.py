@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from offload_engine.bench.bars import Bar, bars
-from offload_engine.bench.spec import Bandwidth, Run, Workload
+from offload_engine.bench.spec import COMPONENTS, Bandwidth, Run, Workload
 from offload_engine.bench.summary import Figures, bandwidth_of, disagreements, figures
 from offload_engine.config import format_bytes
 from offload_engine.errors import OffloadError, UsageError
@@ -202,7 +202,7 @@ def _details(everyone: Mapping[str, Figures]) -> tuple[list[str], list[list[str]
             _number(one.over_belady),
             "-" if one.reads is None else f"{one.reads:.4g}",
             *(_percent(share) for share in (one.early, one.hidden, one.stall)),
-            *(_percent(share) for share in one.components.values()),
+            *(_percent(one.components.get(part)) for part in COMPONENTS),
             _percent(one.overhead),
             f"{one.startup:.3g}",
             _number(one.bound),

@@ -10,11 +10,13 @@ from pydantic import BaseModel, ConfigDict, Field
 from offload_engine.core import SamplingParams
 from offload_engine.files import write_aside
 
-Kind = Literal["engine", "unlimited", "mmap", "mmap-random", "accelerate", "bandwidth"]
+Kind = Literal["engine", "unlimited", "mmap", "mmap-random", "accelerate", "mlx", "bandwidth"]
 Count = Annotated[int, Field(ge=1)]
 
 ENGINES: tuple[Kind, ...] = ("engine", "unlimited")
 """The kinds that run our executor; all others but `bandwidth` run every expert where another library puts it."""
+FOREIGN: tuple[Kind, ...] = ("accelerate", "mlx")
+"""The kinds whose products are another library's: their answers differ from ours by rounding."""
 
 COMPONENTS = ("attention", "dense", "experts", "head")
 """What a step is made of, apart from waiting: attention with its projections; embedding, norms, routers, dense and
@@ -76,17 +78,11 @@ class Measured(Document):
     step_seconds: list[float]
     """Duration of each denoising step."""
     seconds: dict[str, float]
-    """Of these steps together, by what was done: `COMPONENTS` and "stall"."""
+    """Of these steps together, by what was done: `COMPONENTS` and "stall"; without those that were not told apart."""
     window_seconds: float
     """From the end of the warm-up to the end of the answer, commits included."""
     tokens: int
     """Answer tokens decided in that window."""
-    requests: int
-    """Experts asked for in the window, summed over MoE layers and forwards."""
-    unique_experts: float | None
-    """Distinct experts per MoE layer and denoising step."""
-    expert_bytes: int
-    """Bytes of one expert as it is stored."""
     disk_bytes: int | None
     """What the kernel says it fetched from disk in the window; None where it doesn't say."""
     peak_bytes: int
@@ -95,9 +91,16 @@ class Measured(Document):
     """Digest of the answer's token ids: equal for contenders that compute the same."""
     startup_seconds: float
     """From the end of the imports to the first kernel of the first forward."""
-    step_bytes: float
+    # Only where our decoder runs, whoever has the experts:
+    requests: int | None = None
+    """Experts asked for in the window, summed over MoE layers and forwards."""
+    unique_experts: float | None = None
+    """Distinct experts per MoE layer and denoising step."""
+    expert_bytes: int | None = None
+    """Bytes of one expert as it is stored."""
+    step_bytes: float | None = None
     """Bytes of weights that a step has to read from memory: everything but the embedding table, and its experts."""
-    step_flops: float
+    step_flops: float | None = None
     """Operations of the products that a step can't do without."""
     # Only where our executor runs:
     loads: int | None = None

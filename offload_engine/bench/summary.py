@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from offload_engine.bench.spec import COMPONENTS, Bandwidth, Measured, Run
+from offload_engine.bench.spec import COMPONENTS, FOREIGN, Bandwidth, Measured, Run
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +37,7 @@ class Figures:
     overhead: float | None
     """Share of step time that was neither compute nor waiting."""
     components: dict[str, float]
-    """Share of step time by component."""
+    """Share of step time by component; empty where they were not told apart."""
     unique_experts: float | None
     slots: int | None
     peak: int
@@ -95,7 +95,7 @@ def _figures(name: str, runs: Sequence[Run], bandwidth: Bandwidth | None) -> Fig
     missed = _total(all_measured, "missed_bytes")
     moved, disk = _total(all_measured, "bytes_moved"), _total(all_measured, "disk_bytes")
     belady = _total(all_measured, "belady_misses")
-    belady_bytes = None if belady is None else belady * first.expert_bytes / count
+    belady_bytes = None if belady is None or first.expert_bytes is None else belady * first.expert_bytes / count
     peaks = [run.group_peak for run in runs if run.group_peak is not None]
     return Figures(
         name=name,
@@ -110,7 +110,7 @@ def _figures(name: str, runs: Sequence[Run], bandwidth: Bandwidth | None) -> Fig
         hidden=_share(_total(all_measured, "hidden_bytes"), missed),
         stall=parts["stall"] if ours else None,
         overhead=1 - sum(parts.values()) if ours else None,
-        components={name: parts[name] for name in COMPONENTS},
+        components={name: parts[name] for name in COMPONENTS if name in first.seconds},
         unique_experts=first.unique_experts,
         slots=first.slots,
         peak=max(one.peak_bytes for one in all_measured),
@@ -137,7 +137,7 @@ def step_bound(measured: Measured, moved: float | None, bandwidth: Bandwidth | N
     `moved`: the bytes per step that Belady's rule moves; None: nothing has to be moved. None for contenders that run
     another executor than ours, whose memory this says nothing of.
     """
-    if bandwidth is None or measured.loads is None:
+    if bandwidth is None or measured.loads is None or measured.step_bytes is None or measured.step_flops is None:
         return None
     return max(
         (moved or 0.0) / max(bandwidth.disk.values()),
@@ -157,7 +157,7 @@ def disagreements(everyone: Mapping[str, Figures]) -> list[str]:
             told.append(f"{name} answers otherwise from round to round")
         kind, _, rest = name.partition("/")
         reference = everyone.get(f"engine/{rest.partition('@')[0].partition('+')[0]}")
-        if reference is None or kind == "accelerate" or "+" in rest:
+        if reference is None or kind.partition("-")[0] in FOREIGN or "+" in rest:
             continue
         if reference.answers and not set(one.answers) <= set(reference.answers):
             told.append(f"{name} answers otherwise than {reference.name}")

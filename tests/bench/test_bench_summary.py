@@ -10,7 +10,7 @@ import pytest
 
 from offload_engine.bench.bars import Bar, bars
 from offload_engine.bench.report import Findings, prepare, ratios, save
-from offload_engine.bench.spec import Run
+from offload_engine.bench.spec import Measured, Run
 from offload_engine.bench.summary import disagreements, figures, quartiles
 from offload_engine.errors import OffloadError, UsageError
 from tests.bench.bench_data import BANDWIDTH, MACHINE, conditions, measured, ours, run
@@ -93,6 +93,7 @@ def test_a_bar_with_two_sides_and_its_words() -> None:
 def test_answers_that_differ_from_the_engines_are_told() -> None:
     runs = [run("engine/dmoe", ours()), run("mmap/dmoe", measured(answer="other"))]
     runs += [run("accelerate/dmoe", measured(answer="rounded")), run("engine/dmoe+int4", ours(answer="coarse"))]
+    runs += [run("engine/original", ours()), run("mlx-unlimited/original", measured(answer="rounded"))]
     runs += [run("engine/dmoe@2.00GB", ours(answer="wrong"))]
     assert disagreements(figures(runs)) == [
         "mmap/dmoe answers otherwise than engine/dmoe",
@@ -126,6 +127,25 @@ def test_ratios_are_to_the_engine_of_the_same_routing() -> None:
     found = ratios(figures(everyone()))
     assert found["mmap/dmoe : engine/dmoe"] == pytest.approx(4 / 1.4)
     assert "engine/dmoe : engine/dmoe" not in found
+
+
+def test_what_a_foreign_decoder_does_not_tell_apart_is_left_blank() -> None:
+    foreign = Measured(
+        step_seconds=[2.0],
+        seconds={},
+        window_seconds=2.5,
+        tokens=4,
+        disk_bytes=None,
+        peak_bytes=950,
+        answer="x",
+        startup_seconds=1.0,
+    )
+    runs = [run("mlx/original", foreign), run("engine/original", ours())]
+    found = figures(runs)["mlx/original"]
+    assert (found.step, found.components, found.stall, found.bound, found.unique_experts) == (2.0, {}, None, None, None)
+    details = Findings(conditions(), runs).markdown().split("\n\n")[3]
+    row = next(line for line in details.splitlines() if line.startswith("| mlx/original"))
+    assert [cell.strip() for cell in row.split("|")[2:-1]] == ["-"] * 10 + ["1", "-", "-"]
 
 
 def test_the_tables_name_every_contender_and_every_failure() -> None:

@@ -88,7 +88,7 @@ def test_memory_mapped_weights_run_without_slots_of_ours(checkpoint: Path) -> No
 
 
 def test_patience_cuts_an_answer_short(checkpoint: Path) -> None:
-    slow = task(checkpoint, "engine").model_copy(update={"patience": 0.4, "workload": Workload(blocks=2000)})
+    slow = task(checkpoint, "engine").model_copy(update={"patience": 1.5, "workload": Workload(blocks=2000)})
     slow = slow.model_copy(update={"config": slow.config | {"max_context": 1000}})
     found = carry_out(slow, time.perf_counter()).measured
     assert found is not None

@@ -16,8 +16,8 @@ GB = 10**9
 
 
 @pytest.fixture(autouse=True)
-def with_accelerate(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lineup.importlib.util, "find_spec", lambda name: name == "accelerate" or None)
+def with_every_peer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lineup.importlib.util, "find_spec", lambda name: name in ("accelerate", "mlx_vlm") or None)
 
 
 def request(limit: int | None = 8 * GB, **changes: object) -> Request:
@@ -28,7 +28,16 @@ def request(limit: int | None = 8 * GB, **changes: object) -> Request:
 def test_both_routings_meet_every_rival() -> None:
     names = [task.name for task in line_up(request()).tasks]
     kinds = ["engine", "mmap", "mmap-random", "accelerate", "unlimited"]
-    assert names == ["bandwidth", *(f"{kind}/{routing}" for routing in ("original", "dmoe") for kind in kinds)]
+    mlx = {"mlx/original", "mlx-unlimited/original"}
+    everyone = ["bandwidth", *(f"{kind}/{routing}" for routing in ("original", "dmoe") for kind in kinds)]
+    assert [name for name in names if name not in mlx] == everyone
+    assert mlx < set(names)
+
+
+def test_mlx_runs_without_the_limit_too_where_there_is_one() -> None:
+    lined = {task.name: task.limited for task in line_up(request(only=["mlx*"])).tasks}
+    assert lined == {"mlx/original": True, "mlx-unlimited/original": False}
+    assert [task.name for task in line_up(request(limit=None, only=["mlx*"])).tasks] == ["mlx/original"]
 
 
 def test_the_engine_gets_what_the_limit_leaves_and_an_unlimited_one_everything() -> None:
@@ -88,6 +97,7 @@ def test_a_pattern_that_fits_nobody_is_refused_with_the_names() -> None:
 def test_a_peer_that_is_not_installed_is_left_out_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lineup.importlib.util, "find_spec", lambda name: None)
     lined = line_up(request())
-    assert not [task for task in lined.tasks if task.kind == "accelerate"]
-    assert sorted(lined.absent) == ["accelerate/dmoe", "accelerate/original"]
-    assert "pip install" in lined.absent["accelerate/dmoe"]
+    assert not [task for task in lined.tasks if task.kind in ("accelerate", "mlx")]
+    assert sorted(lined.absent) == ["accelerate/dmoe", "accelerate/original", "mlx-unlimited/original", "mlx/original"]
+    assert "pip install --no-deps accelerate" in lined.absent["accelerate/dmoe"]
+    assert "mlx-vlm is not installed" in lined.absent["mlx/original"]
