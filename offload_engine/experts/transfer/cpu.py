@@ -7,7 +7,7 @@ import threading
 from collections.abc import Callable, Collection, Sequence
 
 from offload_engine.core import ExpertKey
-from offload_engine.errors import EngineClosedError, OffloadError, TransferError
+from offload_engine.errors import EngineClosedError, MemoryBudgetError, OffloadError, TransferError
 from offload_engine.experts.arena import SlotArena
 from offload_engine.experts.store import ExpertStore
 from offload_engine.experts.transfer.base import OnComplete, Stream, TransferTicket
@@ -86,6 +86,11 @@ class CpuTransfers:
                 ticket.bytes_read = self.store.read(ticket.key, self.arena.buffer(ticket.slot))
             except OffloadError as error:
                 ticket.error = error
+            except MemoryError as error:
+                ticket.error = MemoryBudgetError(
+                    f"expert {ticket.key.expert} of layer {ticket.key.layer}: the system refused memory to read it "
+                    f"({error or 'no reason given'}); free memory, or ask for a smaller --gpu-mem"
+                )
             except Exception as error:  # whatever it is, the engine must hear of it rather than wait for ever
                 ticket.error = TransferError(
                     f"expert {ticket.key.expert} of layer {ticket.key.layer} could not be read: "
