@@ -39,10 +39,11 @@ def check_still_there(plan: MemoryPlan, available: int) -> None:
     """
     wanted = plan.expert_slots + plan.kv_cache + plan.workspace
     if wanted > available:
+        missing = format_bytes(wanted - available, round_up=True)
         raise MemoryBudgetError(
-            f"{format_bytes(available)} of memory are left, less than when the plan was made a moment ago, but {plan.slots} "
-            f"expert slots, the KV cache and the workspace take {format_bytes(wanted, round_up=True)}; "
-            f"free memory, or lower --gpu-mem by {format_bytes(wanted - available, round_up=True)}"
+            f"{format_bytes(available)} of memory are left, less than when the plan was made a moment ago, but "
+            f"{plan.slots} expert slots, the KV cache and the workspace take {format_bytes(wanted, round_up=True)}; "
+            f"free memory, or lower --gpu-mem by {missing}"
         )
 
 
