@@ -277,6 +277,9 @@ def assemble(config: EngineConfig, stats: EngineStats, progress: Progress | None
     policy, notices = choose_policy(config, model_config)
     if isinstance(config.host_mem, int):
         notices.append("host_mem is ignored: on the CPU there is no host tier, gpu_mem is RAM already")
+    ends = model_config.eos_token_id
+    if isinstance(ends, list) and len(ends) > 1 and source.eos_token_id == ends[0]:
+        notices.append(f"config.json names {len(ends)} eos ids; answers end with the first, {ends[0]}, alone")
     checkpoint = Checkpoint.open(source.directory)
     unused = unexpected_tensors(model_config, checkpoint)
     if unused:

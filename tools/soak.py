@@ -96,17 +96,14 @@ class FaultyFile:
         self.injected: Counter[str] = Counter()
         self._random = random.Random(seed)
         self._size = path.stat().st_size
+        self._whole = shutil.copyfile(path, path.with_name(f"{path.name}.whole"))
 
     @contextmanager
     def answering(self) -> Iterator[Callable[[], None]]:
         """Around one answer; yields what brings the fault about, if there is to be one. Mends the file at the end."""
         fault = self._random.choice(self.kinds) if self._random.random() < self.rate else None
         place = self._random.randrange(self._size // 2, self._size - DAMAGE)
-        start = self._size // 2 if fault == "cut" else place
-        before = self.path.stat()
-        with self.path.open("rb") as file:
-            file.seek(start)
-            kept = file.read() if fault == "cut" else file.read(DAMAGE)
+        before = self.path.stat().st_mtime_ns
         done = []
 
         def strike() -> None:
@@ -115,21 +112,26 @@ class FaultyFile:
             done.append(fault)
             self.injected[fault] += 1
             if fault == "cut":
-                os.truncate(self.path, start)
-            else:
-                self._write(start, bytes(byte ^ 0x55 for byte in kept), before.st_mtime_ns + 10**9)
+                os.truncate(self.path, self._size // 2)
+                return
+            with self.path.open("r+b") as file:
+                file.seek(place)
+                kept = file.read(DAMAGE)
+                file.seek(place)
+                file.write(bytes(byte ^ 0x55 for byte in kept))
+            os.utime(self.path, ns=(0, before + 10**9))
 
         try:
             yield strike
         finally:
             if done:
-                self._write(start, kept, before.st_mtime_ns)
+                self._mend()
+                os.utime(self.path, ns=(0, before))
 
-    def _write(self, start: int, content: bytes, mtime_ns: int) -> None:
-        with self.path.open("r+b") as file:
-            file.seek(start)
-            file.write(content)
-        os.utime(self.path, ns=(mtime_ns, mtime_ns))
+    def _mend(self) -> None:
+        """In place, as another file of that name would not be the one that is open."""
+        with self._whole.open("rb") as whole, self.path.open("r+b") as file:
+            shutil.copyfileobj(whole, file)
 
 
 class FaultyReads:

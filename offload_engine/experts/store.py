@@ -63,8 +63,8 @@ class SafetensorsStore:
     knows it, else through the cache and dropped from it at once.
 
     Raises `CheckpointError` when any expert is missing, misshapen, or stored otherwise than the rest. A shard that is
-    deleted or replaced while open stays readable; one that is written to is refused from then on, for nothing in it tells
-    which of its experts are still what they were.
+    deleted or replaced while open stays readable; one that is written to is refused from then on, for nothing in it
+    tells which of its experts are still what they were.
     """
 
     def __init__(self, config: ModelConfig, checkpoint: Checkpoint, direct: bool = True) -> None:
