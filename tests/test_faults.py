@@ -7,10 +7,12 @@ engine that answers again once the cause is gone.
 from __future__ import annotations
 
 import errno
+import gc
 import os
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +30,7 @@ from offload_engine.experts.conversion import convert
 from offload_engine.experts.packed_header import PACKED_FILE
 from offload_engine.kernels import library
 from tests.checkpoints import tiny_config, write_checkpoint
+from tests.interrupts import Interrupt
 
 RAW = tiny_config(hidden_size=64, moe_intermediate_size=64, num_experts=32)
 PROMPT = list(range(3, 40))
@@ -343,3 +346,20 @@ def test_slots_that_the_system_takes_back_its_word_on_are_a_budget_error(
         pytest.raises(MemoryBudgetError, match=r"refused \d+ of the \d+ bytes for \d+ expert slots; ask for a smaller"),
     ):
         ids(engine)
+
+
+def test_an_interrupt_anywhere_in_a_call_leaves_the_engine_free_and_exact(directory: Path) -> None:
+    rooms = ("offload_engine/engine.py", "offload_engine/decode/", "contextlib.py", "offload_engine/metrics.py")
+    params, places = SamplingParams(max_new_tokens=8, block_length=8, steps=2), set()
+    with open_engine(directory) as engine:
+        wanted = engine.generate(PROMPT[:8], params).token_ids
+        at, interrupt = 0, Interrupt(lambda path: any(room in path for room in rooms))
+        while interrupt.at is None or interrupt.passed > interrupt.at:
+            interrupt = Interrupt(interrupt.wanted, at)
+            with suppress(KeyboardInterrupt), interrupt.armed():
+                engine.generate(PROMPT[:8], params)
+            places.add(interrupt.place)
+            gc.collect()
+            assert engine.generate(PROMPT[:8], params).token_ids == wanted
+            at += 5 if at < 60 else at // 2
+    assert len(places) > 10
