@@ -348,6 +348,7 @@ def test_slots_that_the_system_takes_back_its_word_on_are_a_budget_error(
         ids(engine)
 
 
+@pytest.mark.slow
 def test_an_interrupt_anywhere_in_a_call_leaves_the_engine_free_and_exact(directory: Path) -> None:
     rooms = ("offload_engine/engine.py", "offload_engine/decode/", "contextlib.py", "offload_engine/metrics.py")
     params, places = SamplingParams(max_new_tokens=8, block_length=8, steps=2), set()
