@@ -26,6 +26,7 @@ from offload_engine.experts.store import ExpertStore
 from offload_engine.experts.transfer.cpu import CpuTransfers
 from offload_engine.memory import MemoryPlan, Setup, auto_budget, available_memory, plan_memory
 from offload_engine.memory.footprint import round_up
+from offload_engine.memory.refusal import check_still_there
 from offload_engine.metrics import EngineStats, reset_peak
 from offload_engine.model.checkpoint import Checkpoint
 from offload_engine.model.config import ModelConfig
@@ -276,6 +277,9 @@ def assemble(config: EngineConfig, stats: EngineStats, progress: Progress | None
     policy, notices = choose_policy(config, model_config)
     if isinstance(config.host_mem, int):
         notices.append("host_mem is ignored: on the CPU there is no host tier, gpu_mem is RAM already")
+    ends = model_config.eos_token_id
+    if isinstance(ends, list) and len(ends) > 1 and source.eos_token_id == ends[0]:
+        notices.append(f"config.json names {len(ends)} eos ids; answers end with the first, {ends[0]}, alone")
     checkpoint = Checkpoint.open(source.directory)
     unused = unexpected_tensors(model_config, checkpoint)
     if unused:
@@ -324,15 +328,22 @@ def keep_hot_set(config: EngineConfig, parts: Parts) -> None:
 def _executor(
     config: EngineConfig, store: ExpertStore, plan: MemoryPlan, stats: EngineStats, hot: HotSet | None
 ) -> OffloadedExperts:
-    arena = SlotArena(plan.slots, store.slab_bytes)
-    cache = ExpertCache(plan.slots, make_eviction(config.eviction))
-    return OffloadedExperts(
-        store=store,
-        arena=arena,
-        transfers=CpuTransfers(store, arena, config.reader_threads),
-        scheduler=ExpertScheduler(cache, config.transfers_in_flight),
-        predictor=make_predictor(config.predictor),
-        stats=stats,
-        prefetch_depth=config.prefetch_depth,
-        hot=hot,
-    )
+    check_still_there(plan, available_memory())
+    with ExitStack() as undo:
+        arena = SlotArena(plan.slots, store.slab_bytes)
+        undo.callback(arena.close)
+        transfers = CpuTransfers(store, arena, config.reader_threads)
+        undo.callback(transfers.close)
+        cache = ExpertCache(plan.slots, make_eviction(config.eviction))
+        experts = OffloadedExperts(
+            store=store,
+            arena=arena,
+            transfers=transfers,
+            scheduler=ExpertScheduler(cache, config.transfers_in_flight),
+            predictor=make_predictor(config.predictor),
+            stats=stats,
+            prefetch_depth=config.prefetch_depth,
+            hot=hot,
+        )
+        undo.pop_all()
+    return experts

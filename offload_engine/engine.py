@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
@@ -17,6 +15,7 @@ from torch import Tensor
 from offload_engine.assembly import Parts, Progress, assemble, keep_hot_set
 from offload_engine.config import EngineConfig
 from offload_engine.core import Completion, ForwardInfo, Phase, RoutingDecision, SamplingParams, StepEvent
+from offload_engine.decode.access import Access
 from offload_engine.decode.answers import Answer, Events, completions, events_of_one, over
 from offload_engine.decode.block_diffusion import BlockDiffusionDecoder
 from offload_engine.decode.kv_cache import PrefixCache
@@ -24,10 +23,11 @@ from offload_engine.decode.prompts import Prompt, check_fits, checked_batch_size
 from offload_engine.decode.scoring import LayerRouting, check_room, score
 from offload_engine.decode.state import DecodingState, Request, never
 from offload_engine.decode.threads import compute_threads
-from offload_engine.errors import EngineClosedError, PromptError, TokenizerError, UsageError
+from offload_engine.errors import PromptError, TokenizerError, UsageError
 from offload_engine.experts.cache import Occupancy
 from offload_engine.experts.observe import ObservedExperts, TraceRecorder
 from offload_engine.memory import MemoryPlan, score_bytes
+from offload_engine.memory.refusal import refusals
 from offload_engine.metrics import EngineStats, measure_peak
 from offload_engine.model.config import ModelConfig
 from offload_engine.model.moe import ExpertExecutor
@@ -54,8 +54,7 @@ class Engine:
         """What the user should know: the routing chosen, warnings of the plan."""
         self._parts = parts
         self._recorder: TraceRecorder | None = None
-        self._busy = threading.Lock()
-        self._closed = False
+        self._access = Access()
         self._observed = ObservedExperts(parts.experts, [self._count_unique])
         source, plan = parts.source, parts.plan
         self._decoder = BlockDiffusionDecoder(
@@ -100,12 +99,13 @@ class Engine:
         else:
             settings = EngineConfig.build(Path(config) if config is not None else None, **given)
         stats = EngineStats()
-        parts = assemble(settings, stats, progress)
-        try:
-            return cls(settings, parts, stats)
-        except BaseException:
-            parts.close()
-            raise
+        with refusals("the model was loaded"):
+            parts = assemble(settings, stats, progress)
+            try:
+                return cls(settings, parts, stats)
+            except BaseException:
+                parts.close()
+                raise
 
     @property
     def plan(self) -> MemoryPlan:
@@ -240,7 +240,7 @@ class Engine:
 
         Raises `MemoryBudgetError` when the forward needs more than the plan leaves.
         """
-        with self._exclusive():
+        with self._access.call(), self._access.work():
             with torch.inference_mode():
                 logits = self._parts.model.logits(self._score(token_ids, block_length, self._observed))
             return logits.clone()  # an inference tensor would refuse to be changed in place
@@ -252,7 +252,7 @@ class Engine:
         def keep(_info: ForwardInfo, _layer: int, decision: RoutingDecision) -> None:
             decisions.append(LayerRouting(decision.experts, decision.weights))
 
-        with self._exclusive(), torch.inference_mode():
+        with self._access.call(), self._access.work(), torch.inference_mode():
             self._score(token_ids, block_length, ObservedExperts(self._parts.experts, [keep]))
         return [LayerRouting(experts.clone(), weights.clone()) for experts, weights in decisions]
 
@@ -284,12 +284,16 @@ class Engine:
             recorder.close()
 
     def close(self) -> None:
-        """Join all threads, free the slots, close every file. Idempotent."""
-        if self._closed:
+        """Join all threads, free the slots, close every file. Idempotent.
+
+        Waits for reads of the disk that are under way. A call that is under way in another thread ends with
+        `EngineClosedError`.
+        """
+        if not self._access.close():
             return
-        self._closed = True
         try:
             self._parts.experts.close()
+            self._access.wait()
             keep_hot_set(self.config, self._parts)
         finally:
             self._parts.store.close()
@@ -303,19 +307,6 @@ class Engine:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         self.close()
-
-    @contextmanager
-    def _exclusive(self) -> Iterator[None]:
-        if self._closed:
-            raise EngineClosedError("the engine is closed; make another one with Engine.from_pretrained")
-        if not self._busy.acquire(blocking=False):
-            raise UsageError(
-                "the engine is busy with another call; wait for it or close its stream, or use a second engine"
-            )
-        try:
-            yield
-        finally:
-            self._busy.release()
 
     def _encode(self, prompt: Prompt, raw: bool) -> list[int]:
         if isinstance(prompt, str):
@@ -344,8 +335,7 @@ class Engine:
         self, prompts: Sequence[list[int]], params: SamplingParams, cancelled: Callable[[], bool], together: int
     ) -> Events:
         """Each event with its prompt's place in `prompts`."""
-        with self._exclusive():
-            began = time.perf_counter()
+        with self._access.call():
             answers: list[Answer] = []
 
             def requests() -> Iterator[Request]:
@@ -355,16 +345,22 @@ class Engine:
                     answers.append(Answer(prompt, params, self.tokenizer, self.stats))
                     yield answers[-1].request(cancelled)
 
+            states = self._decoder.decode_all(requests(), together)
             try:
-                for number, state in self._decoder.decode_all(requests(), together):
-                    event = answers[number].event(state)
-                    if over(state):
-                        self._conclude(state)
-                    self.stats.wall_seconds += time.perf_counter() - began
-                    if over(state):
-                        event = replace(event, completion=answers[number].completion(state))
-                    yield number, event
+                while True:
                     began = time.perf_counter()  # what the caller does with an event is not the engine's time
+                    with self._access.work():
+                        following = next(states, None)
+                        if following is None:
+                            return
+                        number, state = following
+                        event = answers[number].event(state)
+                        if over(state):
+                            self._conclude(state)
+                        self.stats.wall_seconds += time.perf_counter() - began
+                        if over(state):
+                            event = replace(event, completion=answers[number].completion(state))
+                    yield number, event
             finally:
                 if self._recorder is not None:
                     self._recorder.end_sequence()

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from enum import StrEnum
 from typing import NamedTuple
 
@@ -65,6 +66,7 @@ class ExpertCache:
             )
         self.slots = slots
         self.policy = policy
+        self._blank_policy = copy.deepcopy(policy)
         self.probation_limit = int(slots * probation_share)
         self._keys: list[ExpertKey | None] = [None] * slots
         self._slot_of: dict[ExpertKey, int] = {}
@@ -175,6 +177,19 @@ class ExpertCache:
         self._expect(key, SlotState.RESIDENT, "used")
         self.promote(key)
         self.policy.on_use(key, score)
+
+    def reset(self, loading: Mapping[ExpertKey, int]) -> None:
+        """Forget everything, as after an interrupt half way through any method: all slots are FREE but those of
+        `loading`, which are being written. The policy forgets as well.
+        """
+        self.policy = copy.deepcopy(self._blank_policy)
+        self._slot_of = dict(loading)
+        self._loading = set(loading)
+        key_of = {slot: key for key, slot in loading.items()}
+        self._keys = [key_of.get(slot) for slot in range(self.slots)]
+        self._free = [slot for slot in reversed(range(self.slots)) if slot not in key_of]
+        self._pins = {}
+        self._probation = OrderedDict()
 
     def occupancy(self) -> Occupancy:
         """How many slots are in each state."""

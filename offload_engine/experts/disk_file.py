@@ -58,6 +58,8 @@ class DiskFile:
             self._check_unchanged()
             return self._fill(target, offset, needed)
         except OSError as error:
+            if error.errno == errno.ENOMEM:
+                raise MemoryError(f"{self.path}: {_reason(error)}") from None
             raise TransferError(f"{self.path} can't be read ({_reason(error)})") from None
 
     def close(self) -> None:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from offload_engine.core import ExpertKey, ForwardInfo, Phase, RoutingDecision
-from offload_engine.errors import InternalError, OffloadError
+from offload_engine.errors import InternalError, OffloadError, TransferError
 from offload_engine.experts.arena import SlotArena
 from offload_engine.experts.cache import Occupancy
 from offload_engine.experts.hot_set import HotSet
@@ -106,12 +106,14 @@ class OffloadedExperts:
             self._keys_of_layer.setdefault(key.layer, []).append(key)
         self.layers = sorted(self._keys_of_layer)
         self._last_layer = self.layers[-1] if self.layers else -1
-        self._changed = threading.Condition(threading.RLock())
-        """Guards the scheduler: its events come from the compute thread and from the driver's threads."""
+        self._changed = threading.RLock()
+        """Guards the scheduler: its events come from the compute thread and from the driver's threads. Not a condition,
+        which an interrupt can leave locked."""
+        self._arrival = threading.Condition(self._changed)
         self._ready: deque[Compute] = deque()
-        self._handed_over: set[ExpertKey] = set()
-        """Loads the driver has and has not reported."""
         self._failure: OffloadError | None = None
+        self._half_done = False
+        """Whether the books are being changed for a layer; between layers, that something stopped it half way."""
         self._info = ForwardInfo(Phase.SCORE)
         self._moved_share = 1.0
         """Of the experts that layers wanted lately, those that had to be moved, early or late."""
@@ -121,6 +123,8 @@ class OffloadedExperts:
 
     def begin(self, info: ForwardInfo) -> None:
         """See `ExpertExecutor`."""
+        if self._half_done:
+            self._start_over()
         self._info = info
         self._sweeping = False
         self.predictor.begin(info)
@@ -138,11 +142,13 @@ class OffloadedExperts:
             predicted = self._keys_of_layer[layer][: self.scheduler.cache.probation_limit]
         else:
             predicted = self._predicted(layer, preview)
+        self._half_done = True
         try:
             with self._changed:
                 self._carry_out(self.scheduler.predict(predicted))
-        except BaseException:
-            self._abandon()
+            self._half_done = False
+        except BaseException as error:
+            self._abandon(error)
             raise
 
     def _predicted(self, layer: int, preview: Preview) -> list[ExpertKey]:
@@ -164,6 +170,7 @@ class OffloadedExperts:
         if self.predictor.generating:
             self.hot.use(layer, learned.experts)
         outputs = ExpertOutputs(hidden, decision)
+        self._half_done = True
         try:
             with self._changed:
                 counters = self.scheduler.counters
@@ -177,8 +184,9 @@ class OffloadedExperts:
                 computes = self._next_computes()
                 self._launch(computes, outputs.compute)
                 missing -= len(computes)
-        except BaseException:
-            self._abandon()
+            self._half_done = False
+        except BaseException as error:
+            self._abandon(error)
             raise
         with self._changed:
             self._count()
@@ -202,6 +210,7 @@ class OffloadedExperts:
         total = ExpertSum(hidden, decision, rows)
         ahead = self.scheduler.cache.probation_limit
         window = min(SWEEP_WINDOW, self.scheduler.cache.slots - ahead)  # more would push out what is fetched ahead
+        self._half_done = True
         try:
             for start in range(0, len(groups), window):
                 now, later = groups[start : start + window], groups[start + window : start + window + ahead]
@@ -217,8 +226,9 @@ class OffloadedExperts:
                     while group.expert not in arrived:
                         arrived.update((compute.key.expert, compute) for compute in self._next_computes())
                     self._launch([arrived[group.expert]], partial(_add_one, total, group))
-        except BaseException:
-            self._abandon()
+            self._half_done = False
+        except BaseException as error:
+            self._abandon(error)
             raise
         self._sweeping = len(groups) >= SWEEP_SHARE * len(self._keys_of_layer[layer])
         with self._changed:
@@ -251,7 +261,7 @@ class OffloadedExperts:
         Raises `InternalError` after `timeout` seconds.
         """
         with self._changed:
-            if not self._changed.wait_for(lambda: self.scheduler.transfers_under_way == 0, timeout):
+            if not self._arrival.wait_for(lambda: self.scheduler.transfers_under_way == 0, timeout):
                 raise InternalError(
                     f"{self.scheduler.transfers_under_way} transfers did not end within {timeout:.0f} s"
                 )
@@ -260,7 +270,7 @@ class OffloadedExperts:
     def wait_warm(self, timeout: float = 60.0) -> None:
         """Wait until `warm_up` has filled what slots it can. Raises `InternalError` after `timeout` seconds."""
         with self._changed:
-            if not self._changed.wait_for(lambda: not self.scheduler.warming, timeout):
+            if not self._arrival.wait_for(lambda: not self.scheduler.warming, timeout):
                 raise InternalError(f"the hot experts were not all here within {timeout:.0f} s")
 
     def wait_for_slots(self) -> None:
@@ -292,34 +302,45 @@ class OffloadedExperts:
         with self._changed:
             if not self._ready and self._failure is None:
                 began = time.perf_counter()
-                self._changed.wait_for(lambda: bool(self._ready) or self._failure is not None)
+                self._arrival.wait_for(lambda: bool(self._ready) or self._failure is not None)
                 self.stats.stall_seconds += time.perf_counter() - began
             if self._failure is not None:
                 raise self._failure
             return [self._ready.popleft() for _ in range(min(len(self._ready), LAUNCH_EXPERTS))]
 
-    def _abandon(self) -> None:
-        """Leave the layer half done: the cache is consistent again, and the next forward may begin.
-
-        An interrupt may have come between a load's being scheduled and its being handed over; it will not be reported.
-        """
+    def _abandon(self, error: BaseException) -> None:
+        """Leave the layer half done: the cache is consistent again, and the next forward may begin."""
+        if not isinstance(error, TransferError):  # that one is a report, and the books allow for it
+            self._start_over()
+            return
         with self._changed:
             self.scheduler.abandon()
-            self.scheduler.withdraw(self._handed_over)
             self._ready.clear()
             self._failure = None
+            self._half_done = False
+
+    def _start_over(self) -> None:
+        """Begin with an empty cache: an interrupt comes between any two instructions, so that no book can be trusted.
+
+        What the driver has begun is still written to its slot and reported; everything else is forgotten.
+        """
+        with self._changed:
+            begun = [ticket for ticket in self.transfers.withdraw() if not ticket.reported]
+            self.scheduler.reset({ticket.key: ticket.slot for ticket in begun})
+            self._ready.clear()
+            self._failure = None
+            self._half_done = False
 
     def _carry_out(self, commands: Sequence[Command]) -> None:
         for command in commands:
             if isinstance(command, Load):
-                self._handed_over.add(command.key)
                 self.transfers.copy(Stream.COPY, command.key, command.slot)
             else:
                 self._ready.append(command)
 
     def _on_complete(self, ticket: TransferTicket) -> None:
         with self._changed:
-            self._handed_over.discard(ticket.key)
+            ticket.reported = True
             try:
                 if ticket.error is None:
                     self.stats.bytes_moved += self.store.payload_bytes(ticket.key)
@@ -336,7 +357,7 @@ class OffloadedExperts:
                 self._failure = InternalError(f"{ticket.key} arrived, and then: {type(error).__name__}: {error}")
             finally:
                 self._count()
-                self._changed.notify_all()
+                self._arrival.notify_all()
 
     def _count(self) -> None:
         """Copy the scheduler's counters. Prefetches also start, and end, when no layer runs."""

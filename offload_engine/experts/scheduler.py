@@ -7,7 +7,7 @@ drives it carries out the commands in their order and reports what became of the
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from offload_engine.core import ExpertKey, ForwardInfo
@@ -173,13 +173,6 @@ class ExpertScheduler:
         self._count_wasted(key)
         return self._start_transfers()
 
-    def withdraw(self, handed_over: Collection[ExpertKey]) -> None:
-        """Event: of the loads issued, only these reached the driver; the others will never be reported."""
-        for key in self._in_flight.difference(handed_over):
-            self._landed(key)
-            self.cache.failed(key)
-            self._count_wasted(key)
-
     def computed(self, key: ExpertKey) -> list[Command]:
         """Event: the last reader of `key` in this layer has finished with its slot."""
         self.cache.use(key, self._wanted.pop(key))
@@ -200,6 +193,19 @@ class ExpertScheduler:
         self._routed.clear()
         self._demand.clear()
         self._prefetch.clear()
+
+    def reset(self, loading: Mapping[ExpertKey, int]) -> None:
+        """Event: something stopped a call half way, so that no book can be trusted. Begin with an empty cache.
+
+        `loading`: the loads that the driver will still report, with their slots.
+        """
+        self.counters.prefetches_wasted += len(self._speculative)
+        for book in (self._computing, self._wanted, self._routed, self._demand, self._prefetch, self._speculative):
+            book.clear()
+        self._warm.clear()
+        self._warming = None
+        self._in_flight = set(loading)
+        self.cache.reset(loading)
 
     def stop(self) -> None:
         """Event: no transfer may begin any more but for a demand."""

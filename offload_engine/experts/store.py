@@ -63,7 +63,8 @@ class SafetensorsStore:
     knows it, else through the cache and dropped from it at once.
 
     Raises `CheckpointError` when any expert is missing, misshapen, or stored otherwise than the rest. A shard that is
-    deleted while open stays readable; one whose size or header changes is refused from then on.
+    deleted or replaced while open stays readable; one that is written to is refused from then on, for nothing in it
+    tells which of its experts are still what they were.
     """
 
     def __init__(self, config: ModelConfig, checkpoint: Checkpoint, direct: bool = True) -> None:
@@ -128,6 +129,8 @@ class SafetensorsStore:
             target = slab[window.slab_offset : window.slab_offset + window.nbytes]
             try:
                 total += file.read(target, window.file_offset, window.needed)
+                if file.generation:
+                    raise TransferError(f"{file.path} was written to since it was opened; load the model again")
             except TransferError as error:
                 raise TransferError(f"{named(key)}: {error}") from None
         for move in plan.moves:

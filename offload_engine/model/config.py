@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -12,6 +13,9 @@ from offload_engine.errors import CheckpointError
 from offload_engine.routing import RouterShape
 
 MODEL_TYPES = ("llada2_moe", "llada2_moe_veomni")
+
+LONGEST_SHOWN = 80
+"""Characters of a wrong value that an error repeats."""
 
 Count = Annotated[int, Field(ge=1, le=2**24)]
 """A size; the bound keeps a lying config from asking for absurd allocations."""
@@ -170,7 +174,8 @@ def _with_derived_defaults(raw: dict[str, Any]) -> dict[str, Any]:
         values["topk_group"] = 1
     for key in ("rope_theta", "routed_scaling_factor", "rms_norm_eps", "partial_rotary_factor"):
         if type(values.get(key)) is int:  # JSON writes 600000 for 600000.0
-            values[key] = float(values[key])
+            with suppress(OverflowError):  # refused as it stands, then
+                values[key] = float(values[key])
     return values
 
 
@@ -191,10 +196,12 @@ def _read_rope(values: dict[str, Any]) -> None:
 
 def _complaint(error: ValidationError) -> str:
     first = error.errors()[0]
-    key = ".".join(str(part) for part in first["loc"])
+    key = str(first["loc"][0]) if first["loc"] else ""
     reason = first["msg"].removeprefix("Value error, ")
     if first["type"] == "missing":
         return f"key {key!r} is missing"
     if not key:
         return reason
-    return f"key {key!r} is {first['input']!r}: {reason[0].lower()}{reason[1:]}"
+    found = repr(first["input"])
+    shown = found if len(found) <= LONGEST_SHOWN else f"{found[:LONGEST_SHOWN]}…"
+    return f"key {key!r} is {shown}: {reason[0].lower()}{reason[1:]}"

@@ -95,6 +95,34 @@ class TransferContract:
         assert done[1].error is None, "one failure does not stop the next copy"
         backend.close()
 
+    def test_what_is_withdrawn_is_reported_only_if_it_was_begun(
+        self, store: SafetensorsStore, arena: SlotArena, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        gate, began, read = threading.Event(), threading.Semaphore(0), store.read
+
+        def gated(key: ExpertKey, slab: memoryview) -> int:
+            began.release()
+            assert gate.wait(60)
+            return read(key, slab)
+
+        monkeypatch.setattr(store, "read", gated)
+        backend, inbox = self.make(store, arena), Inbox()
+        backend.start(inbox)
+        for slot in range(self.SLOTS):
+            backend.copy(Stream.COPY, ExpertKey(2, slot), slot)
+        assert began.acquire(timeout=60)
+        begun = list(backend.withdraw())
+        assert 1 <= len(begun) < self.SLOTS
+        gate.set()
+        backend.copy(Stream.COPY, ExpertKey(1, 1), self.SLOTS - 1)
+        inbox.wait_for(len(begun) + 1)
+        backend.close()
+        assert {(ticket.key, ticket.slot) for ticket in inbox.tickets} == {
+            (ExpertKey(1, 1), self.SLOTS - 1),
+            *((ticket.key, ticket.slot) for ticket in begun),
+        }
+        assert not list(backend.withdraw()), "nothing is under way any more"
+
     def test_close_ends_every_thread_and_may_be_repeated(self, store: SafetensorsStore, arena: SlotArena) -> None:
         before = threading.active_count()
         backend = self.make(store, arena)

@@ -46,6 +46,7 @@ class ScrambledTransfers:
         self.order = list(order) or [0]
         self.taken = 0
         self.pending: list[TransferTicket] = []
+        self.begun: TransferTicket | None = None
         self.changed = threading.Condition()
         self.closed = False
         self.thread = threading.Thread(target=self._serve)
@@ -61,6 +62,11 @@ class ScrambledTransfers:
             self.pending.append(ticket)
             self.changed.notify_all()
         return ticket
+
+    def withdraw(self) -> list[TransferTicket]:
+        with self.changed:
+            self.pending.clear()
+            return [] if self.begun is None else [self.begun]
 
     def launch(self, stream: Stream, fn: Callable[[], None], reads: Sequence[int], writes: Sequence[int] = ()) -> None:
         fn()
@@ -82,7 +88,7 @@ class ScrambledTransfers:
                     return
                 choice = self.order[self.taken % len(self.order)] % len(self.pending)
                 self.taken += 1
-                ticket = self.pending.pop(choice)
+                ticket = self.begun = self.pending.pop(choice)
             ticket.bytes_read = self.store.read(ticket.key, self.arena.buffer(ticket.slot))
             self.on_complete(ticket)
 

@@ -28,7 +28,7 @@ from offload_engine.model.checkpoint import Checkpoint
 from offload_engine.model.config import ModelConfig
 from offload_engine.model.quantized import ExpertFormat, Matrix, quantize_int4, quantize_int8
 from tests.checkpoints import tiny_config, write_checkpoint
-from tests.contracts.store_contract import EVERY_KEY, KEY, RAW, StoreContract, read, slab_for
+from tests.contracts.store_contract import EVERY_KEY, KEY, RAW, StoreContract, read, same, slab_for
 
 CONFIG = ModelConfig.from_dict(RAW)
 
@@ -55,6 +55,11 @@ class TestPackedStore(StoreContract):
 
     def test_the_format_is_known(self, directory: Path) -> None:
         assert self.open(directory).format == self.FORMAT
+
+    def test_a_file_that_was_only_touched_stays_readable(self, directory: Path, wanted: Any) -> None:
+        store = self.open(directory)
+        os.utime(directory / self.FILE, ns=(1, 10**18))
+        assert same(read(store, KEY), wanted(KEY)), "its checksums tell that nothing has changed"
 
     def test_one_read_fills_a_slot(self, directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         store, reads = self.open(directory), []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 import torch
 
 from offload_engine.core import ExpertKey, ForwardInfo, Phase, RoutingDecision
-from offload_engine.errors import CheckpointError
+from offload_engine.errors import CheckpointError, TransferError
 from offload_engine.experts.arena import SlotArena
 from offload_engine.experts.layout import SLOT_ALIGNMENT
 from offload_engine.experts.store import SafetensorsStore, load_all
@@ -40,6 +41,17 @@ class TestSafetensorsStore(StoreContract):
 
     def open(self, directory: Path, *, direct: bool = True) -> SafetensorsStore:
         return open_store(directory, direct=direct)
+
+    def test_a_file_that_was_written_to_is_refused(self, directory: Path) -> None:
+        """Nothing in it tells which of its experts are still what they were."""
+        store = self.open(directory)
+        read(store, KEY)
+        os.utime(directory / self.FILE, ns=(1, 10**18))
+        for _ in range(2):
+            with pytest.raises(
+                TransferError, match=rf"expert 7 of layer 2: .*{FILE} was written to since it was opened"
+            ):
+                read(store, KEY)
 
 
 class TestMergedLayout(TestSafetensorsStore):

@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 import torch
 
+from offload_engine.experts.conversion import Kind
 from tests.checkpoints import tiny_config, write_checkpoint
-from tools.soak import FaultyReads, Report, soak
+from tools.soak import FaultyReads, Report, checkpoint, experts_file, soak
 
 ROOT = Path(__file__).parents[2]
 
@@ -43,6 +44,21 @@ def test_without_faults_every_answer_is_exact(small: Path) -> None:
     report = run(small, 12, 0.0)
     assert report.passed
     assert (report.exact > 0, report.wrong, report.errors, report.injected) == (True, 0, {}, {})
+
+
+@pytest.mark.parametrize("kind", [None, "int8"])
+def test_a_file_that_is_damaged_and_mended_ends_some_answers_and_spoils_none(small: Path, kind: Kind | None) -> None:
+    with checkpoint(str(small), kind, copied=True) as soaked:
+        assert soaked != str(small)
+        file = experts_file(soaked)
+        content = file.read_bytes()
+        report = soak(80, 0.0, 3, 0.7, model=soaked, max_context=256, routing="dmoe", min_experts=6, threads=1)
+        assert file.read_bytes() == content, "mended"
+    assert report.passed
+    assert report.exact > 0
+    assert report.errors["TransferError"] > 0
+    assert set(report.injected) == ({"cut"} if kind is None else {"cut", "damage"})
+    assert not Path(soaked).exists()
 
 
 def test_wrong_bytes_are_noticed(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:

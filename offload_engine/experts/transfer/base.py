@@ -8,7 +8,7 @@ which nobody may rely.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from enum import StrEnum
 from typing import Protocol
 
@@ -26,7 +26,7 @@ class Stream(StrEnum):
 class TransferTicket:
     """One copy under way. Its fields are final once the driver has reported it complete."""
 
-    __slots__ = ("bytes_read", "error", "key", "slot")
+    __slots__ = ("bytes_read", "error", "key", "reported", "slot")
 
     def __init__(self, key: ExpertKey, slot: int) -> None:
         self.key = key
@@ -34,6 +34,8 @@ class TransferTicket:
         self.bytes_read = 0
         """Bytes asked of the disk; 0 where the source was memory."""
         self.error: OffloadError | None = None
+        self.reported = False
+        """Whether whoever asked for the copy has taken note of its end."""
 
 
 OnComplete = Callable[[TransferTicket], None]
@@ -47,6 +49,12 @@ class TransferBackend(Protocol):
 
     def copy(self, stream: Stream, source: ExpertKey, slot: int) -> TransferTicket:
         """Enqueue the copy of `source` into `slot`; returns at once. Failure is reported in the ticket."""
+
+    def withdraw(self) -> Collection[TransferTicket]:
+        """Forget the copies that are not begun yet, which are then never reported; returns those that are begun.
+
+        After an interrupt came out of `copy`, this says whether the copy is to be had.
+        """
 
     def launch(self, stream: Stream, fn: Callable[[], None], reads: Sequence[int], writes: Sequence[int] = ()) -> None:
         """Enqueue `fn`, which reads and writes these slots and no others."""
