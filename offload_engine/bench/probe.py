@@ -87,6 +87,8 @@ class Probe:
     transfers: list[Transfer] = field(default_factory=list)
     first_forward: float | None = None
     """When the first forward began."""
+    total: float = 0.0
+    """Of all components."""
     quiet: bool = False
     """While the next layers are predicted, modules run on behalf of the scheduler, and don't count."""
 
@@ -94,6 +96,7 @@ class Probe:
         """Count time of a component."""
         if not self.quiet:
             self.seconds[component] += seconds
+            self.total += seconds
 
     def layer_runs(self) -> list[LayerRun]:
         """The layers that ran, with their experts."""
@@ -155,6 +158,7 @@ def probing(engine: Engine, *, offloaded: bool) -> Iterator[Probe]:
             for hook in _timed_module(module, component, probe):
                 stack.callback(hook.remove)
         stack.enter_context(_patched(BlockDiffusionDecoder, "_propose", _timed("head", probe)))
+        stack.enter_context(_patched(MoEBlock, "route", _timed("routing", probe)))
         timed = _TimedExperts(engine._decoder.experts, probe, whole=not offloaded)
         stack.enter_context(_patched(engine._decoder, "experts", lambda _: timed))
         if offloaded:
@@ -213,13 +217,15 @@ def _patched(owner: Any, name: str, wrap: Callable[[Any], Any]) -> Iterator[None
 
 
 def _timed(component: str, probe: Probe) -> Callable[[Callback], Callback]:
+    """Of a function: its time, less what modules within it count as theirs."""
+
     def wrap(function: Callback) -> Callback:
         def timed(*arguments: Any, **keywords: Any) -> Any:
-            began = time.perf_counter()
+            began, counted = time.perf_counter(), probe.total
             try:
                 return function(*arguments, **keywords)
             finally:
-                probe.add(component, time.perf_counter() - began)
+                probe.add(component, time.perf_counter() - began - (probe.total - counted))
 
         return timed
 

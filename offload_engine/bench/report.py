@@ -194,8 +194,8 @@ def _contenders(everyone: Mapping[str, Figures]) -> tuple[list[str], list[list[s
 
 
 def _details(everyone: Mapping[str, Figures]) -> tuple[list[str], list[list[str]]]:
-    header = ["contender", "x Belady", "reads/asked", "early", "hidden", "stall", "attention", "dense", "experts"]
-    header += ["head", "overhead", "start, s", "bound, s", "x bound"]
+    header = ["contender", "x Belady", "reads/asked", "early", "hidden", "stall", *COMPONENTS]
+    header += ["overhead", "start, s", "bound, s", "x bound"]
     rows = [
         [
             name,

@@ -18,10 +18,11 @@ ENGINES: tuple[Kind, ...] = ("engine", "unlimited")
 FOREIGN: tuple[Kind, ...] = ("accelerate", "mlx")
 """The kinds whose products are another library's: their answers differ from ours by rounding."""
 
-COMPONENTS = ("attention", "dense", "experts", "head")
+COMPONENTS = ("attention", "dense", "routing", "experts", "head")
 """What a step is made of, apart from waiting: attention with its projections; embedding, norms, routers, dense and
-shared feed-forwards; routed experts with their weighted sum; the LM head and the choice of tokens from its logits.
-What is left of a step's time is routing's selection, scheduling, prediction and Python: its overhead."""
+shared feed-forwards; the choice of experts from the routers' logits; routed experts with their weighted sum; the LM head
+and the choice of tokens from its logits. What is left of a step's time is scheduling, prediction and Python: its
+overhead."""
 
 
 class Document(BaseModel):
@@ -33,13 +34,13 @@ class Document(BaseModel):
 class Workload(Document):
     """What every contender decodes: one answer to one prompt of fixed token ids."""
 
-    prompt_tokens: Count = 64
+    prompt_tokens: Count = 128
     block_length: Count = 32
     steps: Count = 8
     """Denoising steps of a block: at threshold 1 the schedule alone decides, so that every block takes them all."""
     warm_up: Count = 1
     """Blocks decoded before the measured ones; the first one's step includes the prefill."""
-    blocks: Count = 3
+    blocks: Count = 8
     """Blocks measured."""
     temperature: Annotated[float, Field(ge=0)] = 0.0
     seed: int = 0

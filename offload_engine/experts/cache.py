@@ -157,10 +157,11 @@ class ExpertCache:
             self.policy.on_insert(key)
         return True
 
-    def pin(self, key: ExpertKey) -> None:
-        """Keep a RESIDENT key from eviction until `unpin` was called once for every `pin`."""
+    def pin(self, key: ExpertKey) -> int:
+        """Keep a RESIDENT key from eviction until `unpin` was called once for every `pin`. Returns its slot."""
         self._expect(key, SlotState.RESIDENT, "pinned")
         self._pins[key] = self._pins.get(key, 0) + 1
+        return self._slot_of[key]
 
     def unpin(self, key: ExpertKey) -> None:
         """Take back one `pin`."""

@@ -34,9 +34,10 @@ from offload_engine.model.moe import (
 )
 from offload_engine.routing.base import by_block, total
 
-PREVIEW_SHARE = 1 / 8
-"""Share of the experts wanted lately that had to be moved, below which no preview is asked for: residents, which are
-computed first, then hide the loads by themselves, and running routers twice costs more than it saves (docs/LOG.md).
+PREDICTION_SHARE = 1 / 8
+"""Share of the experts wanted lately that had to be moved, below which a block's first step alone is predicted, and no
+preview is asked for: residents, which are computed first, then hide the loads by themselves, and to guess costs more
+than it saves (docs/LOG.md).
 """
 LAUNCH_EXPERTS = 32
 """Experts that are computed in one launch, at most: their slots can't be given to others before all have been."""
@@ -152,9 +153,11 @@ class OffloadedExperts:
             raise
 
     def _predicted(self, layer: int, preview: Preview) -> list[ExpertKey]:
+        if self._moved_share < PREDICTION_SHARE and self._info.step:
+            return []
         guesses = []
         for ahead in range(layer, min(layer + self.prefetch_depth, self._last_layer + 1)):
-            if self.predictor.wants_preview and self._moved_share >= PREVIEW_SHARE:
+            if self.predictor.wants_preview and self._moved_share >= PREDICTION_SHARE:
                 self.predictor.offer(ahead, *ranked_experts(preview(ahead)))
             guesses.append((ahead, self.predictor.predict(ahead, ahead - layer)))
         predicted = prefetch_order(guesses)
@@ -252,8 +255,7 @@ class OffloadedExperts:
         todo = [ExpertWork(one.key.expert, weights(one.slot, layout(one.key))) for one in computes]
         self.transfers.launch(Stream.COMPUTE, partial(work, todo), reads=[compute.slot for compute in computes])
         with self._changed:
-            for compute in computes:
-                self._carry_out(self.scheduler.computed(compute.key))
+            self._carry_out(self.scheduler.computed(*(compute.key for compute in computes)))
 
     def idle(self, timeout: float = 60.0) -> None:
         """Wait until no transfer is under way but those of `warm_up`, then check that the cache conserves its slots.

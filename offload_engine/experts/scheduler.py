@@ -9,14 +9,14 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from offload_engine.core import ExpertKey, ForwardInfo
 from offload_engine.errors import InternalError
 from offload_engine.experts.cache import ExpertCache, SlotState
 
 
-@dataclass(frozen=True, slots=True)
-class Load:
+class Load(NamedTuple):
     """Bring `key` into `slot`; report `arrived` or `failed`."""
 
     key: ExpertKey
@@ -24,8 +24,7 @@ class Load:
     prefetch: bool
 
 
-@dataclass(frozen=True, slots=True)
-class Compute:
+class Compute(NamedTuple):
     """Run `key` from `slot`; report `computed`. The slot is pinned until then."""
 
     key: ExpertKey
@@ -173,11 +172,12 @@ class ExpertScheduler:
         self._count_wasted(key)
         return self._start_transfers()
 
-    def computed(self, key: ExpertKey) -> list[Command]:
-        """Event: the last reader of `key` in this layer has finished with its slot."""
-        self.cache.use(key, self._wanted.pop(key))
-        self._computing.remove(key)
-        self.cache.unpin(key)
+    def computed(self, *keys: ExpertKey) -> list[Command]:
+        """Event: the last reader of each of `keys` in this layer has finished with its slot."""
+        for key in keys:
+            self.cache.use(key, self._wanted.pop(key))
+            self._computing.remove(key)
+            self.cache.unpin(key)
         return self._start_transfers()
 
     def abandon(self) -> None:
@@ -219,16 +219,13 @@ class ExpertScheduler:
             self._warming = None
 
     def _compute(self, key: ExpertKey) -> Compute:
-        self.cache.pin(key)
+        slot = self.cache.pin(key)
         self._computing.add(key)
-        slot = self.cache.slot(key)
-        if slot is None:
-            raise InternalError(f"{key} is to be computed but is in no slot")
         return Compute(key, slot)
 
     def _start_transfers(self) -> list[Command]:
         loads: list[Command] = []
-        while len(self._in_flight) < self.limit:
+        while (self._demand or self._prefetch or self._warm) and len(self._in_flight) < self.limit:
             load = self._next_load()
             if load is None:
                 break
@@ -275,6 +272,9 @@ class ExpertScheduler:
         return None
 
     def _count_request(self, key: ExpertKey, state: SlotState) -> None:
+        if state is SlotState.RESIDENT and key not in self._speculative and key not in self._routed:
+            self.counters.hits += 1
+            return
         if state is SlotState.FREE or key in self._routed or key == self._warming:
             self.counters.misses += 1
         elif state is SlotState.RESIDENT:

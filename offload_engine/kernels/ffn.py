@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -45,8 +46,8 @@ class Expert:
 
     shape: tuple[int, int, int, int]
     """Format, H, I, and columns per int4 scale; experts of one call share it."""
-    pointers: tuple[int, ...]
-    """Values and scales of gate, up and down; 0 for none."""
+    pointers: bytes
+    """Addresses of values and scales of gate, up and down, as the kernels read them; 0 for none."""
     learning: bool
     """Whether a matrix wants a gradient, which the kernels don't give."""
     held: tuple[Matrix, ...]
@@ -57,9 +58,9 @@ class Expert:
         """Raises ValueError for shapes, dtypes or devices that don't fit."""
         matrices = (gate, up, down)
         shape = _check(*matrices)
-        pointers = tuple(0 if part is None else part.data_ptr() for matrix in matrices for part in matrix)
+        pointers = (0 if part is None else part.data_ptr() for matrix in matrices for part in matrix)
         learning = any(tensor.requires_grad for tensor in _tensors(matrices))
-        return Expert(shape, pointers, learning, matrices)
+        return Expert(shape, struct.pack("6P", *pointers), learning, matrices)
 
 
 def serves(hidden: Tensor, *experts: Expert) -> bool:
@@ -99,12 +100,12 @@ def experts_ffn(
         return
     _check_activations(hidden, chosen, numbers, experts, out)
     threads = library.threads() if threads is None or library.parallel is None else threads
-    table = [part for one, named in zip(experts, numbers, strict=True) for part in (*one.pointers, named)]
+    table = b"".join([one.pointers for one in experts])
     format_, width, inner, group = experts[0].shape
     sizes = (len(experts), out.shape[0], out.shape[0] // hidden.shape[0], width, inner, group)
     bf16 = hidden.dtype == torch.bfloat16
     where = None if chosen is None else chosen.data_ptr()
-    library.experts(number, format_, bf16, threads, sizes, hidden.data_ptr(), where, table, out.data_ptr())
+    library.experts(number, format_, bf16, threads, sizes, hidden.data_ptr(), where, numbers, table, out.data_ptr())
 
 
 def expert_ffn(

@@ -56,7 +56,7 @@ class Library:
         self.path = path
         self.parallel = _parallel()
         self._experts = library.dmoe_experts
-        self._experts.argtypes = [*(_INT,) * 4, _POINTER, *(_INT64,) * 6, *(_POINTER,) * 4]
+        self._experts.argtypes = [*(_INT,) * 4, _POINTER, *(_INT64,) * 6, *(_POINTER,) * 5]
         self._weighted_sum = library.dmoe_weighted_sum
         self._weighted_sum.argtypes = [*(_INT,) * 2, _POINTER, *(_INT64,) * 3, *(_POINTER,) * 4]
         self.select = library.dmoe_select
@@ -86,12 +86,13 @@ class Library:
         sizes: tuple[int, ...],
         hidden: int,
         chosen: int | None,
-        table: Sequence[int],
+        numbers: Sequence[int],
+        table: bytes,
         out: int,
     ) -> None:
-        """Call `dmoe_experts` (cpu/expert_ffn.c) with checked arguments, `table` its experts. Raises MemoryError."""
-        packed = struct.pack(f"{len(table)}q", *table)
-        failure = self._experts(variant, kind, bf16, threads, self.parallel, *sizes, hidden, chosen, packed, out)
+        """Call `dmoe_experts` (cpu/expert_ffn.c) with checked arguments. Raises MemoryError."""
+        named = struct.pack(f"{len(numbers)}q", *numbers)
+        failure = self._experts(variant, kind, bf16, threads, self.parallel, *sizes, hidden, chosen, named, table, out)
         if failure == NO_MEMORY:
             raise MemoryError(f"no memory for the workspace of {sizes[0]} experts")
         if failure:

@@ -16,10 +16,9 @@
 
 #define ROWS 1024 /* tokens times their experts, worked on at a time: what bounds the workspace, some 6 KB for each */
 
-/* One expert's matrices, and the number it has in the decision. */
+/* One expert's matrices. */
 struct expert {
     const void *gate, *gate_scales, *up, *up_scales, *down, *down_scales;
-    int64_t number;
 };
 
 /* The rows of `out` that an expert fills: places[first] to places[first + count - 1], the rows of `hidden` times k. */
@@ -262,27 +261,26 @@ static void run_experts(struct job *job, int threads, parallel_fn parallel)
 
 /* Sort the places [0, rows) by the experts that `chosen` names there, rising; those of no expert are left out. */
 static void sort_places(
-    const int64_t *chosen, int64_t rows, const struct expert *experts, int64_t count, int64_t *places,
-    struct share *shares)
+    const int64_t *chosen, int64_t rows, const int64_t *numbers, int64_t count, int64_t *places, struct share *shares)
 {
     for (int64_t index = 0, at = 0; index < count; index++) {
         shares[index].first = at;
         for (int64_t place = 0; place < rows; place++)
-            if (!chosen || chosen[place] == experts[index].number)
+            if (!chosen || chosen[place] == numbers[index])
                 places[at++] = place;
         shares[index].count = at - shares[index].first;
     }
 }
 
 /* `count` experts on their tokens, all with gate and up [i, h] and down [h, i] in `format`, `group` columns per scale in
- * int4; hidden [rows / choices, h] and out [rows, h] both bf16 or both float32. Where chosen [rows] names an expert's
- * number, out has what it makes of hidden; an expert is named here once. Null: the first one is chosen everywhere.
+ * int4; hidden [rows / choices, h] and out [rows, h] both bf16 or both float32. Where chosen [rows] is an expert's
+ * number, out has what it makes of hidden; no number comes twice. Null: the first one is chosen everywhere.
  * `parallel` may be null if `threads` is 1.
  */
 DMOE_EXPORT int dmoe_experts(
     int variant, int format, int bf16, int threads, parallel_fn parallel, int64_t count, int64_t rows, int64_t choices,
-    int64_t h, int64_t i, int64_t group, const void *hidden, const int64_t *chosen, const struct expert *experts,
-    void *out)
+    int64_t h, int64_t i, int64_t group, const void *hidden, const int64_t *chosen, const int64_t *numbers,
+    const struct expert *experts, void *out)
 {
     struct job job = {
         .variant = dmoe_variant_at(variant),
@@ -303,7 +301,7 @@ DMOE_EXPORT int dmoe_experts(
         return DMOE_NO_MEMORY;
     struct share *shares = (struct share *)(sorted + places_size);
     job.places = (const int64_t *)sorted;
-    sort_places(chosen, rows, experts, count, (int64_t *)sorted, shares);
+    sort_places(chosen, rows, numbers, count, (int64_t *)sorted, shares);
     int64_t most = 0, largest = 0; /* tokens of one expert; rows worked on at a time */
     for (int64_t index = 0; index < count; index++)
         most = shares[index].count > most ? shares[index].count : most;
