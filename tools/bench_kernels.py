@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from offload_engine import kernels
-from offload_engine.experts.executor import ranked_experts
+from offload_engine.experts.ranked import ranked_experts
 from offload_engine.kernels import Matrix, selection
 from offload_engine.kernels.library import KernelStatus
 from offload_engine.routing import RouterShape, make_policy

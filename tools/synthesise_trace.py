@@ -28,7 +28,7 @@ if __package__ in (None, ""):  # run as a script: the repository's root is not o
 
 from offload_engine.core import ForwardInfo, Phase
 from offload_engine.errors import OffloadError
-from offload_engine.experts.executor import ranked_experts
+from offload_engine.experts.ranked import ranked_experts
 from offload_engine.routing import RouterShape, RoutingPolicy, make_policy
 from offload_engine.trace import TraceHeader, TraceWriter
 

@@ -20,8 +20,8 @@ FOREIGN: tuple[Kind, ...] = ("accelerate", "mlx")
 
 COMPONENTS = ("attention", "dense", "routing", "experts", "head")
 """What a step is made of, apart from waiting: attention with its projections; embedding, norms, routers, dense and
-shared feed-forwards; the choice of experts from the routers' logits; routed experts with their weighted sum; the LM head
-and the choice of tokens from its logits. What is left of a step's time is scheduling, prediction and Python: its
+shared feed-forwards; the choice of experts from the routers' logits; routed experts with their weighted sum; the LM
+head and the choice of tokens from its logits. What is left of a step's time is scheduling, prediction and Python: its
 overhead."""
 
 

@@ -11,6 +11,7 @@ from typing import NamedTuple
 from offload_engine.core import ExpertKey, ForwardInfo
 from offload_engine.errors import InternalError
 from offload_engine.experts.eviction import EvictionPolicy
+from offload_engine.experts.outlook import Outlook
 
 
 class SlotState(StrEnum):
@@ -89,9 +90,9 @@ class ExpertCache:
         """A forward starts; the policy is told."""
         self.policy.begin(info)
 
-    def route(self, layer: int, experts: Sequence[int]) -> None:
+    def route(self, layer: int, experts: Sequence[int], outlook: Outlook) -> None:
         """`layer` routed and wants these experts; the policy is told."""
-        self.policy.on_route(layer, experts)
+        self.policy.on_route(layer, experts, outlook)
 
     def expect(self, keys: Iterable[ExpertKey]) -> None:
         """These, which may have no slot, will be wanted by the layer under way; replaces what was expected before."""

@@ -13,6 +13,7 @@ from typing import Protocol
 from offload_engine.core import ExpertKey, ForwardInfo
 from offload_engine.errors import ConfigError
 from offload_engine.experts.next_use import NextUse
+from offload_engine.experts.outlook import Outlook
 from offload_engine.experts.ranking import Ranking
 
 
@@ -30,7 +31,7 @@ class EvictionPolicy(Protocol):
     def begin(self, info: ForwardInfo) -> None:
         """A forward starts."""
 
-    def on_route(self, layer: int, experts: Sequence[int]) -> None:
+    def on_route(self, layer: int, experts: Sequence[int], outlook: Outlook) -> None:
         """`layer` routed and wants these experts, resident or not; their loads and uses follow."""
 
     def on_insert(self, key: ExpertKey) -> None:
@@ -52,7 +53,7 @@ class _Unrouted:
     def begin(self, info: ForwardInfo) -> None:
         """See `EvictionPolicy`."""
 
-    def on_route(self, layer: int, experts: Sequence[int]) -> None:
+    def on_route(self, layer: int, experts: Sequence[int], outlook: Outlook) -> None:
         """See `EvictionPolicy`."""
 
 

@@ -7,9 +7,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from offload_engine.core import ExpertKey, ForwardInfo, Phase, RoutingDecision
@@ -19,10 +17,10 @@ from offload_engine.experts.cache import Occupancy
 from offload_engine.experts.hot_set import HotSet
 from offload_engine.experts.predictor import ExpertPredictor
 from offload_engine.experts.prefetch import prefetch_order
+from offload_engine.experts.ranked import going_on, outlook_of, ranked_experts
 from offload_engine.experts.scheduler import Command, Compute, ExpertScheduler, Load
 from offload_engine.experts.store import ExpertStore
 from offload_engine.experts.transfer.base import Stream, TransferBackend, TransferTicket
-from offload_engine.kernels import selection as fused
 from offload_engine.metrics import EngineStats
 from offload_engine.model.moe import (
     ExpertOutputs,
@@ -32,7 +30,6 @@ from offload_engine.model.moe import (
     Preview,
     tokens_by_expert,
 )
-from offload_engine.routing.base import by_block, total
 
 PREDICTION_SHARE = 1 / 8
 """Share of the experts wanted lately that had to be moved, below which a block's first step alone is predicted, and no
@@ -47,27 +44,6 @@ SWEEP_WINDOW = 16
 """Experts that a sweep waits for at a time, in their order."""
 SWEEP_SHARE = 0.8
 """Share of a layer's experts that a sweep must have wanted for the next layer to be fetched as a whole."""
-
-
-class Ranked(NamedTuple):
-    """The distinct experts of a decision, in the order in which they should be fetched."""
-
-    experts: list[int]
-    scores: list[float]
-
-
-def ranked_experts(decision: RoutingDecision) -> Ranked:
-    """The experts actually chosen, by falling block score summed over the blocks of the forward (REFERENCE §3)."""
-    ranked = fused.ranked(decision.experts, decision.block_scores)
-    if ranked is not None:
-        return Ranked(*ranked)
-    used = decision.experts.flatten().unique()
-    used = used[used >= 0]
-    if decision.block_scores is None:
-        return Ranked(used.tolist(), [1.0] * used.numel())
-    scores = total(decision.block_scores, 0)[0, used].nan_to_num()  # damaged weights must not damage the cache's books
-    order = scores.argsort(descending=True, stable=True)
-    return Ranked(used[order].tolist(), scores[order].tolist())
 
 
 def _add_one(total: ExpertSum, tokens: ExpertTokens, work: Sequence[ExpertWork]) -> None:
@@ -168,7 +144,8 @@ class OffloadedExperts:
     def run(self, layer: int, hidden: Tensor, decision: RoutingDecision) -> Tensor:
         """See `ExpertExecutor`."""
         ranked = ranked_experts(decision)
-        learned = self._to_learn(ranked, decision)
+        learned = going_on(ranked, decision, self._info)
+        outlook = outlook_of(learned.experts, decision.block_scores, self._info)
         self.predictor.observe(layer, ranked.experts, ranked.scores, learned)
         if self.predictor.generating:
             self.hot.use(layer, learned.experts)
@@ -178,7 +155,7 @@ class OffloadedExperts:
             with self._changed:
                 counters = self.scheduler.counters
                 moved = counters.misses + counters.prefetches_used
-                self._carry_out(self.scheduler.want(layer, ranked.experts, ranked.scores))
+                self._carry_out(self.scheduler.want(layer, ranked.experts, ranked.scores, outlook))
                 self.stats.expert_requests += len(ranked.experts)
                 moved = counters.misses + counters.prefetches_used - moved
                 self._moved_share += (moved / max(1, len(ranked.experts)) - self._moved_share) / RECENT_RUNS
@@ -238,16 +215,6 @@ class OffloadedExperts:
             self._count()
         self.transfers.synchronize()
         return total.sum
-
-    def _to_learn(self, ranked: Ranked, decision: RoutingDecision) -> Ranked:
-        """What the predictor learns of a decision: the blocks that go on being denoised, where there are others."""
-        blocks = by_block(self._info, decision)
-        denoised = [part.experts for one, part in blocks if one.phase is Phase.DENOISE]
-        if len(denoised) in (0, len(blocks)):
-            return ranked
-        kept = set(torch.cat(denoised).unique().tolist())
-        pairs = [pair for pair in zip(ranked.experts, ranked.scores, strict=True) if pair[0] in kept]
-        return Ranked([expert for expert, _ in pairs], [score for _, score in pairs])
 
     def _launch(self, computes: Sequence[Compute], work: Callable[[Sequence[ExpertWork]], None]) -> None:
         """Have `work` done with the experts' weights, and give their slots free for what comes next."""

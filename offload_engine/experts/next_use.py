@@ -1,25 +1,36 @@
-"""Eviction that knows that the layers take turns."""
+"""Eviction that knows that the layers take turns, and who was close to being chosen."""
 
 from __future__ import annotations
 
 import heapq
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
-from offload_engine.core import ExpertKey, ForwardInfo, Phase
-from offload_engine.experts.ranking import Ranking
+import numpy as np
+from numpy.typing import NDArray
 
-FAST, SLOW, FIRST = 0.7, 0.03, 0.5
-"""Weight of the newest forward in the three averages of a `_Record`; chosen on traces (docs/LOG.md)."""
-WITHIN_BLOCK = (0.6, 0.4, 0.0)
-OPENING = (0.1, 0.3, 0.6)
-FUSED = (0.6, 0.4, 0.6)
-"""How much fast, slow and first count in the chance of a use: in a forward on a block that is under way, in one that
-opens a block, and in one that opens a block and commits another, which wants what both want.
-"""
-UNKNOWN = 0.5
-"""Averages of an expert that came into the cache before its layer ever routed."""
+from offload_engine.core import ExpertKey, ForwardInfo, Phase
+from offload_engine.experts.outlook import FURTHEST, Outlook
+
+RATE, OPENING_RATE = 0.03, 0.5
+"""Weight of the newest forward in an expert's average of uses: in all, and in those that open a block."""
+CHOSEN_KINDS = 4
+"""Quarters of the chosen, best first."""
+STEP = 3
+"""Runners-up of a kind."""
+UNNAMED = CHOSEN_KINDS + FURTHEST // STEP
+"""The kind of an expert that nobody named."""
+BINS = 8
+"""Of an expert's average of uses, as a share of its layer's largest."""
+CELLS = (UNNAMED + 1) * BINS
+CAUTION = 2.0
+"""Observations that the first guess at a cell's chance counts for."""
+MEMORY = 4096.0
+"""Observations of a cell after which the older half of its weight is dropped."""
+
+Floats = NDArray[np.float64]
+Integers = NDArray[np.int64]
 
 
 def opens_block(info: ForwardInfo) -> bool:
@@ -28,76 +39,101 @@ def opens_block(info: ForwardInfo) -> bool:
     return info.phase is Phase.DENOISE and not any(steps)
 
 
-class _Record:
-    """Exponential averages of one expert's uses; each is brought up to date when it is looked at."""
+class _Calibration:
+    """How often experts of a cell were used in their layer's next forward, by whether that opened a block.
 
-    __slots__ = ("fast", "first", "first_steps", "forwards", "slow")
+    A cell is a kind (what became of the expert in the layer's last vote) and a bin of its average of uses. First
+    guesses hold until something was seen: within a block the last vote counts most, where one is opened the average.
+    """
 
-    def __init__(self, forwards: int, first_steps: int, average: float = 0.0) -> None:
-        self.fast = self.slow = self.first = average
-        self.forwards = forwards
-        """Forwards of the layer that `fast` and `slow` know of."""
-        self.first_steps = first_steps
-        """First steps of a block that `first` knows of."""
+    def __init__(self) -> None:
+        kinds = np.array([0.8] * CHOSEN_KINDS + [0.3 * 0.7**place for place in range(FURTHEST // STEP)] + [0.0])
+        averages = (np.arange(BINS) + 0.5) / BINS
+        guesses = [said * kinds[:, None] + (1 - said) * averages for said in (0.6, 0.2)]
+        self._all = np.full((2, CELLS), CAUTION)
+        self._true: Floats = CAUTION * np.stack([guess.ravel() for guess in guesses])
+
+    def chances(self, opening: bool) -> Floats:
+        """[CELLS]"""
+        chances: Floats = self._true[int(opening)] / self._all[int(opening)]
+        return chances
+
+    def learn(self, opening: bool, cells: Integers, used: Integers) -> None:
+        """Experts stood in `cells` [E]; the layer then used these [n]."""
+        true, all_ = self._true[int(opening)], self._all[int(opening)]
+        all_ += np.bincount(cells, minlength=CELLS)
+        true += np.bincount(cells[used], minlength=CELLS)
+        faded = np.where(all_ >= MEMORY, 0.5, 1.0)
+        all_ *= faded
+        true *= faded
 
 
 class _Layer:
     """What one layer used, forward by forward, and its candidates in the order of their chance."""
 
-    def __init__(self, place: int, ranking: Ranking) -> None:
+    def __init__(self, place: int) -> None:
         self.place = place
         """Among the layers known, in the order they run."""
-        self.ranking = ranking
-        self.stale = False
-        """Chances changed since `ranking` was put in order."""
-        self._records: dict[ExpertKey, _Record] = {}
-        self._forwards = 0
-        self._first_steps = 0
-        self._weights = WITHIN_BLOCK
+        self.opening = False
+        """Whether the layer's next forward opens a block, as far as is known."""
+        self.candidates: dict[ExpertKey, int] = {}
+        """With the number of their last event."""
+        self._averages: Floats = np.zeros((2, 0))
+        """[2, E]: of uses in all forwards, and in those that open a block."""
+        self._cells: Integers = np.zeros((2, 0), dtype=np.int64)
+        """[2, E]: where experts stand, by either average."""
+        self._order: list[tuple[float, int, ExpertKey]] | None = None
 
-    def learn(self, layer: int, experts: Sequence[int], info: ForwardInfo) -> None:
-        """The layer routed in a forward on one block."""
-        first = opens_block(info)
-        self._forwards += 1
-        self._first_steps += first
-        self._weights = OPENING if info.phase is Phase.COMMIT else WITHIN_BLOCK
-        for expert in experts:
-            record = self._record(ExpertKey(layer, expert))
-            record.fast += FAST
-            record.slow += SLOW
-            record.first += FIRST if first else 0.0
-        self.stale = True
+    def learn(self, experts: Sequence[int], outlook: Outlook, info: ForwardInfo, calibration: _Calibration) -> None:
+        """The layer routed in a forward that denoises or commits."""
+        wanted, chosen, runners_up = (np.asarray(part, dtype=np.int64) for part in (experts, *outlook))
+        self._reach(max(part.max(initial=-1) for part in (wanted, chosen, runners_up)))
+        calibration.learn(self.opening, self._cells[int(self.opening)], wanted)
+        used = np.zeros(self._averages.shape[1])
+        used[wanted] = 1.0
+        self._averages[0] += RATE * (used - self._averages[0])
+        if opens_block(info):
+            self._averages[1] += OPENING_RATE * (used - self._averages[1])
+        kinds = np.full(len(used), UNNAMED)
+        kinds[chosen] = np.arange(len(chosen)) * CHOSEN_KINDS // max(1, len(chosen))
+        kinds[runners_up] = CHOSEN_KINDS + np.arange(len(runners_up)) // STEP
+        largest = np.maximum(self._averages.max(axis=1, keepdims=True), np.finfo(np.float64).tiny)
+        bins = np.minimum(BINS - 1, (self._averages / largest * BINS).astype(np.int64))
+        self._cells = kinds * BINS + bins
+        self.expect(info.phase is Phase.COMMIT)
 
-    def expect(self, weights: tuple[float, float, float]) -> None:
+    def expect(self, opening: bool) -> None:
         """What the layer's next forward is."""
-        self.stale |= self._weights != weights
-        self._weights = weights
+        self.opening = opening
+        self._order = None
 
-    def meet(self, key: ExpertKey) -> None:
-        """`key` became a candidate; nothing may be known of it."""
-        if key not in self._records:
-            self._records[key] = _Record(self._forwards, self._first_steps, UNKNOWN)
+    def touch(self, key: ExpertKey, event: int) -> None:
+        """A candidate, new or not, had its latest event."""
+        self._reach(key.expert)
+        self.candidates[key] = event
+        self._order = None
 
-    def chance(self, key: ExpertKey) -> float:
-        """That the layer's next forward uses `key`, from 0 to 1."""
-        record = self._record(key)
-        fast, slow, first = self._weights
-        return min(1.0, fast * record.fast + slow * record.slow + first * record.first)
+    def remove(self, key: ExpertKey) -> None:
+        """`key` is no candidate any more."""
+        del self.candidates[key]
+        if self._order is not None:
+            self._order = [rank for rank in self._order if rank[2] != key]
 
-    def _record(self, key: ExpertKey) -> _Record:
-        """The record of `key` as of the layer's last forward."""
-        record = self._records.get(key)
-        if record is None:
-            record = self._records[key] = _Record(self._forwards, self._first_steps)
-        passed = self._forwards - record.forwards
-        if passed:
-            record.fast *= (1 - FAST) ** passed
-            record.slow *= (1 - SLOW) ** passed
-            record.forwards = self._forwards
-        if record.first_steps != self._first_steps:
-            record.first *= (1 - FIRST) ** (self._first_steps - record.first_steps)
-            record.first_steps = self._first_steps
-        return record
+    def order(self, calibration: _Calibration) -> list[tuple[float, int, ExpertKey]]:
+        """(chance, last event, key) of the candidates, rising."""
+        if self._order is None:
+            cells = self._cells[int(self.opening), [key.expert for key in self.candidates]]
+            chances = calibration.chances(self.opening)[cells].tolist()
+            ranked = zip(chances, self.candidates.values(), self.candidates, strict=True)
+            self._order = sorted(ranked)
+        return self._order
+
+    def _reach(self, expert: int) -> None:
+        """Have room for `expert`, and for all below it."""
+        missing = expert + 1 - self._averages.shape[1]
+        if missing > 0:
+            self._averages = np.pad(self._averages, ((0, 0), (0, missing)))
+            self._cells = np.pad(self._cells, ((0, 0), (0, missing)), constant_values=UNNAMED * BINS)
 
 
 class _Entry(NamedTuple):
@@ -106,9 +142,8 @@ class _Entry(NamedTuple):
     density: float
     event: int
     key: ExpertKey
-    place: int
     nearness: float
-    layer: _Layer
+    following: Iterator[tuple[float, int, ExpertKey]]
 
 
 class NextUse:
@@ -119,19 +154,20 @@ class NextUse:
     Beckmann et al., LHD, NSDI 2018). So what has just been used goes before what comes next, and a working set larger
     than the cache keeps as many of its experts as there are slots, where recency keeps none.
 
-    p is a weighted sum of moving averages of the expert's uses: a fast one (the current block's coreset), a slow one
-    and, where the layer's next forward opens a block, one over such forwards alone, whose mask tokens want much the
-    same in each. After a commit that runs by itself the next forward does; one that is fused with it says so itself.
-    Uses are remembered of experts outside the cache too. A prefill wants nearly all experts and is not learnt from.
+    p is how often experts in the same situation were used in the layer's next forward: those that stood as high in its
+    last vote, chosen or not (most experts that are new in a forward were runners-up before), and were used as often of
+    late; where a block is opened, whose mask tokens want much the same in each, as often in such forwards alone. After
+    a commit that runs by itself the next forward opens one; one that is fused with it says so itself. Uses are
+    remembered of experts outside the cache too. A prefill wants nearly all experts and is not learnt from.
 
-    An event is O(log n); a victim costs O(layers), and once per layer and forward the sorting of one layer's
-    candidates.
+    A routing costs O(experts of the layer), a victim O(layers) and the sorting of layers that had an event since.
     """
 
     name = "next-use"
 
     def __init__(self) -> None:
         self._layers: dict[int, _Layer] = {}
+        self._calibration = _Calibration()
         self._events = itertools.count(1)
         self._info = ForwardInfo(Phase.DENOISE)
         self._current: int | None = None
@@ -141,53 +177,46 @@ class NextUse:
         """See `EvictionPolicy`."""
         self._info = info
         if opens_block(info):
-            fused = any(one.phase is Phase.COMMIT for one in info.blocks)
             for layer in self._layers.values():
-                layer.expect(FUSED if fused else OPENING)
+                layer.expect(True)
 
-    def on_route(self, layer: int, experts: Sequence[int]) -> None:
+    def on_route(self, layer: int, experts: Sequence[int], outlook: Outlook) -> None:
         """See `EvictionPolicy`."""
         self._current = layer
         state = self._layer(layer)
         if self._info.phase in (Phase.DENOISE, Phase.COMMIT):
-            state.learn(layer, experts, self._info)
+            state.learn(experts, outlook, self._info, self._calibration)
 
     def on_insert(self, key: ExpertKey) -> None:
         """See `EvictionPolicy`."""
-        layer = self._layer(key.layer)
-        layer.meet(key)
-        layer.ranking.place(key, layer.chance(key))
+        self._layer(key.layer).touch(key, next(self._events))
 
     def on_use(self, key: ExpertKey, score: float) -> None:  # noqa: ARG002
         """See `EvictionPolicy`. Breaks ties; the chance is from `on_route`."""
-        layer = self._layer(key.layer)
-        layer.ranking.place(key, layer.chance(key))
+        self._layer(key.layer).touch(key, next(self._events))
 
     def on_remove(self, key: ExpertKey) -> None:
         """See `EvictionPolicy`. Its uses are remembered."""
-        self._layer(key.layer).ranking.remove(key)
+        self._layer(key.layer).remove(key)
 
     def victim(self, evictable: Callable[[ExpertKey], bool]) -> ExpertKey | None:
         """See `EvictionPolicy`."""
-        entries = (self._entry(layer, 0, 1.0 / self._distance(layer)) for layer in self._layers.values())
-        lowest = [entry for entry in entries if entry is not None]
-        heapq.heapify(lowest)
+        lowest: list[_Entry] = []
+        for layer in self._layers.values():
+            self._push(lowest, 1.0 / self._distance(layer), iter(layer.order(self._calibration)))
         while lowest:
             entry = heapq.heappop(lowest)
             if evictable(entry.key):
                 return entry.key
-            following = self._entry(entry.layer, entry.place + 1, entry.nearness)
-            if following is not None:
-                heapq.heappush(lowest, following)
+            self._push(lowest, entry.nearness, entry.following)
         return None
 
-    def _entry(self, layer: _Layer, place: int, nearness: float) -> _Entry | None:
-        """The candidate of `layer` at `place` from its lowest, if there is one."""
-        if layer.stale:
-            layer.ranking.revalue(layer.chance)
-            layer.stale = False
-        rank = layer.ranking.at(place)
-        return None if rank is None else _Entry(rank[0] * nearness, rank[1], rank[2], place, nearness, layer)
+    @staticmethod
+    def _push(entries: list[_Entry], nearness: float, ranks: Iterator[tuple[float, int, ExpertKey]]) -> None:
+        """The next of a layer's `ranks`, if there is one."""
+        for chance, event, key in ranks:
+            heapq.heappush(entries, _Entry(chance * nearness, event, key, nearness, ranks))
+            return
 
     def _distance(self, layer: _Layer) -> int:
         """Layers until `layer` runs again: a whole sweep for the one under way, 1 for all before the first."""
@@ -199,7 +228,7 @@ class NextUse:
     def _layer(self, index: int) -> _Layer:
         layer = self._layers.get(index)
         if layer is None:
-            layer = self._layers[index] = _Layer(0, Ranking(self._events))
+            layer = self._layers[index] = _Layer(0)
             for place, known in enumerate(sorted(self._layers)):
                 self._layers[known].place = place
         return layer

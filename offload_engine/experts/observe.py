@@ -10,7 +10,7 @@ from torch import Tensor
 
 from offload_engine.core import ForwardInfo, Phase, RoutingDecision
 from offload_engine.errors import TraceError, TraceWriteError
-from offload_engine.experts.executor import ranked_experts
+from offload_engine.experts.ranked import ranked_experts
 from offload_engine.model.moe import ExpertExecutor, Preview
 from offload_engine.routing.base import by_block
 from offload_engine.trace import TraceHeader, TraceWriter

@@ -14,6 +14,7 @@ from typing import NamedTuple
 from offload_engine.core import ExpertKey, ForwardInfo
 from offload_engine.errors import InternalError
 from offload_engine.experts.cache import ExpertCache, SlotState
+from offload_engine.experts.outlook import Outlook
 
 
 class Load(NamedTuple):
@@ -119,14 +120,17 @@ class ExpertScheduler:
         """Event: the layer under way will `want` these after what it wants next; those that are here should stay."""
         self.cache.expect(keys)
 
-    def want(self, layer: int, experts: Sequence[int], scores: Sequence[float]) -> list[Command]:
-        """Event: `layer` routed. `experts` are distinct and in falling order of block score, as `scores` are.
+    def want(
+        self, layer: int, experts: Sequence[int], scores: Sequence[float], outlook: Outlook | None = None
+    ) -> list[Command]:
+        """Event: `layer` routed. `experts` are distinct and in falling order of block score, as `scores` are. `outlook`
+        tells of its next forward more than that these were chosen.
 
         Everything resident is pinned at once, so that no load of this layer can evict what it still needs.
         """
         if self._wanted:
             raise InternalError(f"layer {layer} was routed while {len(self._wanted)} experts were still to be computed")
-        self.cache.route(layer, experts)
+        self.cache.route(layer, experts, outlook or Outlook(experts))
         computes: list[Command] = []
         for expert, score in zip(experts, scores, strict=True):
             key = ExpertKey(layer, expert)

@@ -4,6 +4,7 @@ from offload_engine.core import BlockPass, ExpertKey, ForwardInfo, Phase
 from offload_engine.experts.cache import ExpertCache
 from offload_engine.experts.eviction import EvictionPolicy, make_eviction
 from offload_engine.experts.next_use import NextUse, opens_block
+from offload_engine.experts.outlook import Outlook
 from offload_engine.experts.scheduler import Compute, ExpertScheduler, Load
 from tests.contracts.eviction_contract import drain
 
@@ -16,9 +17,9 @@ def told(policy: NextUse, info: ForwardInfo, *layers: tuple[int, list[int]]) -> 
     """One forward; what it uses becomes a candidate if it is none."""
     policy.begin(info)
     for layer, experts in layers:
-        policy.on_route(layer, experts)
+        policy.on_route(layer, experts, Outlook(experts))
         for key in keys(layer, *experts):
-            if key not in policy._layer(layer).ranking._ranks:
+            if key not in policy._layer(layer).candidates:
                 policy.on_insert(key)
             policy.on_use(key, 1.0)
 
@@ -31,7 +32,7 @@ def steps(policy: NextUse, count: int, *layers: tuple[int, list[int]]) -> None:
 def test_what_comes_next_stays_and_what_has_just_run_goes() -> None:
     policy = NextUse()
     steps(policy, 3, (1, [0]), (2, [0]), (3, [0]))
-    policy.on_route(1, [0])
+    policy.on_route(1, [0], Outlook([0]))
     assert [key.layer for key in drain(policy)] == [1, 3, 2]
 
 
@@ -72,7 +73,7 @@ def test_a_forward_that_opens_a_block_keeps_what_blocks_want_first_until_the_lay
     policy = NextUse()
     for block in range(1, 4):
         told(policy, fused(block), (1, [0]), (2, [0]))
-        for number, expert in enumerate((7, 5, 5), start=1):
+        for number, expert in enumerate((7, 5, 5, 5, 5, 5), start=1):
             told(policy, ForwardInfo(Phase.DENOISE, block, number), (1, [expert]), (2, [expert]))
     assert policy.victim(lambda key: key.layer == 2) == ExpertKey(2, 0), "within a block its own experts count"
     told(policy, fused(4), (1, [5]))

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from offload_engine.core import RoutingDecision
-from offload_engine.experts.executor import ranked_experts
+from offload_engine.experts.ranked import ranked_experts
 from offload_engine.kernels import selection
 from offload_engine.kernels.library import KernelStatus, Library, choose
 from offload_engine.routing import POLICIES, Coreset, RouterShape, RoutingOptions, RoutingPolicy, TopK, make_policy
