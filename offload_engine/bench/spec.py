@@ -34,13 +34,13 @@ class Document(BaseModel):
 class Workload(Document):
     """What every contender decodes: one answer to one prompt of fixed token ids."""
 
-    prompt_tokens: Count = 128
+    prompt_tokens: Count = 64
     block_length: Count = 32
     steps: Count = 8
     """Denoising steps of a block: at threshold 1 the schedule alone decides, so that every block takes them all."""
     warm_up: Count = 1
     """Blocks decoded before the measured ones; the first one's step includes the prefill."""
-    blocks: Count = 8
+    blocks: Count = 6
     """Blocks measured."""
     temperature: Annotated[float, Field(ge=0)] = 0.0
     seed: int = 0

@@ -144,7 +144,7 @@ def evaluation(**options: Any) -> int:
     "--only", multiple=True, metavar="PATTERN", help="Contenders to run, such as engine/* or bandwidth; may be several."
 )
 @click.option("--rounds", type=click.IntRange(min=1), default=2, show_default=True, help="Times that each one runs.")
-@click.option("--blocks", type=click.IntRange(min=1), default=3, show_default=True, help="Blocks measured in a run.")
+@click.option("--blocks", type=click.IntRange(min=1), default=6, show_default=True, help="Blocks measured in a run.")
 @click.option("--warm-up", type=click.IntRange(min=1), default=1, show_default=True, help="Blocks before them.")
 @click.option("--steps", type=click.IntRange(1, 32), default=8, show_default=True, help="Denoising steps per block.")
 @click.option(
