@@ -1,9 +1,10 @@
 """RoutingTrace: which experts every forward wanted, layer by layer; what simulations and analyses run on.
 
-The format, version 1, is JSON Lines in UTF-8. Line 1 is a `TraceHeader`, each line after it one `TraceRecord`, in the
+The format, version 2, is JSON Lines in UTF-8. Line 1 is a `TraceHeader`, each line after it one `TraceRecord`, in the
 order in which the layers ran. A line counts only with its newline: what follows the last newline is the rest of a
 write that was cut off, which readers ignore and `TraceWriter` removes before it appends. Keys a reader doesn't know
-are refused, so every change of the format is a new version. A trace may be kept gzipped, under a name ending in .gz.
+are refused, so every change of the format is a new version; version 1, still read, has no `runners_up`. A trace may be
+kept gzipped, under a name ending in .gz.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from offload_engine.core import ForwardInfo, Phase
 from offload_engine.errors import TraceError, TraceWriteError
 
 FORMAT: Final = "offload_engine.routing_trace"
-VERSION: Final = 1
+VERSION: Final = 2
 
 _MAX_LINE = 16 << 20
 """No line of a trace comes near this many bytes; a longer one is some other file."""
@@ -39,7 +40,7 @@ class TraceHeader(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
     format: Literal["offload_engine.routing_trace"] = FORMAT
-    version: Literal[1] = VERSION
+    version: Literal[1, 2] = VERSION
     layers: Annotated[tuple[Index, ...], Field(min_length=1)]
     """Indices of the MoE layers, in the order they run."""
     num_experts: Count
@@ -74,6 +75,8 @@ class TraceRecord(BaseModel):
     """By falling score; ties by rising index."""
     scores: tuple[Annotated[float, Field(allow_inf_nan=False)], ...]
     """The block score of each expert, to six significant digits."""
+    runners_up: tuple[Index, ...] = ()
+    """Experts that some token voted for but none chose, by falling score (`offload_engine.experts.outlook`)."""
 
 
 class TraceWriter:
@@ -107,8 +110,16 @@ class TraceWriter:
             self._drop_file()
             raise
 
-    def record(self, info: ForwardInfo, layer: int, experts: Sequence[int], scores: Sequence[float]) -> None:
-        """Note what `layer` wanted in the forward `info`: `experts` by falling score, and the `scores` beside them.
+    def record(
+        self,
+        info: ForwardInfo,
+        layer: int,
+        experts: Sequence[int],
+        scores: Sequence[float],
+        runners_up: Sequence[int] = (),
+    ) -> None:
+        """Note what `layer` wanted in the forward `info`: `experts` by falling score, and the `scores` beside them, and
+        who was close to being wanted.
 
         Raises `TraceError` once, when the file can't be written; `ValueError` when the two differ in length.
         """
@@ -127,6 +138,7 @@ class TraceWriter:
             "layer": layer,
             "experts": [int(expert) for expert in experts],
             "scores": [float(f"{score:.6g}") for score in scores],
+            "runners_up": [int(expert) for expert in runners_up],
         }
         self._pending.append(json.dumps(line, separators=(",", ":"), allow_nan=False).encode() + b"\n")
         if layer == self.header.layers[-1]:
@@ -248,9 +260,10 @@ def _parse_record(path: Path, number: int | None, line: bytes, header: TraceHead
         wrong = f"layer {record.layer} is none of the header's MoE layers"
     elif len(record.experts) != len(record.scores):
         wrong = f"{len(record.experts)} experts with {len(record.scores)} scores"
-    elif record.experts and max(record.experts) >= header.num_experts:
-        wrong = f"expert {max(record.experts)}, but the header says {header.num_experts} experts"
-    elif len(set(record.experts)) != len(record.experts):
+    named = record.experts + record.runners_up
+    if not wrong and named and max(named) >= header.num_experts:
+        wrong = f"expert {max(named)}, but the header says {header.num_experts} experts"
+    elif not wrong and len(set(named)) != len(named):
         wrong = "an expert appears twice"
     if wrong:
         raise TraceError(f"{where}: no trace record ({wrong})")
@@ -271,9 +284,9 @@ def _parse_header(path: Path, line: bytes) -> TraceHeader:
         raw = None
     if not isinstance(raw, dict) or raw.get("format") != FORMAT:
         raise TraceError(f"{path}: no routing trace (its first line should hold a JSON object with format {FORMAT!r})")
-    if raw.get("version") != VERSION:
+    if raw.get("version") not in range(1, VERSION + 1):
         raise TraceError(
-            f"{path}: routing trace of version {raw.get('version')!r}, but this engine reads version {VERSION}; "
+            f"{path}: routing trace of version {raw.get('version')!r}, but this engine reads versions 1 to {VERSION}; "
             "use the engine that wrote it, or record it anew"
         )
     try:

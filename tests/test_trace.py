@@ -71,10 +71,10 @@ def test_what_is_recorded_is_read_back(tmp_path_factory, recorded):
 def test_the_file_is_json_lines_with_six_digit_scores(tmp_path):
     path = tmp_path / "run.jsonl"
     with TraceWriter(path, HEADER) as writer:
-        writer.record(DENOISE, 1, [7, 3], [0.123456789, 1e-9])
+        writer.record(DENOISE, 1, [7, 3], [0.123456789, 1e-9], [2])
     first, second = path.read_text(encoding="utf-8").splitlines()
     assert json.loads(first)["format"] == "offload_engine.routing_trace"
-    assert json.loads(first)["version"] == 1
+    assert json.loads(first)["version"] == 2
     assert json.loads(second) == {
         "phase": "denoise",
         "sequence": 0,
@@ -83,7 +83,26 @@ def test_the_file_is_json_lines_with_six_digit_scores(tmp_path):
         "layer": 1,
         "experts": [7, 3],
         "scores": [0.123457, 1e-9],
+        "runners_up": [2],
     }
+    assert [record.runners_up for record in read(path)] == [(2,)]
+
+
+def test_version_1_which_has_no_runners_up_is_read(tmp_path):
+    path = tmp_path / "run.jsonl"
+    record = '{"phase":"denoise","sequence":0,"block":2,"step":5,"layer":1,"experts":[7],"scores":[0.5]}'
+    path.write_bytes(HEADER.line().replace(b'"version":2', b'"version":1') + record.encode() + b"\n")
+    assert [(one.experts, one.runners_up) for one in read(path)] == [((7,), ())]
+    with pytest.raises(TraceError, match="recorded with version 1, but this run has 2"):
+        TraceWriter(path, HEADER)
+
+
+def test_a_runner_up_was_not_chosen(tmp_path):
+    path = tmp_path / "run.jsonl"
+    with TraceWriter(path, HEADER) as writer:
+        writer.record(DENOISE, 1, [7], [0.5], [3, 7])
+    with pytest.raises(TraceError, match="an expert appears twice"):
+        read(path)
 
 
 def test_a_finished_forward_is_in_the_file_before_the_next_begins(tmp_path):
@@ -146,9 +165,9 @@ def test_a_file_that_is_no_trace_is_left_alone(tmp_path, content):
 
 def test_a_newer_version_is_refused(tmp_path):
     path = tmp_path / "run.jsonl"
-    path.write_bytes(HEADER.line().replace(b'"version":1', b'"version":2'))
+    path.write_bytes(HEADER.line().replace(b'"version":2', b'"version":3'))
     for attempt in (lambda: read_trace(path), lambda: TraceWriter(path, HEADER)):
-        with pytest.raises(TraceError, match="version 2, but this engine reads version 1"):
+        with pytest.raises(TraceError, match="version 3, but this engine reads versions 1 to 2"):
             attempt()
 
 

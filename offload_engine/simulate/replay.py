@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 
 from offload_engine.core import ExpertKey, ForwardInfo, Phase
 from offload_engine.errors import InternalError
+from offload_engine.experts.outlook import Outlook
 from offload_engine.experts.predictor import ExpertPredictor, PredictionCounts
 from offload_engine.experts.prefetch import prefetch_order
 from offload_engine.experts.scheduler import Command, Compute, ExpertScheduler, Load, SchedulerCounters
@@ -38,6 +39,7 @@ class LayerRun:
     experts: tuple[int, ...]
     """By falling score."""
     scores: tuple[float, ...]
+    runners_up: tuple[int, ...] = ()
 
     @property
     def keys(self) -> list[ExpertKey]:
@@ -63,7 +65,7 @@ def forwards(records: Iterable[TraceRecord]) -> Iterator[ForwardRun]:
             if run is not None:
                 yield run
             run, sequence = ForwardRun(info), record.sequence
-        run.layers.append(LayerRun(record.layer, record.experts, record.scores))
+        run.layers.append(LayerRun(record.layer, record.experts, record.scores, record.runners_up))
     if run is not None:
         yield run
 
@@ -144,7 +146,8 @@ class Replay:
         self._carry_out(self.scheduler.predict(prefetch_order(guesses)))
         self._pass(self.costs.attention_seconds)
         self.predictor.observe(run.layer, run.experts, run.scores)
-        self._carry_out(self.scheduler.want(run.layer, run.experts, run.scores))
+        outlook = Outlook(run.experts, run.runners_up)
+        self._carry_out(self.scheduler.want(run.layer, run.experts, run.scores, outlook))
         for _ in run.experts:
             compute = self._next_compute()
             self._pass(self.costs.compute_seconds)
