@@ -28,7 +28,7 @@ TORCH_FREE = ["core", "errors", "metrics", "trace", "config", "memory", "simulat
     for name in ("cache", "eviction", "hot_set", "next_use", "outlook", "predictor", "prefetch", "ranking", "scheduler")
 ]
 SIMULATED = {"core", "metrics", "trace", "errors"}
-SIMULATED_EXPERTS = ("cache", "eviction", "next_use", "predictor", "prefetch", "ranking", "scheduler")
+SIMULATED_EXPERTS = ("cache", "eviction", "next_use", "outlook", "predictor", "prefetch", "ranking", "scheduler")
 
 
 def modules() -> list[Path]:
