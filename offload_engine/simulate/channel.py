@@ -81,7 +81,8 @@ class Direct:
 class Tiered:
     """Disk into the slots of a host tier, and from there over the link; the tier is an `ExpertCache` as the engine's.
 
-    An expert whose copy to the device is under way is pinned on the host.
+    An expert whose copy to the device is under way is pinned on the host. The tier needs as many slots as
+    there may be loads at once.
     """
 
     disk: Channel
@@ -93,12 +94,12 @@ class Tiered:
     _number: int = 0
 
     def begin(self, key: ExpertKey, now: float) -> None:
-        """See `Transfers`. What the host has goes over the link at once; else it is read, and a slot is found for it."""
+        """See `Transfers`. What the host has goes over the link at once; else it is read into a slot there first."""
         if self.host.state(key) is SlotState.RESIDENT:
             self._over_the_link(key, now)
             return
         self.disk_loads += 1
-        self.host.reserve(key, prefetch=False)  # never refused: a tier has more slots than there are loads at once
+        self.host.reserve(key, prefetch=False)  # not refused: others have no pin
         self._push(self.disk.take(now), key, landed=False)
 
     def next_event(self) -> float | None:

@@ -48,6 +48,9 @@ class Size(NamedTuple):
     """Whose logits are taken."""
 
 
+UNSIZED = Size()
+
+
 @dataclass(frozen=True, slots=True)
 class ForwardRun:
     """One forward of a trace: its layers in the order they ran."""
@@ -55,7 +58,7 @@ class ForwardRun:
     info: ForwardInfo
     layers: list[LayerRun] = field(default_factory=list)
     passes: tuple[Pass, ...] = ()
-    size: Size = Size()
+    size: Size = UNSIZED
 
 
 def forwards(records: Iterable[TraceRecord], block_length: int = 0) -> Iterator[ForwardRun]:
@@ -83,7 +86,7 @@ def _continues(group: Sequence[TraceRecord], record: TraceRecord) -> bool:
     if record.layer > first:
         known = {_pass(one) for one in group if one.layer == first}
         return mine in known and all(_pass(one) != mine for one in group if one.layer == record.layer)
-    # Still in the first layer: of a sequence a forward has at most a finished block, and then the next one's first step.
+    # Still in the first layer: of a sequence, a forward has at most a finished block and the next one's first step.
     before = [_pass(one) for one in group if one.sequence == record.sequence]
     if Phase.PREFILL in (record.phase, last.phase) and record.phase is not last.phase:
         return False

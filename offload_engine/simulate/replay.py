@@ -52,7 +52,7 @@ class CostModel(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Costs:
-    """The same seconds for everything; the defaults: 6.29 MB experts at 1.6 GB/s, computed at DRAM speed (REFERENCE §6)."""
+    """The same for everything; the defaults: 6.29 MB experts at 1.6 GB/s, computed at DRAM speed (REFERENCE §6)."""
 
     transfer_seconds: float = 0.004
     """One expert's transfer."""

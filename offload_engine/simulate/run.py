@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import islice
 
 from offload_engine.core import ExpertKey, Phase
 from offload_engine.errors import UsageError
@@ -98,7 +99,9 @@ class Simulation:
 
     def bounds(self, setting: Setting) -> Bounds:
         """What surrounds `figures` of the same slots; eviction and predictor of `setting` don't matter to all."""
-        recorded = [{run.layer: list(zip(run.experts, run.scores, strict=True)) for run in one.layers} for one in self.trace]
+        recorded = [
+            {run.layer: list(zip(run.experts, run.scores, strict=True)) for run in one.layers} for one in self.trace
+        ]
         perfect = min(
             self.window(self._replay(setting, Oracle(recorded), self._transfers(setting), depth)).step
             for depth in PERFECT_DEPTHS
@@ -205,10 +208,16 @@ class Simulation:
         return Direct(link) if host is None else Tiered(disk, link, host)
 
     def _host_cache(self, setting: Setting) -> ExpertCache | None:
+        """The host tier, filled before the run with as many experts of each layer as it holds; None: it holds all."""
         everything = len(self.layers) * self.timing.shape.num_experts
         if setting.host_slots is None or setting.host_slots >= everything:
             return None
-        return ExpertCache(setting.host_slots, LRU())
+        host = ExpertCache(setting.host_slots, LRU())
+        keys = (ExpertKey(layer, expert) for expert in range(self.timing.shape.num_experts) for layer in self.layers)
+        for key in islice(keys, setting.host_slots):
+            host.reserve(key, prefetch=False)
+            host.loaded(key)
+        return host
 
     def _transfer_seconds(self, pinned: bool) -> float:
         cpu = self.timing.profile.device == "cpu"
@@ -221,25 +230,3 @@ def _share(part: float, whole: float) -> float:
 
 def _value(figure: Figure | None) -> float:
     return 0.0 if figure is None else figure.value
-
-
-def confined(trace: Iterable[ForwardRun], top_p: float, min_experts: int) -> list[ForwardRun]:
-    """An estimate of what dMoE would have wanted, from a trace of original routing: of each layer's experts those that
-    hold `top_p` of the block's scores, the one that crosses it included, and at least `min_experts`.
-
-    The votes of experts that no token chose in the end are unknown, and so is how later hidden states would have
-    changed; a trace recorded under dMoE is better.
-    """
-    return [_confined(forward, top_p, min_experts) for forward in trace]
-
-
-def _confined(forward: ForwardRun, top_p: float, min_experts: int) -> ForwardRun:
-    layers = []
-    for run in forward.layers:
-        total, held, count = sum(run.scores), 0.0, 0
-        for score in run.scores:
-            if count >= min_experts and held > top_p * total:
-                break
-            held, count = held + score, count + 1
-        layers.append(replace(run, experts=run.experts[:count], scores=run.scores[:count], learned=None))
-    return replace(forward, layers=layers)
