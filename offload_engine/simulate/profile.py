@@ -25,6 +25,7 @@ UNITS: Final = {
     "overlap": "1",
     "launch": "s",
     "readback": "s",
+    "selection": "s",
     "layer": "s",
     "expert": "s",
     "link_bandwidth": "B/s",
@@ -75,10 +76,12 @@ class Profile(BaseModel):
     """Host time per kernel or operation."""
     readback: Figure
     """From a layer's routing on the device to the host's knowing what is missing; once per MoE layer."""
+    selection: Figure
+    """Time to choose experts from router scores; once per MoE layer, and per preview."""
     layer: Figure
-    """Host time per MoE layer: selection, books, prediction."""
+    """Host time per MoE layer: books, prediction, Python."""
     expert: Figure
-    """Host time per expert wanted: books, and where there is no fused kernel gather and scatter."""
+    """Host time per expert wanted: books."""
     link_bandwidth: Figure | None = None
     """Of the slot the card is in, as specified, one direction."""
     link_efficiency: Figure | None = None

@@ -70,13 +70,14 @@ class Timing:
 
     def before(self, forward: ForwardRun, run: LayerRun) -> float:  # noqa: ARG002
         """See `CostModel`: attention, router, selection, and telling the host."""
-        return self.attention(forward) + self.preview(forward) + self.profile.readback.value
+        host = self.profile.readback.value + self.profile.layer.value
+        return self.attention(forward) + self.preview(forward) + host
 
     def preview(self, forward: ForwardRun) -> float:
         """A router on the stream as it stands, and the selection among its scores."""
         shape, tokens = self.shape, forward.size.tokens
         router = shape.hidden * shape.num_experts
-        return self.kernel(router * FLOAT32, 2 * tokens * router, LAUNCHES["router"]) + self.profile.layer.value
+        return self.kernel(router * FLOAT32, 2 * tokens * router, LAUNCHES["router"]) + self.profile.selection.value
 
     def experts(self, forward: ForwardRun, run: LayerRun, count: int) -> float:
         """See `CostModel`. Tokens are taken to spread evenly over the experts of the layer."""
