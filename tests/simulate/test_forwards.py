@@ -46,7 +46,8 @@ def test_sequences_decoded_together_share_forwards() -> None:
 
 
 def test_a_single_layer_tells_a_fused_commit_from_the_next_step() -> None:
-    alone = [record(1, step=0), record(1, step=1), record(1, **COMMIT), record(1, **OPENING), record(1, block=1, step=1)]
+    places = [{"step": 0}, {"step": 1}, COMMIT, OPENING, {"block": 1, "step": 1}]
+    alone = [record(1, **place) for place in places]
     assert [len(one.passes) for one in forwards(alone)] == [1, 1, 2, 1]
 
 

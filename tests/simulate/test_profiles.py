@@ -89,3 +89,11 @@ def test_measured_figures_replace_published_ones() -> None:
     with pytest.raises(UsageError, match=r"has no figure 'link_latency'"):
         machine("cpu").with_values("a stop-watch", link_latency=1.0)
     assert all(getattr(machine("cpu"), name) is None for name in LINK)
+
+
+@pytest.mark.parametrize("name", ["rtx4060-8gb", "cpu-disk"])
+def test_a_profile_written_is_a_profile_read(tmp_path: Path, name: str) -> None:
+    measured = load_profile(name).with_values('a "stop-watch"\\ of 5 µs', disk_latency=1.5e-5)
+    path = tmp_path / "mine.toml"
+    path.write_text(measured.toml(), encoding="utf-8")
+    assert load_profile(str(path)) == measured
