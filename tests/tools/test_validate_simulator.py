@@ -96,6 +96,19 @@ def test_a_recorded_trace_asks_for_what_the_engine_asked_for(
     assert sum(len(layer.experts) for one in trace[first:] for layer in one.layers) == measured.requests
 
 
+def test_a_trace_of_another_workload_is_refused(checkpoint: Path, runs: list[Run], tmp_path: Path) -> None:
+    bench, traces = bench_file(tmp_path, runs), tmp_path / "traces"
+    arguments = [bench, "--model", checkpoint, "--traces", traces, "--record-budget", "4GB"]
+    assert validated(*arguments).exit_code == 0
+    header, *records = (traces / "original.jsonl").read_text().splitlines(keepends=True)
+    kept = [line for line in records if '"block":3' not in line]
+    assert len(kept) < len(records)
+    (traces / "original.jsonl").write_text(header + "".join(kept))
+    refused = validated(*arguments)
+    assert refused.exit_code == 1
+    assert "original.jsonl: a trace of 2 blocks, but the benchmark decoded 3; remove it" in refused.output
+
+
 def test_rounds_are_pooled() -> None:
     values: dict[str, Any] = {
         "window_seconds": 4.0,
