@@ -21,6 +21,7 @@ from offload_engine.cli.options import (
     version_option,
 )
 from offload_engine.cli.prompts import read_prompts
+from offload_engine.cli.simulate_command import simulation
 from offload_engine.config import EngineConfig, parse_bytes
 from offload_engine.errors import UsageError
 
@@ -248,6 +249,7 @@ dmoe.add_command(plan)
 dmoe.add_command(evaluation)
 dmoe.add_command(bench)
 dmoe.add_command(conversion)
+dmoe.add_command(simulation)
 
 
 def run_main() -> None:
