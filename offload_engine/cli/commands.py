@@ -222,6 +222,30 @@ def conversion(**options: Any) -> None:
     convert_model(Request(**options))
 
 
+@click.command("doctor", cls=ReportingCommand, context_settings=_SETTINGS)
+@click.option("--measure", is_flag=True, help="Also measure disk, memory and products, and write them as a profile.")
+@click.option(
+    "--out",
+    type=_PATH,
+    metavar="FILE",
+    help="Where --measure writes its profile, in TOML.  [default: hardware-profile.toml]",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print the findings as one JSON object.")
+@engine_options
+@common_options
+def doctor(**options: Any) -> int:
+    """Look at what of this machine helps or hinders a run, and say the way out of what hinders.
+
+    Each line is ok, a warning or a problem. Exits with 0 where all is well, 5 with warnings, 6 with a problem.
+    """
+    config = take_engine_config(options)
+    if options["out"] is not None and not options["measure"]:
+        raise UsageError("--out has no effect without --measure; leave it out")
+    from offload_engine.cli.doctor import Request, examine
+
+    return examine(config, Request(**options | {"out": options["out"] or Path("hardware-profile.toml")}))
+
+
 def _refuse_beside(option: str, allowed: set[str]) -> None:
     """Refuse what else was given on the command line, and would be ignored; `allowed` are parameters' names."""
     context = click.get_current_context()
@@ -248,6 +272,7 @@ dmoe.add_command(plan)
 dmoe.add_command(evaluation)
 dmoe.add_command(bench)
 dmoe.add_command(conversion)
+dmoe.add_command(doctor)
 
 
 def run_main() -> None:
