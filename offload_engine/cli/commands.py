@@ -10,6 +10,7 @@ import click
 from click.core import ParameterSource
 
 from offload_engine.cli.errors import ReportingCommand, ReportingGroup
+from offload_engine.cli.machine_commands import doctor, tuning
 from offload_engine.cli.options import (
     EVALUATION_NAMES,
     common_options,
@@ -20,12 +21,11 @@ from offload_engine.cli.options import (
     take_sampling_params,
     version_option,
 )
+from offload_engine.cli.options import PATH as _PATH
+from offload_engine.cli.options import SETTINGS as _SETTINGS
 from offload_engine.cli.prompts import read_prompts
 from offload_engine.config import EngineConfig, parse_bytes
 from offload_engine.errors import UsageError
-
-_PATH = click.Path(path_type=Path)
-_SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
 
 
 @click.command("run", cls=ReportingCommand, context_settings=_SETTINGS)
@@ -222,30 +222,6 @@ def conversion(**options: Any) -> None:
     convert_model(Request(**options))
 
 
-@click.command("doctor", cls=ReportingCommand, context_settings=_SETTINGS)
-@click.option("--measure", is_flag=True, help="Also measure disk, memory and products, and write them as a profile.")
-@click.option(
-    "--out",
-    type=_PATH,
-    metavar="FILE",
-    help="Where --measure writes its profile, in TOML.  [default: hardware-profile.toml]",
-)
-@click.option("--json", "as_json", is_flag=True, help="Print the findings as one JSON object.")
-@engine_options
-@common_options
-def doctor(**options: Any) -> int:
-    """Look at what of this machine helps or hinders a run, and say the way out of what hinders.
-
-    Each line is ok, a warning or a problem. Exits with 0 where all is well, 5 with warnings, 6 with a problem.
-    """
-    config = take_engine_config(options)
-    if options["out"] is not None and not options["measure"]:
-        raise UsageError("--out has no effect without --measure; leave it out")
-    from offload_engine.cli.doctor import Request, examine
-
-    return examine(config, Request(**options | {"out": options["out"] or Path("hardware-profile.toml")}))
-
-
 def _refuse_beside(option: str, allowed: set[str]) -> None:
     """Refuse what else was given on the command line, and would be ignored; `allowed` are parameters' names."""
     context = click.get_current_context()
@@ -273,6 +249,7 @@ dmoe.add_command(evaluation)
 dmoe.add_command(bench)
 dmoe.add_command(conversion)
 dmoe.add_command(doctor)
+dmoe.add_command(tuning)
 
 
 def run_main() -> None:

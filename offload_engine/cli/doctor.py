@@ -57,7 +57,7 @@ def examine(config: EngineConfig, request: Request) -> int:
                 f"this model's experts are small, {format_bytes(bandwidth.slab_bytes)}: --model of a larger one shows "
                 "what the disk can do"
             )
-        profile = profile_of(bandwidth, processor()[0])
+        profile = profile_of(bandwidth, processor()[0], psutil.virtual_memory().total)
         write_profile(request.out, profile)
     output, level = Output(), worst(findings)
     if request.as_json:
