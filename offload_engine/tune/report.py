@@ -116,7 +116,7 @@ def config_text(found: Found, asked: dict[str, str | int], point: Point, budget:
         f"# {found.source}.",
         *_assignments(asked),
         "",
-        f"# {point.budget.slots} expert slots. Per denoising step {1000 * outcome.step_seconds:.1f} ms, of which",
+        f"# With {point.budget.slots} expert slots a denoising step takes {1000 * outcome.step_seconds:.1f} ms,",
         f"# {outcome.stall_share:.1%} waiting; {outcome.hit_rate:.1%} of the experts wanted are there already.",
     ]
     if smallest.budget != point.budget:
