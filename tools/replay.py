@@ -26,7 +26,8 @@ from offload_engine.experts.eviction import EVICTION, make_eviction
 from offload_engine.experts.predictor import PREDICTORS, make_predictor
 from offload_engine.experts.scheduler import ExpertScheduler
 from offload_engine.simulate.belady import belady_misses
-from offload_engine.simulate.replay import Costs, ForwardRun, Replay, ReplayResult, forwards
+from offload_engine.simulate.forwards import ForwardRun, forwards
+from offload_engine.simulate.replay import Costs, Replay, ReplayResult
 from offload_engine.trace import read_trace
 
 COLUMNS = (

@@ -24,6 +24,7 @@ from offload_engine.cli.options import (
 from offload_engine.cli.options import PATH as _PATH
 from offload_engine.cli.options import SETTINGS as _SETTINGS
 from offload_engine.cli.prompts import read_prompts
+from offload_engine.cli.simulate_command import simulation
 from offload_engine.config import EngineConfig, parse_bytes
 from offload_engine.errors import UsageError
 
@@ -250,6 +251,7 @@ dmoe.add_command(bench)
 dmoe.add_command(conversion)
 dmoe.add_command(doctor)
 dmoe.add_command(tuning)
+dmoe.add_command(simulation)
 
 
 def run_main() -> None:

@@ -1,26 +1,58 @@
 """Drives cache, eviction, predictor and scheduler through a recorded trace, as the executor does, on a virtual clock.
 
-Transfers share one channel: each takes it for `transfer_seconds`, in the order in which the scheduler issued them.
-Compute and attention are one thread. There are no hidden states in a trace, so previews are not offered.
+Compute and attention are one thread of time; loads travel beside it as `channel.Transfers` say. There are no hidden
+states in a trace: previews are what a `Gate` makes up, and without one a predictor that lives on them never guesses.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
-from offload_engine.core import ExpertKey, ForwardInfo, Phase
+from offload_engine.core import Phase
 from offload_engine.errors import InternalError
 from offload_engine.experts.predictor import ExpertPredictor, PredictionCounts
 from offload_engine.experts.prefetch import prefetch_order
 from offload_engine.experts.scheduler import Command, Compute, ExpertScheduler, Load, SchedulerCounters
-from offload_engine.trace import TraceRecord
+from offload_engine.simulate.channel import Channel, Direct, Transfers
+from offload_engine.simulate.forwards import ForwardRun, LayerRun
+from offload_engine.simulate.gate import Gate
+
+LAUNCH_EXPERTS = 32
+"""Experts that are computed in one launch, at most: as in `experts.executor`, ..."""
+PREVIEW_SHARE = 1 / 8
+"""... which asks for previews while at least this share of the experts wanted lately had to be moved, ..."""
+RECENT_RUNS = 64
+"""... faded over about so many runs of layers."""
+
+
+class CostModel(Protocol):
+    """Seconds of virtual time that compute takes."""
+
+    def begin(self, forward: ForwardRun) -> float:
+        """All before the first MoE layer: embedding, dense layers."""
+
+    def before(self, forward: ForwardRun, run: LayerRun) -> float:
+        """From the time a layer may be prefetched until its routing is known: norms, attention, router, selection."""
+
+    def preview(self, forward: ForwardRun) -> float:
+        """One preview of a layer's routing."""
+
+    def experts(self, forward: ForwardRun, run: LayerRun, count: int) -> float:
+        """One launch of `count` of the layer's experts."""
+
+    def after(self, forward: ForwardRun, run: LayerRun) -> float:
+        """What a layer does once its experts are computed: shared experts, sums."""
+
+    def end(self, forward: ForwardRun) -> float:
+        """All after the last layer: norm, head, choice of tokens."""
 
 
 @dataclass(frozen=True, slots=True)
 class Costs:
-    """Seconds of virtual time; the defaults: 6.29 MB experts at 1.6 GB/s, computed at DRAM speed (REFERENCE §6)."""
+    """The same for everything; the defaults: 6.29 MB experts at 1.6 GB/s, computed at DRAM speed (REFERENCE §6)."""
 
     transfer_seconds: float = 0.004
     """One expert's transfer."""
@@ -29,43 +61,47 @@ class Costs:
     attention_seconds: float = 0.003
     """All of a layer that is not its experts."""
 
+    def begin(self, forward: ForwardRun) -> float:  # noqa: ARG002
+        """See `CostModel`."""
+        return 0.0
+
+    def before(self, forward: ForwardRun, run: LayerRun) -> float:  # noqa: ARG002
+        """See `CostModel`."""
+        return self.attention_seconds
+
+    def preview(self, forward: ForwardRun) -> float:  # noqa: ARG002
+        """See `CostModel`."""
+        return 0.0
+
+    def experts(self, forward: ForwardRun, run: LayerRun, count: int) -> float:  # noqa: ARG002
+        """See `CostModel`."""
+        return count * self.compute_seconds
+
+    def after(self, forward: ForwardRun, run: LayerRun) -> float:  # noqa: ARG002
+        """See `CostModel`."""
+        return 0.0
+
+    def end(self, forward: ForwardRun) -> float:  # noqa: ARG002
+        """See `CostModel`."""
+        return 0.0
+
+    def transfers(self) -> Transfers:
+        """One channel that every load takes for `transfer_seconds`."""
+        return Direct(Channel(self.transfer_seconds))
+
 
 @dataclass(frozen=True, slots=True)
-class LayerRun:
-    """What one MoE layer wanted in one forward."""
+class Moment:
+    """Everything counted so far, at the end of a forward."""
 
-    layer: int
-    experts: tuple[int, ...]
-    """By falling score."""
-    scores: tuple[float, ...]
-
-    @property
-    def keys(self) -> list[ExpertKey]:
-        """The experts as keys, in their order."""
-        return [ExpertKey(self.layer, expert) for expert in self.experts]
-
-
-@dataclass(frozen=True, slots=True)
-class ForwardRun:
-    """One forward of a trace: its layers in the order they ran."""
-
-    info: ForwardInfo
-    layers: list[LayerRun] = field(default_factory=list)
-
-
-def forwards(records: Iterable[TraceRecord]) -> Iterator[ForwardRun]:
-    """Group a trace's records by forward: another purpose, or a layer no later than the last, begins a new one."""
-    run: ForwardRun | None = None
-    sequence = -1
-    for record in records:
-        info = ForwardInfo(record.phase, record.block, record.step)
-        if run is None or info != run.info or record.sequence != sequence or record.layer <= run.layers[-1].layer:
-            if run is not None:
-                yield run
-            run, sequence = ForwardRun(info), record.sequence
-        run.layers.append(LayerRun(record.layer, record.experts, record.scores))
-    if run is not None:
-        yield run
+    forward: ForwardRun
+    seconds: float
+    stall_seconds: float
+    busy_seconds: float
+    """See `Transfers.busy`."""
+    loads: int
+    requests: int
+    hits: int
 
 
 @dataclass(slots=True)
@@ -83,6 +119,8 @@ class ReplayResult:
     """Compute waiting for a transfer."""
     transfer_seconds: float = 0.0
     """Of the transfers that a layer asked for, whether before or after they began."""
+    moments: list[Moment] = field(default_factory=list)
+    """One per forward, in their order."""
 
     @property
     def needed(self) -> int:
@@ -108,70 +146,127 @@ class Replay:
         scheduler: ExpertScheduler,
         predictor: ExpertPredictor,
         layers: Sequence[int],
-        costs: Costs,
+        costs: CostModel,
         depth: int = 1,
+        transfers: Transfers | None = None,
+        launch: int = 1,
+        gate: Gate | None = None,
     ) -> None:
+        """`depth`: layers to prefetch ahead, 0 for none; `transfers` None: those of `Costs`; `launch`: experts that are
+        computed together, at most; `gate` None: no previews.
+        """
+        if transfers is None:
+            if not isinstance(costs, Costs):
+                raise InternalError("a replay with a cost model of its own needs transfers of its own")
+            transfers = costs.transfers()
         self.scheduler = scheduler
         self.predictor = predictor
         self.layers = list(layers)
         """The MoE layers in the order they run."""
         self.costs = costs
         self.depth = depth
+        self.transfers = transfers
+        self.launch = launch
+        self.gate = gate
         self._now = 0.0
-        self._channel_free = 0.0
-        self._flying: deque[tuple[float, ExpertKey]] = deque()
-        """(time of arrival, key) in the order of arrival, which is that of issue."""
         self._ready: deque[Compute] = deque()
+        self._requests = 0
+        self._number = 0
+        """Of the forward under way."""
+        self._moved_share = 1.0
+        """As in `experts.executor`."""
         self._result = ReplayResult(scheduler.counters, predictor.counts)
 
     def run(self, trace: Iterable[ForwardRun]) -> ReplayResult:
         """Replay every forward; the last transfers are left under way, as a process's end would."""
+        result = self._result
         for forward in trace:
             self.predictor.begin(forward.info)
             self.scheduler.begin(forward.info)
-            self._result.steps += forward.info.phase is Phase.DENOISE
+            result.steps += forward.info.phase is Phase.DENOISE
+            self._pass(self.costs.begin(forward))
             for layer in forward.layers:
-                self._run_layer(layer)
-        result = self._result
+                self._run_layer(forward, layer)
+            self._pass(self.costs.end(forward))
+            result.moments.append(self._moment(forward))
+            self._number += 1
         result.seconds = self._now
-        result.transfer_seconds = result.needed * self.costs.transfer_seconds
+        if isinstance(self.costs, Costs):
+            result.transfer_seconds = result.needed * self.costs.transfer_seconds
         return result
 
-    def _run_layer(self, run: LayerRun) -> None:
-        place = self.layers.index(run.layer)
-        ahead = self.layers[place : place + self.depth]
-        guesses = [(layer, self.predictor.predict(layer, distance)) for distance, layer in enumerate(ahead)]
-        self._carry_out(self.scheduler.predict(prefetch_order(guesses)))
-        self._pass(self.costs.attention_seconds)
-        self.predictor.observe(run.layer, run.experts, run.scores)
-        self._carry_out(self.scheduler.want(run.layer, run.experts, run.scores))
-        for _ in run.experts:
-            compute = self._next_compute()
-            self._pass(self.costs.compute_seconds)
-            self._carry_out(self.scheduler.computed(compute.key))
+    def _moment(self, forward: ForwardRun) -> Moment:
+        result = self._result
+        return Moment(
+            forward,
+            self._now,
+            result.stall_seconds,
+            self.transfers.busy,
+            result.loads,
+            self._requests,
+            self.scheduler.counters.hits,
+        )
 
-    def _next_compute(self) -> Compute:
+    def _run_layer(self, forward: ForwardRun, run: LayerRun) -> None:
+        self._carry_out(self.scheduler.predict(prefetch_order(self._guesses(forward, run.layer))))
+        self._pass(self.costs.before(forward, run))
+        self.predictor.observe(run.layer, run.experts, run.scores, run.learned)
+        self._requests += len(run.experts)
+        moved = self._moved()
+        self._carry_out(self.scheduler.want(run.layer, run.experts, run.scores))
+        share = (self._moved() - moved) / max(1, len(run.experts))
+        self._moved_share += (share - self._moved_share) / RECENT_RUNS
+        missing = len(run.experts)
+        while missing:
+            computes = self._next_computes()
+            self._pass(self.costs.experts(forward, run, len(computes)))
+            for compute in computes:
+                self._carry_out(self.scheduler.computed(compute.key))
+            missing -= len(computes)
+        self._pass(self.costs.after(forward, run))
+
+    def _guesses(self, forward: ForwardRun, layer: int) -> list[tuple[int, list[tuple[int, float]]]]:
+        place = self.layers.index(layer)
+        ahead = self.layers[place : place + self.depth]
+        self._offer(forward, ahead)
+        return [(coming, self.predictor.predict(coming, distance)) for distance, coming in enumerate(ahead)]
+
+    def _offer(self, forward: ForwardRun, layers: Sequence[int]) -> None:
+        """Previews of these layers, nearest first, where the engine would ask for them."""
+        if self.gate is None or not self.predictor.wants_preview or self._moved_share < PREVIEW_SHARE:
+            return
+        runs = {run.layer: run for run in forward.layers}
+        for distance, layer in enumerate(layers):
+            if layer in runs:
+                self._pass(self.costs.preview(forward))
+                self.predictor.offer(layer, *self.gate.preview(self._number, runs[layer], distance))
+
+    def _moved(self) -> int:
+        return self.scheduler.counters.misses + self.scheduler.counters.prefetches_used
+
+    def _next_computes(self) -> list[Compute]:
         while not self._ready:
-            if not self._flying:
+            event = self.transfers.next_event()
+            if event is None:
                 raise InternalError("the replay waits for an expert, and no transfer is under way")
-            arrival = max(self._now, self._flying[0][0])
+            arrival = max(self._now, event)
             self._result.stall_seconds += arrival - self._now
             self._pass(arrival - self._now)
-        return self._ready.popleft()
+        return [self._ready.popleft() for _ in range(min(len(self._ready), self.launch))]
 
     def _pass(self, seconds: float) -> None:
         """Let time go by; what arrives meanwhile is reported at its time, so that the channel goes on."""
         end = self._now + seconds
-        while self._flying and self._flying[0][0] <= end:
-            self._now, key = self._flying.popleft()
-            self._result.loads += 1
-            self._carry_out(self.scheduler.arrived(key))
+        while (event := self.transfers.next_event()) is not None and event <= end:
+            self._now, key = self.transfers.advance()
+            if key is not None:
+                self._result.loads += 1
+                self._carry_out(self.scheduler.arrived(key))
         self._now = end
 
     def _carry_out(self, commands: Sequence[Command]) -> None:
         for command in commands:
             if isinstance(command, Load):
-                self._channel_free = max(self._channel_free, self._now) + self.costs.transfer_seconds
-                self._flying.append((self._channel_free, command.key))
+                self.transfers.begin(command.key, self._now)
             else:
                 self._ready.append(command)

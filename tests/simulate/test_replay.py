@@ -11,7 +11,8 @@ from offload_engine.experts.eviction import make_eviction
 from offload_engine.experts.predictor import ExpertPredictor, NoPredictor, Oracle, make_predictor
 from offload_engine.experts.scheduler import ExpertScheduler
 from offload_engine.simulate.belady import belady_misses
-from offload_engine.simulate.replay import Costs, ForwardRun, LayerRun, Replay, ReplayResult, forwards
+from offload_engine.simulate.forwards import ForwardRun, LayerRun, forwards
+from offload_engine.simulate.replay import Costs, Replay, ReplayResult
 from offload_engine.trace import TraceHeader, TraceRecord, read_trace
 
 TRACES = Path(__file__).parent.parent / "data" / "traces"

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from offload_engine.simulate.replay import forwards
+from offload_engine.simulate.forwards import forwards
 from offload_engine.trace import read_trace
 from tools.replay import main as replay
 from tools.synthesise_trace import main as synthesise
