@@ -12,8 +12,7 @@ import psutil
 import torch
 
 from offload_engine import kernels
-from offload_engine.assembly import BUILT_IN, check_device, compute_threads
-from offload_engine.bench.bandwidth import measure_bandwidth
+from offload_engine.assembly import BUILT_IN, compute_threads
 from offload_engine.bench.machine import processor
 from offload_engine.cli.plan import Described, describe, device_kind, make_plan, plan_dtype
 from offload_engine.cli.terminal import Output, note
@@ -22,14 +21,11 @@ from offload_engine.doctor import disk, graphics, memory
 from offload_engine.doctor.finding import EXIT_CODES, Finding, refused, table, worst
 from offload_engine.doctor.plan import check_plan
 from offload_engine.doctor.processor import check_kernels, check_processor, check_threads, read_threads
-from offload_engine.doctor.profile import profile_of, write_profile
+from offload_engine.doctor.profile import measure_profile, text_of, write_profile
 from offload_engine.errors import OffloadError
 from offload_engine.memory import MemoryPlan, available_memory
 from offload_engine.memory.machine import memory_caps
 from offload_engine.model.hub import resolve_model
-
-SMALL_READ = 2**20
-"""Bytes of a read below which a disk is slowed by the number of reads rather than by their size."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,22 +47,18 @@ def examine(config: EngineConfig, request: Request) -> int:
     profile = None
     if request.measure:
         note("measuring disk, memory and products; this takes some seconds")
-        bandwidth = measure_bandwidth(config)
-        if bandwidth.slab_bytes < SMALL_READ:
-            note(
-                f"this model's experts are small, {format_bytes(bandwidth.slab_bytes)}: --model of a larger one shows "
-                "what the disk can do"
-            )
-        profile = profile_of(bandwidth, processor()[0], psutil.virtual_memory().total)
+        if config.model is None:
+            note("the built-in model's experts are small: --model of a larger one shows what the disk can do")
+        profile = measure_profile(config)
         write_profile(request.out, profile)
     output, level = Output(), worst(findings)
     if request.as_json:
         facts = {"level": level.word, "checks": [finding.as_dict() for finding in findings]}
-        output.line(json.dumps(facts | ({"profile": profile.as_dict()} if profile else {})))
+        output.line(json.dumps(facts | ({"profile": profile.model_dump(exclude_none=True)} if profile else {})))
     else:
         output.line(table(findings))
         if profile is not None:
-            output.line(f"\n{profile.text()}\n\nwritten to {request.out}")
+            output.line(f"\n{text_of(profile)}\n\nwritten to {request.out}")
     return EXIT_CODES[level]
 
 
@@ -109,10 +101,7 @@ def _device(config: EngineConfig, cards: graphics.Graphics) -> Iterator[Finding]
     if cards.cards:
         yield graphics.check_compiler(shutil.which("nvcc"))
     if wanted:
-        try:
-            check_device(config)
-        except OffloadError as error:
-            yield refused("device", error)
+        yield graphics.check_device(config.device, torch.cuda.device_count() if torch.cuda.is_available() else 0)
 
 
 def _kernels() -> Finding:
@@ -144,9 +133,9 @@ def _memory(plan: MemoryPlan | None, cards: graphics.Graphics) -> Iterator[Findi
 def _disk(config: EngineConfig, model: Described | None) -> Iterator[Finding]:
     if model is None:
         return
-    experts = len(model.config.moe_layers) * (model.config.num_experts or 0)
+    experts = len(model.config.moe_layers) * model.config.num_experts
     try:
-        directory = BUILT_IN if config.model is None else resolve_model(config.model, files=("config.json",))
+        directory = _directory(config)
         converted = None if model.slab_bytes is None else experts * model.slab_bytes
         yield disk.check_space(Path.cwd(), disk.free_space(Path.cwd()), converted)
         with disk.sample_file(directory) as file:
@@ -160,3 +149,11 @@ def _disk(config: EngineConfig, model: Described | None) -> Iterator[Finding]:
     else:
         yield disk.check_direct(speed.direct, speed.file)
         yield disk.check_speed(speed)
+
+
+def _directory(config: EngineConfig) -> Path:
+    """Where the model's files are."""
+    if config.model is None:
+        return BUILT_IN
+    path = Path(config.model).expanduser()
+    return path.parent if path.is_file() else resolve_model(config.model, files=("config.json",))

@@ -38,7 +38,9 @@ def doctor(**options: Any) -> int:
 
 @click.command("tune", cls=ReportingCommand, context_settings=SETTINGS)
 @click.argument("traces", nargs=-1, metavar="[TRACE]...", type=PATH)
-@click.option("--profile", type=PATH, metavar="FILE", help="Hardware profile to simulate.  [default: measure this one]")
+@click.option(
+    "--gpu", metavar="NAME|FILE", help="Hardware profile, such as rtx4060, or a .toml file.  [default: measure this machine]"
+)
 @click.option(
     "--try-top-p",
     "top_ps",

@@ -101,6 +101,17 @@ def check_torch(version: str, built_for: str | None, graphics: Graphics) -> Find
     return Finding("torch", found)
 
 
+def check_device(wanted: str, count: int) -> Finding:
+    """`wanted`: cuda or cuda:N; `count`: GPUs that torch can use."""
+    if not count:
+        way_out = "see the lines above, or use --device cpu"
+        return Finding("device", f"{wanted}, but torch finds no GPU", Level.PROBLEM, way_out)
+    if int(wanted.partition(":")[2] or 0) >= count:
+        way_out = f"use one of cuda:0 to cuda:{count - 1}" if count > 1 else "use cuda:0"
+        return Finding("device", f"{wanted}, but torch finds {count}", Level.PROBLEM, way_out)
+    return Finding("device", f"{wanted}: torch finds it")
+
+
 def check_compiler(nvcc: str | None) -> Finding:
     """`nvcc`: where CUDA's compiler is; only our CUDA kernels need it, and only when they are built."""
     if nvcc is None:

@@ -33,4 +33,4 @@ def plot(points: Sequence[Point], best: Sequence[Point], path: Path) -> None:
 
 
 def _times(points: Sequence[Point]) -> list[float]:
-    return [1000 * point.outcome.step_seconds for point in points]
+    return [1000 * point.figures.step for point in points]

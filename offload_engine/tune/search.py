@@ -1,4 +1,4 @@
-"""The search: one option after the other at the whole budget, then every routing at every budget."""
+"""The search: one option after the other at the whole budget, then every routing at every budget. Torch-free."""
 
 from __future__ import annotations
 
@@ -6,19 +6,17 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from offload_engine.errors import UsageError
-from offload_engine.simulate.replay import Costs
-from offload_engine.trace import TraceRecord
+from offload_engine.simulate.run import Figures
 from offload_engine.tune.routing import Routing
-from offload_engine.tune.trial import Knobs, Outcome, play
+from offload_engine.tune.trial import Knobs, Machine
 
 CHOICES: dict[str, tuple[str | int, ...]] = {
     "eviction": ("next-use", "score-aware", "lfu", "lru"),
-    "predictor": ("combined", "block-history", "previous-step", "none"),
-    "prefetch_depth": (2, 1, 4, 8, 0),
+    "predictor": ("combined", "cross-layer-gate", "block-history", "previous-step", "none"),
+    "prefetch_depth": (2, 1, 4, 0),
     "transfers_in_flight": (2, 1),
 }
-"""What is tried, the engine's default first. The predictor that asks routers early needs hidden states, which a trace
-doesn't have; what it adds to `combined` is therefore not seen here."""
+"""What is tried, the engine's default first."""
 WORTH = 0.01
 """Share of the step time that a change has to save: less is noise of the one trace."""
 SHARES = (1.0, 0.8, 0.6, 0.4, 0.25, 0.12)
@@ -26,13 +24,12 @@ SHARES = (1.0, 0.8, 0.6, 0.4, 0.25, 0.12)
 NEAR = 0.05
 """Of the best speed: what is lost at most under the smallest budget worth having."""
 
-CostsOf = Callable[[Sequence[TraceRecord]], Costs]
-"""Seconds of virtual time for requests like these."""
+Trial = Callable[[Knobs], Figures]
 
 
 @dataclass(frozen=True, slots=True)
 class Budget:
-    """Bytes of fast memory, and the slots that they leave room for."""
+    """Bytes of fast memory that are needed, and the slots among them."""
 
     nbytes: int
     slots: int
@@ -44,7 +41,7 @@ class Point:
 
     routing: Routing
     budget: Budget
-    outcome: Outcome
+    figures: Figures
 
 
 def budgets(fixed: int, slab_bytes: int, slots: int) -> list[Budget]:
@@ -56,34 +53,32 @@ def budgets(fixed: int, slab_bytes: int, slots: int) -> list[Budget]:
     return [Budget(fixed + count * slab_bytes, count) for count in sorted(counts, reverse=True)]
 
 
-def best_knobs(
-    records: Sequence[TraceRecord], layers: Sequence[int], slots: int, costs: Costs, start: Knobs | None = None
-) -> tuple[Knobs, Outcome]:
+def best_knobs(trial: Trial, start: Knobs) -> tuple[Knobs, Figures]:
     """Change one option at a time for the better, until none of them helps any more (coordinate descent)."""
-    knobs = start or Knobs()
-    outcome = play(records, layers, knobs, slots, costs)
-    changed = True
-    while changed:
-        changed = False
+    tried: dict[Knobs, Figures] = {}
+
+    def figures_of(knobs: Knobs) -> Figures:
+        if knobs not in tried:
+            tried[knobs] = trial(knobs)
+        return tried[knobs]
+
+    best, before = start, None
+    while best != before:
+        before = best
         for name, choices in CHOICES.items():
             for choice in choices:
-                other = replace(knobs, **{name: choice})  # type: ignore[arg-type]
-                if other == knobs:
-                    continue
-                tried = play(records, layers, other, slots, costs)
-                if tried.step_seconds < (1 - WORTH) * outcome.step_seconds:
-                    knobs, outcome, changed = other, tried, True
-    return knobs, outcome
+                other = replace(best, **{name: choice})  # type: ignore[arg-type]
+                if figures_of(other).step < (1 - WORTH) * figures_of(best).step:
+                    best = other
+    return best, figures_of(best)
 
 
-def survey(
-    routings: Sequence[Routing], sizes: Sequence[Budget], layers: Sequence[int], knobs: Knobs, costs_of: CostsOf
-) -> list[Point]:
+def survey(routings: Sequence[Routing], sizes: Sequence[Budget], machine: Machine, knobs: Knobs) -> list[Point]:
     """Every routing under every budget."""
     points = []
     for routing in routings:
-        costs = costs_of(routing.records)
-        points += [Point(routing, size, play(routing.records, layers, knobs, size.slots, costs)) for size in sizes]
+        simulation = machine.run(routing.records)
+        points += [Point(routing, size, machine.play(simulation, knobs, size.slots)) for size in sizes]
     return points
 
 
@@ -109,20 +104,21 @@ def acceptable(points: Sequence[Point], least_kept: float | None, recorded: Rout
 
 def fastest(points: Sequence[Point]) -> Point:
     """Ties go to the smaller budget, then to the routing that keeps more."""
-    return min(points, key=lambda point: (point.outcome.step_seconds, point.budget.nbytes, -(point.routing.kept or 0)))
+    return min(points, key=lambda point: (point.figures.step, point.budget.nbytes, -(point.routing.kept or 0)))
 
 
 def smallest_near(points: Sequence[Point]) -> Point:
     """The smallest budget whose step takes at most `NEAR` longer than the fastest; of equal budgets the faster."""
-    limit = (1 + NEAR) * fastest(points).outcome.step_seconds
-    near = [point for point in points if point.outcome.step_seconds <= limit]
-    return min(near, key=lambda point: (point.budget.nbytes, point.outcome.step_seconds))
+    limit = (1 + NEAR) * fastest(points).figures.step
+    near = [point for point in points if point.figures.step <= limit]
+    return min(near, key=lambda point: (point.budget.nbytes, point.figures.step))
 
 
 def _beats(one: Point, other: Point) -> bool:
-    def measures(point: Point) -> tuple[float, float, float]:
-        kept = point.routing.kept
-        return point.outcome.step_seconds, point.budget.nbytes, -(kept if kept is not None else 0.0)
-
-    pairs = list(zip(measures(one), measures(other), strict=True))
+    pairs = list(zip(_measures(one), _measures(other), strict=True))
     return all(mine <= yours for mine, yours in pairs) and any(mine < yours for mine, yours in pairs)
+
+
+def _measures(point: Point) -> tuple[float, float, float]:
+    """What should be small. Of an unknown share of votes the worst is assumed."""
+    return point.figures.step, point.budget.nbytes, -(point.routing.kept or 0.0)

@@ -1,18 +1,18 @@
-"""One trial: a trace under one setting of the cache's options, on the virtual clock. Torch-free."""
+"""One trial: a trace under one setting of the options that move experts, on the virtual clock. Torch-free."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
-from offload_engine.experts.cache import ExpertCache
-from offload_engine.experts.eviction import make_eviction
-from offload_engine.experts.predictor import make_predictor
-from offload_engine.experts.scheduler import ExpertScheduler
-from offload_engine.simulate.replay import Costs, Replay, forwards
+from offload_engine.simulate.forwards import forwards, sized
+from offload_engine.simulate.run import Figures, Setting, Simulation
+from offload_engine.simulate.timing import Timing
 from offload_engine.trace import TraceRecord
-from offload_engine.tune.routing import after_warm_up, steps_of
+from offload_engine.tune.routing import blocks_of
+
+WARM_UP = 3
+"""One block in so many fills the cache and is not counted."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,43 +26,36 @@ class Knobs:
 
 
 @dataclass(frozen=True, slots=True)
-class Outcome:
-    """What the steady part of a trace took, simulated."""
+class Machine:
+    """What a trace is replayed on."""
 
-    step_seconds: float
-    hit_rate: float
-    """Share of the experts wanted that were resident when their layer had routed."""
-    stall_share: float
-    """Share of the time in which compute waited for a transfer."""
-    loads_per_step: float
+    timing: Timing
+    layers: Sequence[int]
+    """The MoE layers, in the order they run."""
+    block_length: int
+    host_slots: int | None
+    """Of the host tier beside a GPU; None: there is none, or it holds every expert."""
 
+    def run(self, records: Sequence[TraceRecord]) -> Simulation:
+        """A simulation of `records`, which may be played in any number of settings."""
+        trace = sized(list(forwards(records, self.block_length)), self.block_length)
+        warm_up = blocks_of(records) // WARM_UP
+        return Simulation(trace, self.layers, self.timing, self.block_length, warm_up)
 
-class _Sums(NamedTuple):
-    seconds: float
-    stalls: float
-    loads: int
-    hits: int
-    requests: int
+    def trial(self, records: Sequence[TraceRecord], slots: int) -> Callable[[Knobs], Figures]:
+        """What `records` take with so many slots, as a function of the options."""
+        simulation = self.run(records)
+        return lambda knobs: self.play(simulation, knobs, slots)
 
-
-def play(records: Sequence[TraceRecord], layers: Sequence[int], knobs: Knobs, slots: int, costs: Costs) -> Outcome:
-    """Replay `records` from an empty cache of `slots`; what comes before the steady part warms it up and is not
-    counted. `layers`: the MoE layers in the order they run.
-    """
-    scheduler = ExpertScheduler(ExpertCache(slots, make_eviction(knobs.eviction)), knobs.transfers_in_flight)
-    predictor = make_predictor(knobs.predictor if knobs.prefetch_depth else "none")
-    replay = Replay(scheduler, predictor, layers, costs, max(knobs.prefetch_depth, 1))
-    cut = after_warm_up(records)
-    sums = []
-    for part in (records[:cut], records[cut:]):
-        result = replay.run(list(forwards(part)))
-        counters = result.counters
-        requests = counters.hits + counters.late + counters.misses
-        sums.append(_Sums(result.seconds, result.stall_seconds, result.loads, counters.hits, requests))
-    seconds, stalls, loads, hits, requests = (late - early for early, late in zip(*sums, strict=True))
-    return Outcome(
-        step_seconds=seconds / max(steps_of(records[cut:]), 1),
-        hit_rate=hits / max(requests, 1),
-        stall_share=stalls / seconds if seconds else 0.0,
-        loads_per_step=loads / max(steps_of(records[cut:]), 1),
-    )
+    def play(self, simulation: Simulation, knobs: Knobs, slots: int) -> Figures:
+        """What the production cache, eviction, predictor and scheduler make of it."""
+        return simulation.figures(
+            Setting(
+                slots=slots,
+                host_slots=self.host_slots,
+                eviction=knobs.eviction,
+                predictor=knobs.predictor,
+                depth=knobs.prefetch_depth,
+                in_flight=knobs.transfers_in_flight,
+            )
+        )

@@ -1,14 +1,14 @@
 from __future__ import annotations
 
 import json
-import tomllib
 
 import pytest
 
 from offload_engine.cli import doctor as doctor_module
 from offload_engine.doctor import disk, graphics
 from offload_engine.doctor.graphics import Card, Graphics
-from tests.cli.command_line import complaint, dmoe_command
+from offload_engine.simulate.profile import load_profile
+from tests.cli.command_line import ROOT, complaint, dmoe_command
 
 
 @pytest.fixture(autouse=True)
@@ -78,15 +78,26 @@ def test_a_model_that_is_not_there_and_a_budget_too_small(tmp_path):
     assert checks["plan"]["way_out"].startswith("set gpu_mem")
 
 
-def test_a_measured_profile_is_written(speaking, tmp_path, monkeypatch):
+def test_a_config_alone_is_planned_for(monkeypatch):
+    monkeypatch.setattr(doctor_module, "available_memory", lambda: 10 * 10**9)
+    config = ROOT / "tests" / "data" / "llada2-mini-config.json"
+    _, _, checks = findings("--model", config, "--device", "cuda", "--gpu-mem", "8GB", "--host-mem", "1000GB")
+    assert "of 4864 expert slots" in checks["plan"]["found"]
+    assert checks["plan"]["level"] == "warning", "its host tier takes 30 GB"
+    assert "disk speed" in checks
+
+
+def test_a_measured_profile_is_written(tmp_path, monkeypatch):
     from offload_engine.bench import bandwidth
 
     monkeypatch.setattr(bandwidth, "DRAM_BYTES", 2**20)
     monkeypatch.setattr(bandwidth, "GEMM_SIZE", 64)
     out = tmp_path / "profile.toml"
-    done = dmoe_command("doctor", "--json", "--measure", "--model", speaking, "--out", out)
-    assert json.loads(done.stdout)["profile"] == tomllib.loads(out.read_text())
-    assert "experts are small" in done.stderr
+    done = dmoe_command("doctor", "--json", "--measure", "--out", out)
+    profile = load_profile(str(out))
+    assert json.loads(done.stdout)["profile"] == profile.model_dump(exclude_none=True)
+    assert profile.disk_bandwidth.value > 0
+    assert "--model of a larger one" in done.stderr
 
 
 def test_out_alone_makes_no_sense(tmp_path):

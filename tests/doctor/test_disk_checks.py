@@ -1,22 +1,17 @@
-"""Reading a disk for a moment, and what is said of it; profiles; findings as they are shown."""
+"""Reading a disk for a moment, and what is said of it; findings as they are shown."""
 
 from __future__ import annotations
 
-import tomllib
 from pathlib import Path
 
 import pytest
 
-from offload_engine.bench.spec import Bandwidth
 from offload_engine.doctor import disk
 from offload_engine.doctor.disk import DiskSpeed, check_direct, check_space, check_speed, read_speed, sample_file
 from offload_engine.doctor.finding import EXIT_CODES, Finding, Level, refused, table, worst
-from offload_engine.doctor.profile import profile_of, write_profile
 from offload_engine.errors import OffloadError
-from offload_engine.tune.costs import Rates, read_rates
 
 GB = 10**9
-MEASURED = Bandwidth(slab_bytes=6_300_000, disk={1: 1.111e9, 2: 2.2222e9, 4: 2.1e9}, direct=True, dram=3e10, gemm=4e11)
 
 
 def test_space(tmp_path: Path) -> None:
@@ -57,21 +52,6 @@ def test_small_files_are_replaced_by_a_temporary_one(tmp_path: Path, monkeypatch
         assert file.parent != tmp_path
         assert file.stat().st_size == 2**20
     assert not file.exists()
-
-
-def test_a_profile_holds_the_best_rate_and_is_toml(tmp_path: Path) -> None:
-    profile = profile_of(MEASURED, 'A CPU "fast"', 16 * GB)
-    assert profile.name == "a-cpu-fast"
-    assert profile.figures["disk_bandwidth"].value == 2.22e9
-    assert "2 under way" in profile.figures["disk_bandwidth"].source
-    write_profile(tmp_path / "here.toml", profile)
-    assert tomllib.loads((tmp_path / "here.toml").read_text()) == profile.as_dict()
-    assert read_rates(tmp_path / "here.toml") == Rates(transfer=2.22e9, memory=3e10, flops=4e11)
-
-
-def test_a_profile_that_has_nowhere_to_go(tmp_path: Path) -> None:
-    with pytest.raises(OffloadError, match="--out"):
-        write_profile(tmp_path / "absent" / "here.toml", profile_of(MEASURED, "", GB))
 
 
 def test_findings_are_aligned_and_summed_up() -> None:

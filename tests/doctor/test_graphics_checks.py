@@ -14,6 +14,7 @@ from offload_engine.doctor.graphics import (
     Graphics,
     check_card,
     check_compiler,
+    check_device,
     check_driver,
     check_torch,
     read_graphics,
@@ -54,6 +55,15 @@ def test_torch_beside_the_card_and_its_driver() -> None:
     newer = check_torch("2.9", "13.0", PRESENT)
     assert newer.level is Level.PROBLEM
     assert "runs CUDA 12.8 at most" in newer.found
+
+
+@pytest.mark.parametrize(
+    ("wanted", "count", "level"),
+    [("cuda", 0, Level.PROBLEM), ("cuda", 1, Level.OK), ("cuda:1", 1, Level.PROBLEM), ("cuda:1", 2, Level.OK)],
+)
+def test_the_device_asked_for(wanted: str, count: int, level: Level) -> None:
+    assert check_device(wanted, count).level is level
+    assert bool(check_device(wanted, count).way_out) is (level is Level.PROBLEM)
 
 
 def test_a_compiler_is_never_needed() -> None:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from offload_engine.core import Phase
 from offload_engine.routing.coreset import top_p_coreset
 from offload_engine.trace import TraceRecord, read_trace
-from offload_engine.tune.routing import after_warm_up, as_coresets, experts_per_layer, kept_share, steps_of
+from offload_engine.tune.routing import as_coresets, blocks_of, kept_share, steps_of
 
 TRACES = Path(__file__).parent.parent / "data" / "traces"
 
@@ -59,10 +59,16 @@ def test_a_held_coreset_serves_its_block_and_ranks_by_the_step_s_own_votes() -> 
     assert [one.experts for one in as_coresets(steps, 0.6, 1)] == [(0, 1), (2, 1), (2,)]
 
 
-def test_prefill_stays_and_a_commit_chooses_afresh() -> None:
+def test_a_commit_chooses_afresh_and_holds_nothing() -> None:
     votes = {0: 3.0, 1: 1.0}
-    trace = [record(votes, phase=Phase.PREFILL), record({1: 3.0, 0: 1.0}), record(votes, phase=Phase.COMMIT)]
-    assert [one.experts for one in as_coresets(trace, 0.5, 1, hold_steps=4)] == [(0, 1), (1,), (0,)]
+    trace = [record({1: 3.0, 0: 1.0}), record(votes, phase=Phase.COMMIT), record(votes, 1)]
+    assert [one.experts for one in as_coresets(trace, 0.5, 1, hold_steps=4)] == [(1,), (0,), (1,)]
+
+
+def test_layers_and_sequences_hold_their_own() -> None:
+    first, second = {0: 3.0, 1: 1.0}, {1: 3.0, 0: 1.0}
+    trace = [record(first), record(second, layer=2), record(second, 1), record(second, 1, sequence=1)]
+    assert [one.experts for one in as_coresets(trace, 0.5, 1, hold_steps=2)] == [(0,), (1,), (0,), (1,)]
 
 
 def test_kept_votes_are_those_of_the_experts_that_are_still_wanted() -> None:
@@ -82,19 +88,14 @@ def test_a_real_trace_keeps_what_the_coreset_promises(top_p: float) -> None:
     assert kept is not None
     assert top_p <= kept + 1e-9
     assert (kept == pytest.approx(1.0)) is (top_p == 1.0)
-    assert experts_per_layer(found) <= experts_per_layer(original)
-    assert steps_of(found) == steps_of(original) == 24
+    held = kept_share(original, as_coresets(original, top_p, 1, hold_steps=4))
+    assert held is not None
+    assert held < kept or top_p == 1.0
+    assert (steps_of(found), blocks_of(found)) == (steps_of(original), blocks_of(original)) == (24, 3)
 
 
-def test_steps_and_experts_of_an_empty_trace() -> None:
-    assert (steps_of([]), experts_per_layer([])) == (0, 0.0)
-    assert steps_of([record({0: 1}, layer=1), record({0: 1}, layer=2), record({0: 1}, 1)]) == 2
-
-
-def test_warming_up_ends_with_a_block_and_before_the_commit_it_is_fused_with() -> None:
-    blocks = [record({0: 1}, step, block=block) for block in range(3) for step in range(2)]
-    assert after_warm_up(blocks) == 4
-    fused = [*blocks[:4], record({0: 1}, block=1, phase=Phase.COMMIT), *blocks[4:]]
-    assert after_warm_up(fused) == 4
-    assert after_warm_up(blocks[:2]) == 0
-    assert after_warm_up([record({0: 1}, phase=Phase.PREFILL), *blocks[:2]]) == 1
+def test_steps_and_blocks_are_counted_once() -> None:
+    assert (steps_of([]), blocks_of([])) == (0, 0)
+    trace = [record({0: 1}, layer=1), record({0: 1}, layer=2), record({0: 1}, 1), record({0: 1}, block=1)]
+    assert (steps_of(trace), blocks_of(trace)) == (3, 2)
+    assert steps_of([record({0: 1}, phase=Phase.PREFILL)]) == 0

@@ -1,8 +1,7 @@
-"""Trials, the search among them, costs, and what is written of it."""
+"""Trials, the search among them, and what is written of it."""
 
 from __future__ import annotations
 
-import tomllib
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,57 +9,97 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from offload_engine.cli.simulate import shape_of
 from offload_engine.config import EngineConfig, load_config
 from offload_engine.errors import UsageError
-from offload_engine.simulate.replay import Costs
+from offload_engine.simulate.profile import load_profile
+from offload_engine.simulate.run import Figures
+from offload_engine.simulate.timing import Timing
 from offload_engine.trace import TraceRecord, read_trace
 from offload_engine.tune import search
-from offload_engine.tune.costs import Rates, Work, costs_of, read_rates
 from offload_engine.tune.report import Found, config_text, table
 from offload_engine.tune.routing import Routing
 from offload_engine.tune.search import Budget, Point, acceptable, best_knobs, budgets, fastest, frontier, smallest_near
-from offload_engine.tune.trial import Knobs, Outcome, play
+from offload_engine.tune.trial import Knobs, Machine
+from tests.mini_config import mini
 
-TRACES = Path(__file__).parent.parent / "data" / "traces"
-LAYERS = tuple(range(1, 20))
-COSTS = Costs()
+TRACE = Path(__file__).parent.parent / "data" / "traces" / "llada2-mini-dmoe.jsonl.gz"
+EXPERT_BYTES = 6291456
 
 
 @pytest.fixture(scope="module")
 def records() -> tuple[TraceRecord, ...]:
-    _, found = read_trace(TRACES / "llada2-mini-dmoe.jsonl.gz")
+    _, found = read_trace(TRACE)
     return tuple(found)
 
 
-def test_slots_for_everything_leave_nothing_to_wait_for(records: tuple[TraceRecord, ...]) -> None:
-    full = play(records, LAYERS, Knobs(predictor="none"), 256 * 19, COSTS)
-    few = play(records, LAYERS, Knobs(predictor="none"), 10 * 19, COSTS)
+@pytest.fixture(scope="module")
+def machine() -> Machine:
+    return Machine(Timing(shape_of(mini(), EXPERT_BYTES), load_profile("cpu-disk")), range(1, 20), 32, None)
+
+
+def test_slots_for_everything_leave_little_to_wait_for(machine: Machine, records: tuple[TraceRecord, ...]) -> None:
+    simulation = machine.run(records)
+    full = machine.play(simulation, Knobs(predictor="none"), 256 * 19)
+    few = machine.play(simulation, Knobs(predictor="none"), 10 * 19)
     assert full.hit_rate > 0.9
     assert few.hit_rate < full.hit_rate
-    assert few.step_seconds > full.step_seconds
-    assert few.stall_share > full.stall_share
-    assert few.loads_per_step > full.loads_per_step
+    assert few.step > full.step
+    assert few.stall > full.stall
+    assert few.loads > full.loads
 
 
-def test_no_depth_is_no_prediction(records: tuple[TraceRecord, ...]) -> None:
-    part = records[: 19 * 8]
-    nothing = play(part, LAYERS, Knobs(predictor="none"), 300, COSTS)
-    assert play(part, LAYERS, Knobs(prefetch_depth=0), 300, COSTS) == nothing
+def test_no_depth_is_no_prediction(machine: Machine, records: tuple[TraceRecord, ...]) -> None:
+    simulation = machine.run(records)
+    nothing = machine.play(simulation, Knobs(predictor="none"), 300)
+    assert machine.play(simulation, Knobs(prefetch_depth=0), 300) == nothing
 
 
-def test_the_search_is_no_worse_than_the_defaults(records: tuple[TraceRecord, ...]) -> None:
-    part, slots = records[: 19 * 6], 12 * 19
-    default = play(part, LAYERS, Knobs(), slots, COSTS)
-    knobs, tuned = best_knobs(part, LAYERS, slots, COSTS)
-    assert tuned.step_seconds <= default.step_seconds
-    assert tuned == play(part, LAYERS, knobs, slots, COSTS)
-    again, still = best_knobs(part, LAYERS, slots, COSTS, start=knobs)
-    assert (again, still) == (knobs, tuned), "nothing is left to change"
-    worst, _ = best_knobs(part, LAYERS, slots, COSTS, start=Knobs("lru", "none", 1, 1))
-    assert play(part, LAYERS, worst, slots, COSTS).step_seconds <= default.step_seconds * 1.05
+def test_a_part_of_the_blocks_warms_up(machine: Machine, records: tuple[TraceRecord, ...]) -> None:
+    assert machine.run(records).warm_up == 1
+    single = [record for record in records if record.block == records[-1].block]
+    assert machine.run(single).warm_up == 0, "one block is all there is"
 
 
-def test_what_is_tried_can_be_configured() -> None:
+def figures(step: float) -> Figures:
+    return Figures(
+        steps=8, step=step, step_median=step, tokens_per_second=1.0, hit_rate=0.5, stall=0.1, link_busy=0.2, loads=3.0
+    )
+
+
+KNOBS = st.builds(Knobs, *(st.sampled_from(choices) for choices in search.CHOICES.values()))
+
+
+@given(st.dictionaries(KNOBS, st.integers(1, 100).map(float), max_size=60), KNOBS)
+def test_the_search_ends_where_no_single_change_helps(table_of: dict[Knobs, float], start: Knobs) -> None:
+    asked: list[Knobs] = []
+
+    def trial(knobs: Knobs) -> Figures:
+        asked.append(knobs)
+        return figures(table_of.get(knobs, 200.0))
+
+    best, found = best_knobs(trial, start)
+    assert found == trial(best)
+    assert found.step <= trial(start).step
+    for name, choices in search.CHOICES.items():
+        for choice in choices:
+            other = trial(replace(best, **{name: choice}))  # type: ignore[arg-type]
+            assert other.step >= (1 - search.WORTH) * found.step
+
+
+def test_no_setting_is_tried_twice() -> None:
+    asked: list[Knobs] = []
+
+    def trial(knobs: Knobs) -> Figures:
+        asked.append(knobs)
+        return figures({"lru": 1.0}.get(knobs.eviction, 2.0) * {0: 0.5}.get(knobs.prefetch_depth, 1.0))
+
+    best, _ = best_knobs(trial, Knobs())
+    assert best == Knobs(eviction="lru", prefetch_depth=0)
+    assert len(asked) == len(set(asked))
+
+
+def test_what_is_tried_can_be_configured_and_begins_with_the_default() -> None:
     for name, choices in search.CHOICES.items():
         assert choices[0] == EngineConfig.model_fields[name].default == getattr(Knobs(), name)
         for choice in choices:
@@ -77,8 +116,7 @@ def test_budgets_begin_with_the_whole_one() -> None:
 
 
 def point(seconds: float, nbytes: int, kept: float | None = 1.0, name: str = "original") -> Point:
-    settings = {"routing": name}
-    return Point(Routing(name, (), kept, settings), Budget(nbytes, nbytes), Outcome(seconds, 0.5, 0.1, 3.0))
+    return Point(Routing(name, (), kept, {"routing": name}), Budget(nbytes, nbytes), figures(seconds))
 
 
 POINTS = st.lists(
@@ -91,12 +129,12 @@ def test_every_point_is_on_the_frontier_or_beaten_by_one_that_is(points: list[Po
     best = frontier(points)
 
     def measures(one: Point) -> tuple[float, int, float]:
-        return one.outcome.step_seconds, one.budget.nbytes, -(one.routing.kept or 0.0)
+        return one.figures.step, one.budget.nbytes, -(one.routing.kept or 0.0)
 
     for one in points:
-        better = [two for two in best if all(a <= b for a, b in zip(measures(two), measures(one), strict=True))]
-        assert better
-        assert (one in best) is all(measures(two) == measures(one) for two in better)
+        as_good = [two for two in best if all(a <= b for a, b in zip(measures(two), measures(one), strict=True))]
+        assert as_good
+        assert (one in best) is all(measures(two) == measures(one) for two in as_good)
 
 
 def test_the_smallest_budget_near_the_best_speed() -> None:
@@ -115,77 +153,36 @@ def test_routing_is_left_as_recorded_unless_less_may_be_kept() -> None:
         acceptable(points[2:], 0.9, points[0].routing)
 
 
-def test_costs_are_the_slower_of_memory_and_arithmetic() -> None:
-    work = Work(expert_bytes=200, expert_weights=100, layer_bytes=400, layer_weights=200, block_length=32, top_k=8)
-    slow_memory = costs_of(work, Rates(transfer=100, memory=10, flops=1e9), experts=64)
-    assert slow_memory == Costs(transfer_seconds=2.0, compute_seconds=20.0, attention_seconds=40.0)
-    slow_products = costs_of(work, Rates(transfer=100, memory=1e9, flops=100), experts=64)
-    assert slow_products == Costs(2.0, 2 * 4 * 100 / 100, 2 * 32 * 200 / 100)
-
-
-def profile(path: Path, device: str, **figures: float) -> Path:
-    lines = [f'{name} = {{ value = {value}, unit = "x", source = "y" }}' for name, value in figures.items()]
-    path.write_text("\n".join([f'device = "{device}"', *lines]))
-    return path
-
-
-RATES = {"memory_bandwidth": 100.0, "memory_efficiency": 0.5, "compute": 40.0, "compute_efficiency": 0.25}
-
-
-def test_rates_of_a_profile(tmp_path: Path) -> None:
-    cpu = profile(tmp_path / "cpu.toml", "cpu", disk_bandwidth=7.0, **RATES)
-    assert read_rates(cpu) == Rates(7.0, 50.0, 10.0)
-    gpu = profile(tmp_path / "gpu.toml", "cuda", link_bandwidth=8.0, link_efficiency=0.5, disk_bandwidth=7.0, **RATES)
-    assert read_rates(gpu) == Rates(4.0, 50.0, 10.0)
-
-
-@pytest.mark.parametrize(
-    ("text", "complaint"),
-    [
-        ("not toml", "no hardware profile"),
-        ("disk_bandwidth = 3", "disk_bandwidth has no value above 0"),
-        (None, "can't be"),
-    ],
-)
-def test_profiles_that_are_none(tmp_path: Path, text: str | None, complaint: str) -> None:
-    path = tmp_path / "profile.toml"
-    if text is not None:
-        path.write_text(text)
-    with pytest.raises(UsageError, match=complaint):
-        read_rates(path)
-
-
 def found(points: list[Point]) -> Found:
-    outcome = points[0].outcome
     return Found(
+        source='3 steps of a "model"',
         points=points,
         best=frontier(points),
-        knobs=Knobs(eviction="lru"),
-        default=replace(outcome, step_seconds=4.0),
-        tuned=outcome,
-        chosen=points[0],
+        surveyed=Knobs(),
+        fastest=points[0],
         smallest=points[-1],
+        chosen=points[0],
+        knobs=Knobs(eviction="lru"),
+        default=figures(4.0),
         context=4096,
-        source='a "trace"',
     )
 
 
 def test_the_table_has_a_line_per_routing_and_a_column_per_budget() -> None:
-    lines = table(
-        found([point(3.0, 4000), point(3.1, 2000), point(1.0, 4000, 0.7, "dmoe"), point(2.0, 2000, 0.7, "dmoe")])
-    )
-    head, slots, original, dmoe, *rest = lines.splitlines()
-    assert head.split() == ["ms", "per", "step", "votes", "4.00", "KB", "2.00", "KB"]
+    recorded = [point(3.0, 4000), point(3.1, 2000)]
+    derived = [point(1.0, 4000, 0.7, "dmoe"), point(2.0, 2000, None, "other"), point(2.5, 2000, 0.7, "dmoe")]
+    head, slots, original, dmoe, *rest = table(found([*recorded, derived[0], derived[2]])).splitlines()
+    assert head.split() == ["simulated,", "ms", "per", "step", "votes", "4.00", "KB", "2.00", "KB"]
     assert slots.split() == ["kept", "4000", "slots", "2000", "slots"]
     assert original.split() == ["original", "1.000", "3e+03*", "3.1e+03*"]
-    assert dmoe.split() == ["dmoe", "0.700", "1e+03*", "2e+03*"]
-    assert any("simulated" in line for line in rest)
-    assert any("25.0% of a step saved" in line for line in rest)
+    assert dmoe.split() == ["dmoe", "0.700", "1e+03*", "2.5e+03*"]
+    assert any("25.0% less than with the defaults" in line for line in rest)
+    assert table(found([derived[1]])).splitlines()[2].split() == ["other", "?", "2e+03*"]
 
 
 def test_the_config_is_taken_and_says_what_was_found(tmp_path: Path) -> None:
     points = [point(3.0, 4000, 0.7, "dmoe"), point(3.1, 2000, 0.7, "dmoe")]
-    text = config_text(found(points), {"model": 'odd "name"', "host_mem": "none"}, points[0], 8000)
+    text = config_text(found(points), {"model": 'odd "name"', "host_mem": "none"}, 8000)
     path = tmp_path / "tuned.toml"
     path.write_text(text)
     assert load_config(path) == {
@@ -201,7 +198,8 @@ def test_the_config_is_taken_and_says_what_was_found(tmp_path: Path) -> None:
     }
     assert "simulated" in text
     assert "dmoe in 2000 bytes" in text
-    assert tomllib.loads(text)
+    assert "70.0% of original routing's votes" in text
+    assert "An unknown share" in config_text(found([point(1.0, 5, None)]), {}, 9)
 
 
 def test_a_picture(tmp_path: Path) -> None:
