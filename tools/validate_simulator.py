@@ -27,6 +27,7 @@ from offload_engine.bench.summary import bandwidth_of
 from offload_engine.bench.yardstick import prompt_ids
 from offload_engine.cli.simulate import model_of, shape_of
 from offload_engine.config import EngineConfig, parse_bytes
+from offload_engine.core import Phase
 from offload_engine.engine import Engine
 from offload_engine.errors import OffloadError, UsageError
 from offload_engine.simulate.forwards import ForwardRun, forwards, sized
@@ -197,6 +198,7 @@ def simulated(path: Path, model: str, profile: Profile, workload: Workload, slot
     """The profile's prediction for a trace; `again`: the second time that the answer is decoded, as for *unlimited*."""
     header, records = read_trace(path)
     kept: list[TraceRecord] = list(records)
+    _require_workload(path, kept, workload)
     warm_up = workload.warm_up
     if again:
         following = 1 + max(record.sequence for record in kept)
@@ -205,6 +207,15 @@ def simulated(path: Path, model: str, profile: Profile, workload: Workload, slot
     trace: list[ForwardRun] = sized(list(forwards(kept, header.block_length)), header.block_length)
     timing = Timing(shape_of(model_of(header, model).config, header.expert_bytes), profile)
     return Simulation(trace, header.layers, timing, header.block_length, warm_up).figures(Setting(slots=slots))
+
+
+def _require_workload(path: Path, records: Sequence[TraceRecord], workload: Workload) -> None:
+    found = len({(one.sequence, one.block) for one in records if one.phase is Phase.DENOISE})
+    wanted = workload.warm_up + workload.blocks
+    if found != wanted:
+        raise UsageError(
+            f"{path}: a trace of {found} blocks, but the benchmark decoded {wanted}; remove it to have it recorded anew"
+        )
 
 
 def as_dict(pair: Pair) -> dict[str, Any]:

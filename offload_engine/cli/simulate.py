@@ -67,6 +67,7 @@ class _Budget:
 
 def simulate(request: Request) -> None:
     """Print what the machines would do. Raises `UsageError`, `TraceError`, `ModelError`s, `MemoryBudgetError`."""
+    _refuse_idle(request)
     header, records = read_trace(request.trace)
     kept = list(records)
     if not any(record.phase is Phase.DENOISE for record in kept):
@@ -75,6 +76,16 @@ def simulate(request: Request) -> None:
     profiles = [load_profile(name) for name in request.gpus]
     outcomes = list(_outcomes(request, header, kept, model, profiles))
     show(Reported(str(request.trace), header, model.name, profiles, outcomes), as_json=request.as_json)
+
+
+def _refuse_idle(request: Request) -> None:
+    """Refuse options that another makes meaningless."""
+    planned = {"--gpu-mem": request.budgets, "--host-mem": request.host_mem, "--max-context": request.max_context}
+    idle = [name for name, value in planned.items() if value not in ((), None)]
+    if request.slots and idle:
+        raise UsageError(f"{idle[0]} has no effect beside --slots, which needs no plan; leave one of them out")
+    if request.min_experts is not None and not request.top_p:
+        raise UsageError("--min-experts has no effect without --top-p; leave it out")
 
 
 def _outcomes(
@@ -156,8 +167,6 @@ def _settings(request: Request) -> list[Setting]:
 def _budgets(request: Request, model: Described, profile: Profile) -> Iterator[_Budget]:
     everything = len(model.config.moe_layers) * model.config.num_experts
     if request.slots:
-        if request.budgets:
-            raise UsageError("--slots and --gpu-mem both say how many experts fit; leave one of them out")
         yield from (_Budget(None, min(slots, everything), None) for slots in request.slots)
         return
     sizes = [parse_bytes(size, "--gpu-mem") for size in request.budgets]

@@ -9,6 +9,7 @@ import click
 
 from offload_engine.cli.errors import ReportingCommand
 from offload_engine.cli.options import common_options
+from offload_engine.simulate.gate import ACCURACY
 
 SETTINGS: Final = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
 
@@ -43,7 +44,7 @@ SETTINGS: Final = {"help_option_names": ["-h", "--help"], "max_content_width": 1
 @click.option(
     "--gate-accuracy",
     type=click.FloatRange(0, 1),
-    default=0.87,
+    default=ACCURACY,
     show_default=True,
     help="Share of a layer's experts that its preview names rightly.",
 )

@@ -153,7 +153,8 @@ def _grounds(profile: Profile) -> str:
 
 
 def _ms(seconds: float) -> str:
-    return f"{seconds * 1000:.3g}" if seconds < 1 else f"{seconds * 1000:.0f}"
+    milliseconds = seconds * 1000
+    return f"{milliseconds:.1f}" if milliseconds < 100 else f"{milliseconds:.0f}"
 
 
 def _percent(share: float) -> str:

@@ -47,6 +47,10 @@ class Transfers(Protocol):
     def busy(self) -> float:
         """Seconds the last link before the slots was taken."""
 
+    @property
+    def seconds(self) -> float:
+        """Of one expert on that link."""
+
 
 @dataclass(slots=True)
 class Direct:
@@ -75,6 +79,11 @@ class Direct:
     def busy(self) -> float:
         """See `Transfers`."""
         return self.channel.busy
+
+    @property
+    def seconds(self) -> float:
+        """See `Transfers`."""
+        return self.channel.seconds
 
 
 @dataclass(slots=True)
@@ -121,6 +130,11 @@ class Tiered:
     def busy(self) -> float:
         """See `Transfers`."""
         return self.link.busy
+
+    @property
+    def seconds(self) -> float:
+        """See `Transfers`."""
+        return self.link.seconds
 
     def _over_the_link(self, key: ExpertKey, now: float) -> None:
         self.host.pin(key)

@@ -14,7 +14,7 @@ from offload_engine.simulate.forwards import LayerRun
 
 ACCURACY = 0.87
 """Share of a layer's experts named rightly just before its attention. Measured with LLaDA2.0-mini's shape and random
-weights: .84 under dMoE, .91 under original routing (docs/LOG.md)."""
+weights: .84 under dMoE, .91 under original routing (docs/simulation.md)."""
 PER_LAYER = 0.92
 """By which that falls with each layer further ahead; .90 and .94 were measured."""
 

@@ -6,6 +6,7 @@ and `estimate = true` where nobody published or measured it.
 
 from __future__ import annotations
 
+import json
 import tomllib
 from pathlib import Path
 from typing import Annotated, Final, Literal
@@ -122,6 +123,17 @@ class Profile(BaseModel):
         }
         return Profile.model_validate(self.model_dump() | changed)
 
+    def toml(self) -> str:
+        """The profile as a file that `load_profile` reads."""
+        lines = [f"{name} = {_quoted(getattr(self, name))}" for name in ("name", "title", "device")]
+        for name in UNITS:
+            figure: Figure | None = getattr(self, name)
+            if figure is not None:
+                fields = [f"value = {figure.value!r}", f"unit = {_quoted(figure.unit)}"]
+                fields += [f"source = {_quoted(figure.source)}", *(["estimate = true"] if figure.estimate else [])]
+                lines.append(f"{name} = {{ {', '.join(fields)} }}")
+        return "\n".join(lines) + "\n"
+
 
 def profile_names() -> list[str]:
     """The profiles of this package, in alphabetical order."""
@@ -144,6 +156,11 @@ def load_profile(name: str) -> Profile:
         return Profile.model_validate(raw)
     except ValidationError as error:
         raise usage_error(error, f"{path}: profile") from None
+
+
+def _quoted(text: str) -> str:
+    """A basic string of TOML, whose escapes are JSON's."""
+    return json.dumps(text, ensure_ascii=False)
 
 
 def _shipped(name: str) -> Path:

@@ -191,8 +191,7 @@ class Replay:
             result.moments.append(self._moment(forward))
             self._number += 1
         result.seconds = self._now
-        if isinstance(self.costs, Costs):
-            result.transfer_seconds = result.needed * self.costs.transfer_seconds
+        result.transfer_seconds = result.needed * self.transfers.seconds
         return result
 
     def _moment(self, forward: ForwardRun) -> Moment:

@@ -66,14 +66,16 @@ class Figures:
 
 @dataclass(frozen=True, slots=True)
 class Bounds:
-    """Seconds per step that compare: none of these can be built but the last."""
+    """Seconds per step to compare with; none of these can be built but the last."""
 
     perfect: float
     """Every prediction right, in the same slots, with the same scheduler."""
     infinite: float
     """Transfers take no time."""
     belady: float
-    """The longer of compute and Belady's misses over the link, as if they overlapped entirely; nothing is faster."""
+    """The longer of compute and Belady's misses over the link, as if they overlapped entirely. Misses of the warm-up are
+    left out, as its loads are of `Figures`: over a whole run nothing is faster, over a part of one hardly anything.
+    """
     belady_loads: float
     """Those misses per step."""
     on_demand: float
