@@ -16,12 +16,12 @@ from offload_engine.assembly import BUILT_IN, compute_threads
 from offload_engine.bench.machine import processor
 from offload_engine.cli.plan import Described, describe, device_kind, make_plan, plan_dtype
 from offload_engine.cli.terminal import Output, note
-from offload_engine.config import EngineConfig, format_bytes
+from offload_engine.config import EngineConfig
 from offload_engine.doctor import disk, graphics, memory
 from offload_engine.doctor.finding import EXIT_CODES, Finding, refused, table, worst
 from offload_engine.doctor.plan import check_plan
 from offload_engine.doctor.processor import check_kernels, check_processor, check_threads, read_threads
-from offload_engine.doctor.profile import measure_profile, text_of, write_profile
+from offload_engine.doctor.profile import measure_profile, write_profile
 from offload_engine.errors import OffloadError
 from offload_engine.memory import MemoryPlan, available_memory
 from offload_engine.memory.machine import memory_caps
@@ -58,7 +58,7 @@ def examine(config: EngineConfig, request: Request) -> int:
     else:
         output.line(table(findings))
         if profile is not None:
-            output.line(f"\n{text_of(profile)}\n\nwritten to {request.out}")
+            output.line(f"\n{profile.toml()}\nwritten to {request.out}")
     return EXIT_CODES[level]
 
 

@@ -39,7 +39,9 @@ def doctor(**options: Any) -> int:
 @click.command("tune", cls=ReportingCommand, context_settings=SETTINGS)
 @click.argument("traces", nargs=-1, metavar="[TRACE]...", type=PATH)
 @click.option(
-    "--gpu", metavar="NAME|FILE", help="Hardware profile, such as rtx4060, or a .toml file.  [default: measure this machine]"
+    "--gpu",
+    metavar="NAME|FILE",
+    help="Hardware profile, such as rtx4060, or a .toml file.  [default: measure this machine]",
 )
 @click.option(
     "--try-top-p",

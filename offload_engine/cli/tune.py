@@ -209,7 +209,9 @@ def _hand_out(config: EngineConfig, request: Request, found: Found) -> None:
     try:
         write_aside(request.out, config_text(found, asked, budget).encode())
     except OSError as error:
-        raise OffloadError(f"{request.out}: can't be written ({error.strerror}); name another file with --out") from None
+        raise OffloadError(
+            f"{request.out}: can't be written ({error.strerror}); name another file with --out"
+        ) from None
     output = Output()
     output.line(json.dumps(found.as_dict()) if request.as_json else f"{table(found)}\nwritten   {request.out}")
     if request.plot is not None:

@@ -4,7 +4,6 @@ profile that was fitted to whole runs.
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 
@@ -72,22 +71,10 @@ def _completed(device: str, name: str, measured: dict[str, Figure]) -> Profile:
     return Profile.model_validate({"name": plain, "title": title, "device": device} | values | measured)
 
 
-def text_of(profile: Profile) -> str:
-    """The content of its file."""
-    lines = ["# Measured by dmoe doctor --measure."]
-    lines += [f"{key} = {_quoted(getattr(profile, key))}" for key in ("name", "title", "device")]
-    for name in UNITS:
-        figure: Figure | None = getattr(profile, name)
-        if figure is not None:
-            pairs = figure.model_dump(exclude_defaults=True).items()
-            lines.append(f"{name} = {{ {', '.join(f'{key} = {_quoted(value)}' for key, value in pairs)} }}")
-    return "\n".join(lines)
-
-
 def write_profile(path: Path, profile: Profile) -> None:
     """Write it whole or not at all. Raises `OffloadError`."""
     try:
-        write_aside(path, f"{text_of(profile)}\n".encode())
+        write_aside(path, profile.toml().encode())
     except OSError as error:
         raise OffloadError(f"{path}: can't be written ({error.strerror}); name another file with --out") from None
 
@@ -109,8 +96,3 @@ def _disk(bandwidth: Bandwidth) -> dict[str, Figure]:
 def _measured(name: str, value: float, by: str) -> Figure:
     """To three significant digits: no two runs measure the same."""
     return Figure(value=float(f"{value:.3g}"), unit=UNITS[name], source=f"dmoe doctor --measure: {by}")
-
-
-def _quoted(value: object) -> str:
-    """As TOML writes it, which for text, numbers and truth is as JSON does."""
-    return json.dumps(value, ensure_ascii=False)

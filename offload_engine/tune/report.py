@@ -81,8 +81,8 @@ def config_text(found: Found, asked: dict[str, str | int], budget: int) -> str:
         f"# {found.source}.",
         *_assignments(asked),
         "",
-        f"# With {point.budget.slots} expert slots a denoising step takes {_ms(figures)}, of which {figures.stall:.1%} are",
-        f"# spent waiting; {figures.hit_rate:.1%} of the experts wanted are there already.",
+        f"# With {point.budget.slots} expert slots a denoising step takes {_ms(figures)}; {figures.stall:.1%} of it is",
+        f"# waiting, and {figures.hit_rate:.1%} of the experts wanted are there already.",
     ]
     if smallest.budget != point.budget:
         lines += [

@@ -69,7 +69,10 @@ def test_a_device_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     assert all(rate > 0 for rate in measure_device(torch.device("cpu")))
 
 
-@pytest.mark.parametrize(("wanted", "there", "found"), [("auto", True, "cuda"), ("cuda:1", True, "cuda"), ("cpu", True, "cpu"), ("auto", False, "cpu")])
+@pytest.mark.parametrize(
+    ("wanted", "there", "found"),
+    [("auto", True, "cuda"), ("cuda:1", True, "cuda"), ("cpu", True, "cpu"), ("auto", False, "cpu")],
+)
 def test_the_gpu_is_measured_where_torch_can_use_one(
     monkeypatch: pytest.MonkeyPatch, wanted: str, there: bool, found: str
 ) -> None:

@@ -83,9 +83,7 @@ def test_what_was_measured_stands_beside_what_is_simulated(checkpoint: Path, run
     assert validated(*arguments, "--check").exit_code == (0 if held else 1)
 
 
-def test_a_recorded_trace_asks_for_what_the_engine_asked_for(
-    checkpoint: Path, runs: list[Run], tmp_path: Path
-) -> None:
+def test_a_recorded_trace_asks_for_what_the_engine_asked_for(checkpoint: Path, runs: list[Run], tmp_path: Path) -> None:
     bench, traces = bench_file(tmp_path, runs), tmp_path / "traces"
     assert validated(bench, "--model", checkpoint, "--traces", traces, "--record-budget", "4GB").exit_code == 0
     _header, records = read_trace(traces / "original.jsonl")
