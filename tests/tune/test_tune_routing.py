@@ -91,7 +91,8 @@ def test_a_real_trace_keeps_what_the_coreset_promises(top_p: float) -> None:
     held = kept_share(original, as_coresets(original, top_p, 1, hold_steps=4))
     assert held is not None
     assert held < kept or top_p == 1.0
-    assert (steps_of(found), blocks_of(found)) == (steps_of(original), blocks_of(original)) == (24, 3)
+    assert (steps_of(found), blocks_of(found)) == (steps_of(original), blocks_of(original))
+    assert steps_of(original) > blocks_of(original) > 1
 
 
 def test_steps_and_blocks_are_counted_once() -> None:
