@@ -71,10 +71,10 @@ class Bounds:
     perfect: float
     """Every prediction right, in the same slots, with the same scheduler."""
     infinite: float
-    """Transfers take no time."""
+    """Every expert is in fast memory."""
     belady: float
-    """The longer of compute and Belady's misses over the link, as if they overlapped entirely. Misses of the warm-up are
-    left out, as its loads are of `Figures`: over a whole run nothing is faster, over a part of one hardly anything.
+    """The longer of compute and Belady's misses over the link, as if they overlapped entirely. Misses of the warm-up
+    are left out: over a whole run nothing is faster, over a part of one hardly anything.
     """
     belady_loads: float
     """Those misses per step."""
@@ -108,7 +108,7 @@ class Simulation:
             self.window(self._replay(setting, Oracle(recorded), self._transfers(setting), depth)).step
             for depth in PERFECT_DEPTHS
         )
-        free = self.window(self._replay(setting, make_predictor("none"), Direct(Channel(0.0)))).step
+        free = self.compute_seconds() / self._steps()
         misses = belady_misses([run.keys for one in self.trace for run in one.layers], setting.slots)
         first = sum(len(one.layers) for one in self.trace[: self.first_counted])
         loads = sum(misses[first:]) / self._steps()
@@ -119,6 +119,19 @@ class Simulation:
             belady_loads=loads,
             on_demand=self.window(self._on_demand(setting)).step,
         )
+
+    def compute_seconds(self) -> float:
+        """What the forwards after the warm-up take when nothing has to be moved."""
+        costs, total = self.timing, 0.0
+        for forward in self._counted():
+            total += costs.begin(forward) + costs.end(forward)
+            for run in forward.layers:
+                launches = [
+                    min(LAUNCH_EXPERTS, len(run.experts) - done) for done in range(0, len(run.experts), LAUNCH_EXPERTS)
+                ]
+                total += sum(costs.experts(forward, run, count) for count in launches)
+                total += costs.before(forward, run) + costs.after(forward, run)
+        return total
 
     @property
     def first_counted(self) -> int:

@@ -80,7 +80,7 @@ def test_every_combination_is_simulated_and_says_so(trace: Path, model: Path) ->
     assert len(found["results"]) == 2 * 2 * 2 * 2
     for result in found["results"]:
         figures, bounds = result["simulated"], result["simulated_bounds"]
-        assert bounds["infinite"] <= figures["step"] <= bounds["on_demand"]
+        assert bounds["infinite"] <= figures["step"] * (1 + 1e-9) <= bounds["on_demand"]
         assert figures["steps"] == 6, "two blocks of three after the one that warms up"
     assert {result["setting"]["slots"] for result in found["results"]} == {12, 32}
     assert set(found["profiles"]) == {"rtx4060-8gb", "rtx3060-12gb"}
@@ -124,7 +124,7 @@ def test_a_processor_reads_from_disk(trace: Path, model: Path) -> None:
 
 
 def test_confining_a_trace_of_original_routing(trace: Path, model: Path) -> None:
-    arguments = [trace, "--model", model, "--gpu", "rtx4060", "--slots", "32", "--min-experts", "2"]
+    arguments = [trace, "--model", model, "--gpu", "rtx4060", "--slots", "32", "--min-experts", "2", "--warm-up", "0"]
     found = simulated(*arguments, "--top-p", "0.4", "--top-p", "1")["results"]
     assert [one["routing"] for one in found] == ["dmoe, p=0.4, estimated", "dmoe, p=1, estimated"]
     assert found[0]["simulated_bounds"]["belady_loads"] < found[1]["simulated_bounds"]["belady_loads"]
@@ -192,5 +192,3 @@ def test_an_int8_trace_has_smaller_slots(tmp_path: Path, model: Path) -> None:
         for path in (whole, stored)
     ]
     assert steps[1] < steps[0]
-
-

@@ -53,9 +53,7 @@ def test_a_single_layer_tells_a_fused_commit_from_the_next_step() -> None:
 
 def test_sizes_are_what_a_trace_can_tell() -> None:
     """A prompt of two blocks, then a block of two steps, committed with the first of two steps of the next."""
-    fused = [
-        record(layer, **place) for layer in (1, 2) for place in ({**COMMIT, "block": 2}, {**OPENING, "block": 3})
-    ]
+    fused = [record(layer, **place) for layer in (1, 2) for place in ({**COMMIT, "block": 2}, {**OPENING, "block": 3})]
     records = [record(1, phase=Phase.PREFILL), *steps((0,), (0,), block=2), *fused, *steps((0,), (0,), block=3)[2:]]
     found = [one.size for one in sized(list(forwards(records)), 8)]
     assert found == [

@@ -46,7 +46,7 @@ def test_cards_are_ordered_as_they_were_built() -> None:
     ],
 )
 def test_a_name_that_fits_nothing_is_refused(name: str, told: str) -> None:
-    with pytest.raises(UsageError, match="^.*") as refused:
+    with pytest.raises(UsageError) as refused:
         load_profile(name)
     assert told in str(refused.value)
     assert "\n" not in str(refused.value)
