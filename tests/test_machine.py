@@ -8,7 +8,7 @@ import psutil
 import pytest
 
 from offload_engine.memory import available_memory
-from offload_engine.memory.machine import _cgroup_headrooms
+from offload_engine.memory.machine import MemoryCap, memory_caps
 
 MB = 10**6
 
@@ -36,6 +36,10 @@ def test_v2_takes_the_tightest_of_the_groups_above(tmp_path: Path) -> None:
     group(mount / "user", v2=True, limit=1000 * MB, usage=700 * MB, cache=(30 * MB, 20 * MB))
     group(mount, v2=True, limit="max", usage=999 * MB)
     assert available_memory(tmp_path) == 350 * MB, "1000 - 700 in use, of which 50 are page cache"
+    assert memory_caps(tmp_path) == [
+        MemoryCap(mount / "user/session", 900 * MB, 800 * MB),
+        MemoryCap(mount / "user", 1000 * MB, 350 * MB),
+    ]
 
 
 def test_v1_finds_the_limit_at_the_mount_of_a_container(tmp_path: Path) -> None:
@@ -66,10 +70,11 @@ def test_without_a_limit_it_is_what_the_system_has(
     group(tmp_path / "sys/fs/cgroup", v2=True, limit=limit, usage=5)
     group(tmp_path / "sys/fs/cgroup/memory", v2=False, limit=limit, usage=5)
     assert available_memory(tmp_path) == frozen.available
+    assert memory_caps(tmp_path) == []
 
 
 def test_a_system_without_control_groups(tmp_path: Path) -> None:
-    assert _cgroup_headrooms(tmp_path) == []
+    assert memory_caps(tmp_path) == []
     assert available_memory(tmp_path) > 0
 
 

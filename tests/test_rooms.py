@@ -19,7 +19,7 @@ FLOORS: list[tuple[str, ...]] = [
     ("experts",),
     ("decode", "simulate"),
     ("engine", "assembly"),
-    ("server", "evaluate", "bench"),
+    ("server", "evaluate", "bench", "doctor", "tune"),
     ("cli",),
 ]
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}

@@ -1,4 +1,4 @@
-"""What the machine gives: disk, memory, products. The bounds that no engine on it can beat."""
+"""What the machine gives: disk, memory, products, copies. The bounds that no engine on it can beat."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
+from typing import NamedTuple
 
 import torch
 
@@ -24,7 +25,23 @@ DISK_BYTES = 1_000_000_000
 DRAM_BYTES = 512 * 2**20
 """Well beyond any cache of the processor."""
 GEMM_SIZE = 2048
+LINK_BYTES = 64 * 2**20
+"""Copied at a time: some experts' worth, so that its start doesn't count."""
 REPEATS = 5
+_CPU = torch.device("cpu")
+
+
+class DeviceRates(NamedTuple):
+    """What a device gives, per second."""
+
+    memory: float
+    """Bytes read."""
+    gemm: float
+    """16-bit operations of a large product."""
+    pinned: float
+    """Bytes copied from pinned host memory."""
+    pageable: float
+    """Bytes copied from any other."""
 
 
 def measure_bandwidth(config: EngineConfig) -> Bandwidth:
@@ -53,24 +70,48 @@ def _disk(store: ExpertStore, depth: int) -> float:
         return total / (time.perf_counter() - began)
 
 
-def _dram() -> float:
+def measure_device(device: torch.device) -> DeviceRates:
+    """Read the device's memory, multiply on it, and copy to it."""
+    half = device.type == "cuda" and not torch.cuda.is_bf16_supported()
+    return DeviceRates(
+        memory=_dram(device),
+        gemm=_gemm(device, torch.float16 if half else torch.bfloat16),
+        pinned=_link(device, pinned=device.type == "cuda"),
+        pageable=_link(device, pinned=False),
+    )
+
+
+def _dram(device: torch.device = _CPU) -> float:
     """Bytes per second of a sum over an array that no cache holds."""
-    array = torch.ones(DRAM_BYTES // 4)
-    return DRAM_BYTES / _shortest(lambda: array.sum())
+    array = torch.ones(DRAM_BYTES // 4, device=device)
+    return DRAM_BYTES / _shortest(lambda: array.sum(), device)
 
 
-def _gemm() -> float:
-    """bf16 operations per second of a square product."""
-    left, right = torch.ones(2, GEMM_SIZE, GEMM_SIZE, dtype=torch.bfloat16)
-    return 2 * GEMM_SIZE**3 / _shortest(lambda: left @ right)
+def _gemm(device: torch.device = _CPU, dtype: torch.dtype = torch.bfloat16) -> float:
+    """16-bit operations per second of a square product."""
+    left, right = torch.ones(2, GEMM_SIZE, GEMM_SIZE, dtype=dtype, device=device)
+    return 2 * GEMM_SIZE**3 / _shortest(lambda: left @ right, device)
 
 
-def _shortest(work: Callable[[], object]) -> float:
-    """Seconds of the fastest of some repeats, the first of which warms up."""
-    work()
+def _link(device: torch.device, *, pinned: bool) -> float:
+    """Bytes per second of copies from host memory."""
+    source = torch.ones(LINK_BYTES, dtype=torch.uint8, pin_memory=pinned)
+    target = torch.empty(LINK_BYTES, dtype=torch.uint8, device=device)
+    return LINK_BYTES / _shortest(lambda: target.copy_(source, non_blocking=pinned), device)
+
+
+def _shortest(work: Callable[[], object], device: torch.device) -> float:
+    """Seconds of the fastest of some repeats, each to the end of its work; one before them warms up."""
+    _finish(work, device)
     seconds = []
     for _ in range(REPEATS):
         began = time.perf_counter()
-        work()
+        _finish(work, device)
         seconds.append(time.perf_counter() - began)
     return min(seconds)
+
+
+def _finish(work: Callable[[], object], device: torch.device) -> None:
+    work()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

@@ -16,7 +16,7 @@ FLAGS = ("avx2", "avx512f", "avx512_bf16", "avx512_vnni", "amx_bf16", "asimd", "
 
 def describe_machine() -> dict[str, str | float | list[str]]:
     """Processor, cores, memory, system, versions, and how busy the machine was when asked."""
-    name, flags = _processor()
+    name, flags = processor()
     return {
         "processor": name or platform.processor() or platform.machine(),
         "features": [flag for flag in FLAGS if flag in flags],
@@ -30,11 +30,11 @@ def describe_machine() -> dict[str, str | float | list[str]]:
     }
 
 
-def _processor() -> tuple[str, set[str]]:
-    """Its name and features as Linux lists them; empty elsewhere."""
+def processor(cpuinfo: Path = Path("/proc/cpuinfo")) -> tuple[str, set[str]]:
+    """Its name and features as Linux lists them, of Arm the features alone; empty elsewhere."""
     name, flags = "", set[str]()
     with suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines():
+        for line in cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines():
             key, _, value = line.partition(":")
             if key.strip() == "model name":
                 name = value.strip()

@@ -10,6 +10,7 @@ import click
 from click.core import ParameterSource
 
 from offload_engine.cli.errors import ReportingCommand, ReportingGroup
+from offload_engine.cli.machine_commands import doctor, tuning
 from offload_engine.cli.options import (
     EVALUATION_NAMES,
     common_options,
@@ -20,13 +21,12 @@ from offload_engine.cli.options import (
     take_sampling_params,
     version_option,
 )
+from offload_engine.cli.options import PATH as _PATH
+from offload_engine.cli.options import SETTINGS as _SETTINGS
 from offload_engine.cli.prompts import read_prompts
 from offload_engine.cli.simulate_command import simulation
 from offload_engine.config import EngineConfig, parse_bytes
 from offload_engine.errors import UsageError
-
-_PATH = click.Path(path_type=Path)
-_SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
 
 
 @click.command("run", cls=ReportingCommand, context_settings=_SETTINGS)
@@ -249,6 +249,8 @@ dmoe.add_command(plan)
 dmoe.add_command(evaluation)
 dmoe.add_command(bench)
 dmoe.add_command(conversion)
+dmoe.add_command(doctor)
+dmoe.add_command(tuning)
 dmoe.add_command(simulation)
 
 

@@ -70,6 +70,10 @@ SAMPLING_NAMES: Final = {"top_p": "sample_top_p"}
 EVALUATION_NAMES: Final = SAMPLING_NAMES | {"seed": "sample_seed"}
 """The same for `dmoe eval`, whose --seed chooses the problems."""
 
+PATH: Final = click.Path(path_type=Path)
+SETTINGS: Final = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
+"""Of every command."""
+
 _SIZES = frozenset({"gpu_mem", "host_mem", "expert_mem"})
 
 

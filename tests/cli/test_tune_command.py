@@ -1,0 +1,136 @@
+from __future__ import annotations
+
+import gzip
+import json
+
+import pytest
+
+from offload_engine.config import load_config
+from offload_engine.tune import calibration, search
+from tests.cli.command_line import FAST, ROOT, complaint, dmoe_command, dmoe_run
+
+TRACES = ROOT / "tests" / "data" / "traces"
+MINI = ["--model", ROOT / "tests" / "data" / "llada2-mini-config.json"]
+ONE_P = ["--try-top-p", "0.6", "--try-hold-steps", "1"]
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch):
+    monkeypatch.setattr(search, "SHARES", (1.0, 0.4))
+    monkeypatch.setattr(search, "CHOICES", {"eviction": ("next-use", "lru"), "prefetch_depth": (2, 0)})
+    monkeypatch.setattr(calibration, "STEPS", 4)
+    monkeypatch.setattr(calibration, "NEW_TOKENS", 64)
+
+
+@pytest.fixture(scope="module")
+def traces(tmp_path_factory):
+    """The first forwards of recorded traces, by routing."""
+    found = {}
+    for routing in ("original", "dmoe"):
+        with gzip.open(TRACES / f"llada2-mini-{routing}.jsonl.gz", "rb") as file:
+            lines = [next(file) for _ in range(1 + 19 * 4)]
+        found[routing] = tmp_path_factory.mktemp("traces") / f"{routing}.jsonl"
+        found[routing].write_bytes(b"".join(lines))
+    return found
+
+
+def tuned(out, *arguments):
+    done = dmoe_command("tune", "--json", "--out", out, *arguments)
+    assert done.exit_code == 0, done.stderr
+    return json.loads(done.stdout), load_config(out)
+
+
+def test_a_recorded_trace_for_a_card_that_is_not_here(tmp_path, traces):
+    asked = [traces["original"], *MINI, "--gpu", "rtx4060", "--gpu-mem", "6GB", "--max-context", "2048", *ONE_P]
+    found, config = tuned(tmp_path / "t.toml", *asked)
+    assert found["simulated"] is True
+    assert "RTX 4060" in found["source"]
+    assert {point["routing"] for point in found["points"]} == {"original, recorded", "dmoe p=0.6, estimated"}
+    assert found["chosen"]["routing"] == "original, recorded"
+    assert (config["gpu_mem"], config["routing"], config["max_context"]) == (6 * 10**9, "original", 2048)
+    assert found["chosen"]["step"] <= found["chosen"]["default"]["step"]
+
+    found, config = tuned(tmp_path / "t.toml", *asked, "--least-kept", "0.5")
+    assert found["chosen"]["routing"] == "dmoe p=0.6, estimated"
+    assert (config["routing"], config["top_p"], config["hold_steps"]) == ("dmoe", 0.6, 1)
+
+
+def test_the_memory_of_a_card_is_its_budget_where_none_is_given(tmp_path, traces):
+    found, config = tuned(tmp_path / "t.toml", traces["dmoe"], *MINI, "--gpu", "rtx3060")
+    largest = max(point["budget"] for point in found["points"])
+    assert 10 * 10**9 < largest < 12 * 2**30
+    assert config["gpu_mem"] == found["smallest"]["budget"] == found["chosen"]["budget"], "what makes a difference"
+
+
+def test_traces_of_two_routings_show_what_the_other_keeps(tmp_path, traces):
+    asked = [traces["dmoe"], traces["original"], *MINI, "--gpu", "cpu-disk", "--gpu-mem", "8GB", *ONE_P]
+    found, _ = tuned(tmp_path / "t.toml", *asked, "--routing", "original")
+    kept = {point["routing"]: point["kept"] for point in found["points"]}
+    assert kept["original, recorded"] == pytest.approx(1.0)
+    assert 0.3 < kept["dmoe, recorded"] < 1.0
+    assert found["chosen"]["routing"] == "original, recorded"
+    found, config = tuned(tmp_path / "t.toml", *asked, "--routing", "dmoe", "--top-p", "0.7")
+    assert found["chosen"]["routing"] == "dmoe, recorded"
+    assert config["top_p"] == 0.7
+
+
+def test_a_short_run_serves_where_no_trace_is_given_and_the_config_runs(speaking, tmp_path):
+    out, picture = tmp_path / "t.toml", tmp_path / "p.png"
+    asked = ["--model", speaking, *FAST, "--gpu", "cpu-disk", "--plot", picture, *ONE_P]
+    done = dmoe_command("tune", *asked, "--out", out)
+    assert done.exit_code == 0, done.stderr
+    assert "original, recorded" in done.stdout
+    assert "simulated" in done.stdout
+    assert str(out) in done.stdout
+    assert picture.stat().st_size > 1000
+    ran = dmoe_run("--config", out, "--max-new-tokens", "16", "-p", "hello")
+    assert ran.exit_code == 0, ran.stderr
+
+
+def test_without_a_tokenizer_prompts_are_random_and_this_machine_is_measured(mute, tmp_path, monkeypatch):
+    from offload_engine.bench import bandwidth
+
+    monkeypatch.setattr(bandwidth, "DRAM_BYTES", 2**20)
+    monkeypatch.setattr(bandwidth, "GEMM_SIZE", 64)
+    found, config = tuned(tmp_path / "t.toml", "--model", mute, *FAST, *ONE_P)
+    assert config["model"] == str(mute)
+    assert "recorded under original routing, replayed on " in found["source"]
+    assert all(point["step"] > 0 for point in found["points"])
+
+
+def test_the_trace_of_another_model_is_refused(tmp_path, traces, speaking):
+    done = dmoe_command("tune", traces["dmoe"], "--model", speaking, "--gpu", "cpu-disk", "--out", tmp_path / "t")
+    assert done.exit_code == 2
+    assert "the trace has 19 MoE layers" in complaint(done)
+    assert not (tmp_path / "t").exists()
+
+
+def test_traces_of_different_models_are_refused(tmp_path, traces):
+    other = tmp_path / "other.jsonl"
+    other.write_bytes(traces["dmoe"].read_bytes().replace(b'"top_k":8', b'"top_k":4', 1))
+    done = dmoe_command("tune", traces["dmoe"], other, "--gpu", "cpu-disk", "--out", tmp_path / "t")
+    assert done.exit_code == 2
+    assert "has top_k 4" in complaint(done)
+
+
+def test_a_trace_without_a_step_is_refused(tmp_path, traces):
+    lines = traces["dmoe"].read_bytes().splitlines(keepends=True)
+    empty = tmp_path / "empty.jsonl"
+    empty.write_bytes(lines[0] + b"".join(line for line in lines if b"prefill" in line))
+    done = dmoe_command("tune", empty, "--gpu", "cpu-disk", "--out", tmp_path / "t")
+    assert done.exit_code == 2
+    assert "no denoising step" in complaint(done)
+
+
+def test_a_share_of_votes_that_nothing_keeps(tmp_path, traces):
+    asked = [traces["dmoe"], *MINI, "--gpu", "cpu-disk", "--gpu-mem", "8GB", "--least-kept", "0.9"]
+    done = dmoe_command("tune", *asked, "--out", tmp_path / "t")
+    assert done.exit_code == 2
+    assert "no trace of original routing" in complaint(done)
+
+
+def test_a_config_that_can_not_be_written(tmp_path, traces):
+    asked = [traces["dmoe"], *MINI, "--gpu", "cpu-disk", "--gpu-mem", "8GB"]
+    done = dmoe_command("tune", *asked, "--out", tmp_path / "absent" / "t.toml")
+    assert done.exit_code == 1
+    assert "--out" in complaint(done)
