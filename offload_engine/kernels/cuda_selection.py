@@ -143,7 +143,7 @@ def _run(
     return routed
 
 
-def _check(name: str, given: Tensor, dtype: torch.dtype, shape: torch.Size, device: torch.device) -> None:
+def _check(name: str, given: Tensor, dtype: torch.dtype, shape: tuple[int, ...], device: torch.device) -> None:
     if given.dtype != dtype or given.shape != shape or given.device != device or not given.is_contiguous():
         found = f"{given.dtype} {list(given.shape)} on {given.device}" + ", with gaps" * (not given.is_contiguous())
         raise ValueError(f"{name}: {found}; wanted {dtype} {list(shape)} on {device}, without gaps")

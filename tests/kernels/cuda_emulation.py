@@ -15,15 +15,13 @@ from offload_engine.kernels.cuda_build import SOURCES, fingerprint
 EMULATION = SOURCES / "emulation"
 FLAGS = ("-std=c++17", "-O1", "-fPIC", "-shared", "-fvisibility=hidden", "-ffp-contract=off", "-Wall", "-Wextra")
 
-RISING, FALLING = 0, 1
-"""Orders of threads that can run; any other number is a seed."""
-
 
 def compiler() -> list[str]:
     """The command of the C++ compiler. Raises BuildError."""
-    for command in ([os.environ["CXX"]] if "CXX" in os.environ else ["c++", "g++", "clang++"]):
-        if shutil.which(shlex.split(command)[0]):
-            return shlex.split(command)
+    named = shlex.split(os.environ.get("CXX", ""))
+    for command in [named] if named else [["c++"], ["g++"], ["clang++"]]:
+        if shutil.which(command[0]):
+            return command
     raise BuildError("no C++ compiler found, so the CUDA kernels can't be emulated; install g++ or set CXX")
 
 
@@ -34,4 +32,5 @@ def emulate(target: Path, sources: Path = SOURCES) -> CudaLibrary:
 
 
 def set_order(library: CudaLibrary, order: int) -> None:
+    """Of the threads that can run: 0 rising, 1 falling, else drawn with this seed."""
     ctypes.CDLL(str(library.path)).emulation_order(ctypes.c_uint64(order))

@@ -93,7 +93,9 @@ ELECTING = [
     bug(
         "the total from the last",
         "the order of the total",
-        instead("int e = 0; e < s.experts; e++)\n            sum +=", "int e = s.experts; e-- > 0;)\n            sum +="),
+        instead(
+            "int e = 0; e < s.experts; e++)\n            sum +=", "int e = s.experts; e-- > 0;)\n            sum +="
+        ),
     ),
     bug("the running sum in float32", "last bit 2", instead("double before = 0;", "float before = 0;")),
     bug(
@@ -143,7 +145,9 @@ LOOKING_UP = [
     bug(
         "the first to finish looks up",
         "three blocks, a bias",
-        instead("room.last = atomicAdd(s.finished, 1u) == gridDim.x - 1", "unsigned before = atomicAdd(s.finished, 1u)"),
+        instead(
+            "room.last = atomicAdd(s.finished, 1u) == gridDim.x - 1", "unsigned before = atomicAdd(s.finished, 1u)"
+        ),
         instead("if (room.last)", "room.last = before == 0;\n        if (before == gridDim.x - 1)"),
     ),
     bug("the count is not reset", "a block", instead("*s.finished = 0;", ";")),

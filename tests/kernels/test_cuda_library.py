@@ -26,6 +26,8 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> CudaLibrary:
 
 def test_nvcc_compiles_the_kernels_for_every_card(compiled: CudaLibrary) -> None:
     assert compiled.device_type == "cuda"
+    code = compiled.path.read_bytes()
+    assert [number for number in cuda_build.ARCHITECTURES if b"sm_%d" % number not in code] == []
     assert cuda_build.ARCHITECTURES[0] == cuda.OLDEST[0] * 10 + cuda.OLDEST[1]
 
 
@@ -41,7 +43,7 @@ def test_a_launch_without_a_gpu_says_so(compiled: CudaLibrary) -> None:
 def test_an_absent_damaged_or_stale_library_says_how_to_build_it(
     tmp_path: Path, emulated: CudaLibrary, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with pytest.raises(UnavailableError, match="absent.so is not built: run `make cuda`"):
+    with pytest.raises(UnavailableError, match=r"absent\.so is not built: run `make cuda`"):
         CudaLibrary(tmp_path / "absent.so")
     damaged = tmp_path / "damaged.so"
     damaged.write_bytes(b"\x7fELF nonsense")
