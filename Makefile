@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 DEV := $(VENV)/.installed-dev
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: run test check lint types format clean
+.PHONY: run test check lint types format cuda clean
 
 run: $(STAMP)
 	$(BIN)/dmoe-run --gpu-mem 8GB examples/prompt.txt
@@ -26,6 +26,10 @@ types: $(DEV)
 format: $(DEV)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+# Needs nvcc, but no GPU; offload_engine finds the library where this leaves it.
+cuda: $(STAMP)
+	$(BIN)/python -m offload_engine.kernels.cuda_build
 
 # torch goes in alone and pinned first: resolved together with the rest it may be taken as a CUDA build of several GB.
 $(STAMP): pyproject.toml constraints.txt hatch_build.py $(wildcard offload_engine/kernels/cpu/*) offload_engine/kernels/build.py

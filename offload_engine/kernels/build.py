@@ -51,13 +51,17 @@ def compiler() -> list[str]:
 
 
 def build(target: Path = LIBRARY) -> Path:
-    """Compile into `target`, written aside and renamed. Raises BuildError."""
-    command = [*compiler(), *FLAGS, f"-DDMOE_SOURCES={fingerprint()}"]
+    """Compile the CPU kernels into `target`. Raises BuildError."""
     sources = [str(path) for path in sorted(SOURCES.glob("*.c"))]
+    return compile_into(target, [*compiler(), *FLAGS, f"-DDMOE_SOURCES={fingerprint()}", *sources])
+
+
+def compile_into(target: Path, command: list[str]) -> Path:
+    """Run a compiler's `command` for `target`, written aside and renamed. Raises BuildError."""
     try:
         with tempfile.TemporaryDirectory(dir=target.parent, prefix=".building-") as directory:
             output = Path(directory) / target.name
-            done = subprocess.run([*command, *sources, "-o", str(output)], capture_output=True, text=True, check=False)
+            done = subprocess.run([*command, "-o", str(output)], capture_output=True, text=True, check=False)
             if done.returncode:
                 complaint = next((line for line in done.stderr.splitlines() if "error" in line), done.stderr.strip())
                 raise BuildError(f"{command[0]} failed with exit code {done.returncode}: {complaint}")

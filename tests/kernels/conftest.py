@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import pytest
+from cuda_emulation import emulate
 
 from offload_engine.kernels import build
+from offload_engine.kernels.cuda import CudaLibrary
 from offload_engine.kernels.library import Library
 
 
@@ -15,3 +17,12 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> Library:
     except build.BuildError as error:
         pytest.skip(str(error))
     return Library(built)
+
+
+@pytest.fixture(scope="session")
+def emulated(tmp_path_factory: pytest.TempPathFactory) -> CudaLibrary:
+    """The CUDA kernels, on the CPU."""
+    try:
+        return emulate(tmp_path_factory.mktemp("cuda") / "libdmoe_cuda_emulated.so")
+    except build.BuildError as error:
+        pytest.skip(str(error))

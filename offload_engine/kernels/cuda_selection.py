@@ -1,0 +1,208 @@
+"""dMoE's routing on a CUDA device in one launch, with a look-up of where the chosen experts lie: checks and calls.
+
+Given the same scores, the decisions are those of `routing.Coreset` on the CPU, bit for bit (cuda/select.cu says how).
+Nothing here waits for the device.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from offload_engine.kernels.cuda import CudaLibrary, SelectionCall
+from offload_engine.kernels.selection import Router
+
+MOST_EXPERTS, MOST_GROUPS = 512, 64
+"""What there is room for (cuda/select.cu)."""
+
+ABSENT, UNUSED = -1, -2
+"""In place of a slot: the expert is in none, or no token wants it."""
+
+
+@dataclass(frozen=True, slots=True)
+class CoresetRule:
+    """The numbers of `routing.Coreset`."""
+
+    k: int
+    router: Router
+    top_p: float
+    min_experts: int
+
+    def fits(self, experts: int) -> bool:
+        """Whether the kernel has room for a layer of so many experts."""
+        groups = self.router.n_group
+        return (
+            0 < experts <= MOST_EXPERTS
+            and 0 < groups <= MOST_GROUPS
+            and experts % groups == 0
+            and self.router.topk_group > 0
+            and self.k > 0
+        )
+
+
+class SlotTable:
+    """On the device, where the experts of a layer lie. To be used on one stream at a time."""
+
+    def __init__(self, experts: int, device: torch.device) -> None:
+        self.slots = torch.full((experts,), ABSENT, dtype=torch.int32, device=device)
+        """[E] int32: each expert's slot or ABSENT."""
+        self.finished = torch.zeros(1, dtype=torch.int32, device=device)
+        """The kernel's own count of thread blocks, 0 between launches."""
+
+
+class Lookup(NamedTuple):
+    """What a `SlotTable` said of the experts used."""
+
+    slots: Tensor
+    """[E] int32: the expert's slot, or ABSENT; UNUSED where no token wants it."""
+    missing: Tensor
+    """[E + 1] int32: how many of those used are ABSENT, then who, by falling score summed over the blocks, then -1."""
+
+
+class Routed(NamedTuple):
+    """A decision, as in `RoutingDecision`, and what it was made of."""
+
+    experts: Tensor
+    weights: Tensor
+    coreset: Tensor
+    block_scores: Tensor
+    used: Tensor
+    """[B, E] bool: some token of the block chose it."""
+    scores: Tensor
+    """[T, E] float32; made of logits, only where tokens are no pads. So are the next."""
+    selection: Tensor
+    lookup: Lookup | None
+
+
+def route_logits(
+    library: CudaLibrary,
+    rule: CoresetRule,
+    logits: Tensor,
+    bias: Tensor | None,
+    block_ids: Tensor,
+    blocks: int,
+    table: SlotTable | None = None,
+) -> Routed:
+    """Route by `logits` [T, E] float32 and `bias` [E] float32; see `RoutingPolicy`.
+
+    `block_ids` [T] int64 name `blocks` blocks; a token of any other is a pad. The device's sigmoid may differ from the
+    CPU's in the last bit. Raises ValueError for tensors or sizes that the kernel doesn't take, DeviceError.
+    """
+    scores, selection = torch.empty_like(logits), torch.empty_like(logits)
+    return _run(library, rule, scores, selection, block_ids, blocks, table, logits, bias)
+
+
+def route_scores(
+    library: CudaLibrary,
+    rule: CoresetRule,
+    scores: Tensor,
+    selection: Tensor,
+    block_ids: Tensor,
+    blocks: int,
+    table: SlotTable | None = None,
+) -> Routed:
+    """As `route_logits`, by scores and selection scores, both [T, E] float32."""
+    return _run(library, rule, scores, selection, block_ids, blocks, table)
+
+
+def _run(
+    library: CudaLibrary,
+    rule: CoresetRule,
+    scores: Tensor,
+    selection: Tensor,
+    block_ids: Tensor,
+    blocks: int,
+    table: SlotTable | None,
+    logits: Tensor | None = None,
+    bias: Tensor | None = None,
+) -> Routed:
+    rows = scores.shape
+    if len(rows) != 2 or scores.device.type != library.device_type:
+        told = f"{list(rows)} on {scores.device}"
+        raise ValueError(f"scores: {told}; wanted [tokens, experts] on a {library.device_type} device")
+    for name, given, dtype, shape in (
+        ("scores", scores, torch.float32, rows),
+        ("selection", selection, torch.float32, rows),
+        ("logits", logits, torch.float32, rows),
+        ("bias", bias, torch.float32, rows[1:]),
+        ("block_ids", block_ids, torch.int64, rows[:1]),
+        ("the slot table", table.slots if table else None, torch.int32, rows[1:]),
+    ):
+        if given is not None:
+            _check(name, given, dtype, shape, scores.device)
+    routed = _outputs(scores, selection, rule, blocks, table)
+    call = _call(rule, routed, block_ids, logits, bias, table)
+    if block_ids.is_cuda:
+        with torch.cuda.device(block_ids.device):
+            library.select(call, torch.cuda.current_stream().cuda_stream)
+    else:
+        library.select(call, None)
+    return routed
+
+
+def _check(name: str, given: Tensor, dtype: torch.dtype, shape: tuple[int, ...], device: torch.device) -> None:
+    if given.dtype != dtype or given.shape != shape or given.device != device or not given.is_contiguous():
+        found = f"{given.dtype} {list(given.shape)} on {given.device}" + ", with gaps" * (not given.is_contiguous())
+        raise ValueError(f"{name}: {found}; wanted {dtype} {list(shape)} on {device}, without gaps")
+
+
+def _outputs(scores: Tensor, selection: Tensor, rule: CoresetRule, blocks: int, table: SlotTable | None) -> Routed:
+    tokens, experts = scores.shape
+    k = min(rule.k, experts)
+    lookup = None
+    if table is not None:
+        lookup = Lookup(torch.empty_like(table.slots), table.slots.new_empty(experts + 1))
+    return Routed(
+        experts=scores.new_empty(tokens, k, dtype=torch.int64),
+        weights=scores.new_empty(tokens, k),
+        coreset=scores.new_empty(blocks, experts, dtype=torch.bool),
+        block_scores=scores.new_empty(blocks, experts),
+        used=scores.new_empty(blocks, experts, dtype=torch.bool),
+        scores=scores,
+        selection=selection,
+        lookup=lookup,
+    )
+
+
+def _call(
+    rule: CoresetRule,
+    routed: Routed,
+    block_ids: Tensor,
+    logits: Tensor | None,
+    bias: Tensor | None,
+    table: SlotTable | None,
+) -> SelectionCall:
+    (tokens, experts), router = routed.scores.shape, rule.router
+    call = SelectionCall(
+        tokens=tokens,
+        experts=experts,
+        blocks=routed.coreset.shape[0],
+        choices=routed.experts.shape[1],
+        groups=router.n_group,
+        kept_groups=router.topk_group,
+        least=rule.min_experts,
+        normalise=router.norm_topk_prob,
+        scale=router.routed_scaling_factor,
+        top_p=rule.top_p,
+        block_ids=block_ids.data_ptr(),
+        logits=_address(logits),
+        bias=_address(bias),
+        scores=routed.scores.data_ptr(),
+        selection=routed.selection.data_ptr(),
+        chosen=routed.experts.data_ptr(),
+        weights=routed.weights.data_ptr(),
+        coreset=routed.coreset.data_ptr(),
+        block_scores=routed.block_scores.data_ptr(),
+        used=routed.used.data_ptr(),
+    )
+    if table is not None and routed.lookup is not None:
+        call.table, call.finished = table.slots.data_ptr(), table.finished.data_ptr()
+        call.slots, call.missing = (tensor.data_ptr() for tensor in routed.lookup)
+    return call
+
+
+def _address(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
