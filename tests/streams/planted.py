@@ -21,8 +21,8 @@ class Planted:
 
 
 PLANTED = {
-    "a launch does not wait for the copy": Planted("stream_waits", Stream.COMPUTE, (Fault.READ_UNORDERED,)),
-    "a copy does not wait for the last launch": Planted("stream_waits", Stream.COPY, (Fault.OVERWRITE,)),
+    "a launch does not wait for the copy": Planted("before", Stream.COMPUTE, (Fault.READ_UNORDERED,)),
+    "a copy does not wait for the last launch": Planted("before", Stream.COPY, (Fault.OVERWRITE,)),
     "a copy is not marked": Planted("record", Stream.COPY, (Fault.READ_UNORDERED, Fault.STAGING)),
     "a launch is not marked": Planted("record", Stream.COMPUTE, (Fault.OVERWRITE,)),
     "the host does not wait before it fills a buffer": Planted("wait", None, (Fault.STAGING,)),
@@ -41,6 +41,10 @@ class FaultyEvent(SimulatedEvent):
     def record(self, stream: Stream) -> None:
         if not self.device.left_out("record", stream):
             super().record(stream)
+
+    def before(self, stream: Stream) -> None:
+        if not self.device.left_out("before", stream):
+            super().before(stream)
 
     def wait(self) -> None:
         if not self.device.left_out("wait"):
@@ -69,10 +73,6 @@ class FaultyDevice(SimulatedDevice):
         event = FaultyEvent(self)
         self.events.append(event)
         return event
-
-    def stream_waits(self, stream: Stream, event: SimulatedEvent) -> None:
-        if not self.left_out("stream_waits", stream):
-            super().stream_waits(stream, event)
 
     def join(self, stream: Stream) -> None:
         if not self.left_out("join", stream):

@@ -52,6 +52,12 @@ class SimulatedEvent:
         with self.device.lock:
             self.marked = self.device.enqueue(stream)
 
+    def before(self, stream: Stream) -> None:
+        assert not self.closed
+        with self.device.lock:
+            if self.marked is not None:
+                self.device.enqueue(stream, requires=[self.marked])
+
     def wait(self) -> None:
         with self.device.lock:
             if self.marked is not None:
@@ -112,12 +118,6 @@ class SimulatedDevice:
         event = SimulatedEvent(self)
         self.events.append(event)
         return event
-
-    def stream_waits(self, stream: Stream, event: SimulatedEvent) -> None:
-        assert not event.closed
-        with self.lock:
-            if event.marked is not None:
-                self.enqueue(stream, requires=[event.marked])
 
     def copy(self, stream: Stream, source: Tensor, target: Tensor) -> None:
         assert source.numel() == target.numel()

@@ -55,8 +55,8 @@ class CudaTransfers(ReaderThreads):
         if self._staging.refusal is None:
             return None
         return (
-            f"the system refused to pin host memory ({self._staging.refusal}): experts are copied from pageable memory, "
-            "more slowly and without overlap; raise the limit of locked memory (ulimit -l)"
+            f"the system refused to pin host memory ({self._staging.refusal}): experts are copied from pageable "
+            "memory, more slowly and without overlap; raise the limit of locked memory (ulimit -l)"
         )
 
     def withdraw(self) -> Collection[TransferTicket]:
@@ -66,7 +66,7 @@ class CudaTransfers(ReaderThreads):
         begun = super().withdraw()
         with self._books:
             mark = self._marks.record(Stream.COMPUTE, holders=1)
-            self.driver.stream_waits(Stream.COPY, mark.event)
+            mark.event.before(Stream.COPY)
             self._marks.drop(mark)
         return begun
 
@@ -78,7 +78,7 @@ class CudaTransfers(ReaderThreads):
             for slot in (*reads, *writes):
                 copied = self._copied.get(slot)
                 if copied is not None:
-                    self.driver.stream_waits(Stream.COMPUTE, copied.event)
+                    copied.event.before(Stream.COMPUTE)
                     self._marks.drop(self._copied.pop(slot))
         try:
             self.driver.launch(
@@ -120,7 +120,7 @@ class CudaTransfers(ReaderThreads):
         with self._books:
             used = self._used.pop(slot, None)
             if used is not None:
-                self.driver.stream_waits(Stream.COPY, used.event)
+                used.event.before(Stream.COPY)
                 self._marks.drop(used)
             self.driver.copy(Stream.COPY, bounce.tensor, self.arena.slab(slot))
             mark = self._marks.record(Stream.COPY, holders=2)

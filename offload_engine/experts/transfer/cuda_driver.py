@@ -20,14 +20,13 @@ class CudaEvent:
         self._driver = driver
         self._event: Any = torch.cuda.Event(blocking=True)
 
-    @property
-    def event(self) -> Any:
-        """Torch's own."""
-        return self._event
-
     def record(self, stream: Stream) -> None:
         """See `Event`."""
         self._event.record(self._driver.stream(stream))
+
+    def before(self, stream: Stream) -> None:
+        """See `Event`."""
+        self._driver.stream(stream).wait_event(self._event)
 
     def wait(self) -> None:
         """See `Event`."""
@@ -86,10 +85,6 @@ class CudaDriver:
     def event(self) -> CudaEvent:
         """See `StreamDriver`."""
         return CudaEvent(self)
-
-    def stream_waits(self, stream: Stream, event: CudaEvent) -> None:
-        """See `StreamDriver`."""
-        self._streams[stream].wait_event(event.event)
 
     def copy(self, stream: Stream, source: Tensor, target: Tensor) -> None:
         """See `StreamDriver`."""

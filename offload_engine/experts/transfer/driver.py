@@ -27,6 +27,9 @@ class Event(Protocol):
     def record(self, stream: Stream) -> None:
         """Mark everything enqueued on `stream` so far."""
 
+    def before(self, stream: Stream) -> None:
+        """What is enqueued on `stream` from now on runs after what it marks now."""
+
     def wait(self) -> None:
         """Have the host wait until what it marks has run. Holds no interpreter lock."""
 
@@ -54,9 +57,6 @@ class StreamDriver(Protocol):
 
     def event(self) -> Event:
         """A new one, marking nothing. To be closed."""
-
-    def stream_waits(self, stream: Stream, event: Event) -> None:
-        """What is enqueued on `stream` from now on runs after what `event` marks now."""
 
     def copy(self, stream: Stream, source: Tensor, target: Tensor) -> None:
         """Enqueue the copy of host bytes to device memory of the same size."""
