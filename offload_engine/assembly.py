@@ -14,7 +14,7 @@ from offload_engine import kernels
 from offload_engine.config import EngineConfig
 from offload_engine.decode.warm_up import warm_up
 from offload_engine.errors import CheckpointError, MemoryBudgetError, TokenizerError
-from offload_engine.experts.arena import DeviceArena, SlotArena, Slots
+from offload_engine.experts.arena import SlotArena, Slots
 from offload_engine.experts.cache import ExpertCache
 from offload_engine.experts.eviction import make_eviction
 from offload_engine.experts.executor import OffloadedExperts
@@ -25,7 +25,6 @@ from offload_engine.experts.scheduler import ExpertScheduler
 from offload_engine.experts.store import ExpertStore
 from offload_engine.experts.transfer.base import TransferBackend
 from offload_engine.experts.transfer.cpu import CpuTransfers
-from offload_engine.experts.transfer.cuda import CudaTransfers
 from offload_engine.memory import MemoryPlan, Setup, auto_budget, available_memory, plan_memory
 from offload_engine.memory.footprint import round_up
 from offload_engine.memory.refusal import check_still_there
@@ -36,7 +35,7 @@ from offload_engine.model.hub import resolve_model
 from offload_engine.model.llada2 import LLaDA2Model
 from offload_engine.model.quantized import ExpertFormat
 from offload_engine.model.weights import load_resident, unexpected_tensors
-from offload_engine.placement import Gpu, find_gpu
+from offload_engine.placement import Gpu, find_gpu, moving
 from offload_engine.routing import RoutingOptions, RoutingPolicy, SituatedCoreset, make_policy
 from offload_engine.text import Tokenizer, load_tokenizer
 
@@ -251,7 +250,7 @@ def setup_for(
         sequences=config.batch_size,
         fused_commit=config.fused_commit,
         choices=max(config.top_k_experts, model.num_experts_per_tok) if config.routing == "top-k" else None,
-        runtime_bytes=process if gpu is None else None,
+        runtime_bytes=process if gpu is None else gpu.context_bytes(),
         transfers_in_flight=config.transfers_in_flight,
     )
 
@@ -268,19 +267,36 @@ def plan_for(config: EngineConfig, model: ModelConfig, setup: Setup, gpu: Gpu | 
             budget,
             max_context=config.max_context,
             expert_mem=config.expert_mem,
+            host_mem=None if gpu is None else host_budget(config),
             machine_limit=reachable,
         )
 
+    if gpu is not None:
+        return _held_by_host(plan(setup))
     try:
         return plan(setup)
     except MemoryBudgetError as error:
-        if gpu is not None:
-            raise
         refusal = error
     # The next process may measure itself larger: nearly 60 MB where the libraries were not in the page cache when this
     # one touched them. The budget that the refusal names must do for it too, and be the only one that it names.
     plan(replace(setup, runtime_bytes=(setup.runtime_bytes or 0) + 8 * RUNTIME_STEP))
     raise refusal
+
+
+def host_budget(config: EngineConfig) -> int | None:
+    """Bytes of the host tier; None: there is none."""
+    return auto_budget(available_memory(), "host") if config.host_mem == "auto" else config.host_mem
+
+
+def _held_by_host(plan: MemoryPlan) -> MemoryPlan:
+    """`plan`, if this machine has the RAM that it takes: pages of it can't be swapped. Raises `MemoryBudgetError`."""
+    left = available_memory()
+    if plan.host_total > left:
+        raise MemoryBudgetError(
+            f"host tier, its buffers and embedding table take {plan.host_total} bytes, but this machine has only "
+            f"{left} to give; set host_mem to at most that, or to none to read experts from disk\n\n{plan.table()}"
+        )
+    return plan
 
 
 def assemble(config: EngineConfig, stats: EngineStats, progress: Progress | None = None) -> Parts:
@@ -291,9 +307,8 @@ def assemble(config: EngineConfig, stats: EngineStats, progress: Progress | None
     source = find_source(config)
     model_config = source.config
     policy, notices = choose_policy(config, model_config)
-    if isinstance(config.host_mem, int):
-        where = "on the CPU there is no host tier, gpu_mem is RAM already"
-        notices.append(f"host_mem is ignored: {where if gpu is None else 'experts are read from disk'}")
+    if gpu is None and isinstance(config.host_mem, int):
+        notices.append("host_mem is ignored: on the CPU there is no host tier, gpu_mem is RAM already")
     ends = model_config.eos_token_id
     if isinstance(ends, list) and len(ends) > 1 and source.eos_token_id == ends[0]:
         notices.append(f"config.json names {len(ends)} eos ids; answers end with the first, {ends[0]}, alone")
@@ -325,8 +340,8 @@ def assemble(config: EngineConfig, stats: EngineStats, progress: Progress | None
         remembered = recall(source.directory, store.keys()) if keeps_hot_set(config) else None
         if remembered is not None and remembered.notice:
             notices.append(remembered.notice)
-        experts, notice = _executor(config, store, plan, stats, remembered.hot if remembered else None, gpu)
-        notices += [] if notice is None else [notice]
+        experts, slower = _executor(config, store, plan, stats, remembered.hot if remembered else None, gpu)
+        notices += slower
         undo.callback(experts.close)  # before the store: its threads read from there
         if isinstance(policy, SituatedCoreset):
             policy = replace(policy, residents=experts.residents)
@@ -348,10 +363,10 @@ def keep_hot_set(config: EngineConfig, parts: Parts) -> None:
 
 def _executor(
     config: EngineConfig, store: ExpertStore, plan: MemoryPlan, stats: EngineStats, hot: HotSet | None, gpu: Gpu | None
-) -> tuple[OffloadedExperts, str | None]:
+) -> tuple[OffloadedExperts, tuple[str, ...]]:
     """The executor, and what the user should know of how it moves experts."""
     check_still_there(plan, available_memory() if gpu is None else gpu.free())
-    notice = None
+    notices: tuple[str, ...] = ()
     with ExitStack() as undo:
         arena: Slots
         transfers: TransferBackend
@@ -360,12 +375,8 @@ def _executor(
             undo.callback(arena.close)
             transfers = CpuTransfers(store, arena, config.reader_threads)
         else:
-            arena = DeviceArena(plan.slots, store.slab_bytes, gpu.driver.allocate)
+            arena, transfers, notices = moving(gpu, config, store, plan)
             undo.callback(arena.close)
-            transfers = CudaTransfers(
-                store, arena, gpu.driver, threads=config.reader_threads, in_flight=config.transfers_in_flight
-            )
-            notice = transfers.notice
         undo.callback(transfers.close)
         cache = ExpertCache(plan.slots, make_eviction(config.eviction))
         experts = OffloadedExperts(
@@ -379,4 +390,4 @@ def _executor(
             hot=hot,
         )
         undo.pop_all()
-    return experts, notice
+    return experts, notices

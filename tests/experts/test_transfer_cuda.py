@@ -10,7 +10,11 @@ from offload_engine.experts.arena import DeviceArena, Slots
 from offload_engine.experts.store import SafetensorsStore
 from offload_engine.experts.transfer.base import Stream
 from offload_engine.experts.transfer.cuda import CudaTransfers
+from offload_engine.experts.transfer.host_tier import HostTier
+from offload_engine.experts.transfer.marks import Mark, Marks
+from offload_engine.experts.transfer.readers import ReaderThreads
 from tests.contracts.transfer_contract import Inbox, TransferContract
+from tests.streams.order import Fault
 from tests.streams.planted import PLANTED, FaultyDevice
 from tests.streams.simulator import SimulatedDevice, StreamError, WatchedStore
 
@@ -31,18 +35,21 @@ class TestCudaTransfers:
     store = TransferContract.store
     SLOTS = 2
 
-    def make(self, store: SafetensorsStore, device: SimulatedDevice) -> tuple[CudaTransfers, DeviceArena, Inbox]:
+    def make(
+        self, store: SafetensorsStore, device: SimulatedDevice, host: HostTier | None = None
+    ) -> tuple[CudaTransfers, DeviceArena, Inbox]:
         arena = DeviceArena(self.SLOTS, store.slab_bytes, device.allocate)
         watched = WatchedStore(store, device)
-        backend, inbox = CudaTransfers(watched, arena, device, threads=1), Inbox()  # type: ignore[arg-type]
+        backend = CudaTransfers(watched, arena, device, threads=1, host=host)  # type: ignore[arg-type]
+        inbox = Inbox()
         backend.start(inbox)
         return backend, arena, inbox
 
-    def program(self, store: SafetensorsStore, device: SimulatedDevice) -> bool:
+    def program(self, store: SafetensorsStore, device: SimulatedDevice, host: HostTier | None = None) -> bool:
         """Experts one after the other through two slots, each read once but for the last; whether what was
         read is what is stored.
         """
-        backend, arena, inbox = self.make(store, device)
+        backend, arena, inbox = self.make(store, device, host)
         sums: list[float] = []
         keys = [ExpertKey(1, expert) for expert in range(8)]
         for number, key in enumerate(keys):
@@ -73,11 +80,13 @@ class TestCudaTransfers:
         assert device.most_copies == (2 if order == [0] else device.most_copies)
         assert len(device.events) <= 4
 
+    @pytest.mark.parametrize("host_slots", [None, 3])
     @pytest.mark.parametrize("name", PLANTED)
-    def test_a_planted_defect_is_caught(self, store: SafetensorsStore, name: str) -> None:
+    def test_a_planted_defect_is_caught(self, store: SafetensorsStore, name: str, host_slots: int | None) -> None:
         planted = PLANTED[name]
         device = FaultyDevice(planted, [0])
-        equal = self.program(store, device)
+        host = None if host_slots is None else HostTier(device, host_slots, store.slab_bytes)
+        equal = self.program(store, device, host)
         assert device.heard > 0
         if not planted.faults:
             assert not equal
@@ -86,8 +95,33 @@ class TestCudaTransfers:
             device.check()
         assert set(device.faults) & set(planted.faults), device.faults
 
+    @pytest.mark.parametrize("early", [False, True])
+    def test_an_event_used_again_while_somebody_holds_on_to_it_is_reported(
+        self, store: SafetensorsStore, monkeypatch: pytest.MonkeyPatch, early: bool
+    ) -> None:
+        device = SimulatedDevice()
+        backend, _arena, inbox = self.make(store, device)
+        record = Marks.record
+
+        def at_once(marks: Marks, stream: Stream, holders: int) -> Mark:
+            mark = record(marks, stream, holders)
+            marks._free.append(mark.event)
+            return mark
+
+        if early:
+            monkeypatch.setattr(Marks, "record", at_once)
+        for number, slot in enumerate((0, 1, 0)):
+            backend.copy(Stream.COPY, ExpertKey(1, number), slot)
+            inbox.wait_for(number + 1)
+            if number == 0:
+                backend.launch(Stream.COMPUTE, lambda: None, reads=(0,))
+        backend.synchronize()
+        backend.close()
+        assert (Fault.OVERWRITE in device.faults) == early
+
+    @pytest.mark.parametrize("fenced", [True, False])
     def test_after_an_interrupt_copies_wait_for_launches_that_left_no_mark(
-        self, store: SafetensorsStore, monkeypatch: pytest.MonkeyPatch
+        self, store: SafetensorsStore, monkeypatch: pytest.MonkeyPatch, fenced: bool
     ) -> None:
         device = SimulatedDevice()
         backend, _arena, inbox = self.make(store, device)
@@ -95,11 +129,11 @@ class TestCudaTransfers:
         inbox.wait_for(1)
         monkeypatch.setattr(backend, "_mark_used", lambda _slots: None)
         backend.launch(Stream.COMPUTE, lambda: None, reads=(0,))
-        assert not backend.withdraw()
+        assert not (backend.withdraw() if fenced else ReaderThreads.withdraw(backend))
         backend.copy(Stream.COPY, ExpertKey(1, 1), 0)
         inbox.wait_for(2)
         backend.close()
-        device.check()
+        assert device.faults == ([] if fenced else [Fault.OVERWRITE])
 
     def test_where_pinning_is_refused_copies_are_pageable_and_a_notice_says_so(self, store: SafetensorsStore) -> None:
         device = SimulatedDevice(pinning="code 2, out of memory")

@@ -10,6 +10,7 @@ from offload_engine.experts.predictor import make_predictor
 from offload_engine.experts.scheduler import ExpertScheduler
 from offload_engine.experts.store import ExpertStore
 from offload_engine.experts.transfer.cuda import CudaTransfers
+from offload_engine.experts.transfer.host_tier import HostTier
 from offload_engine.metrics import EngineStats
 from tests.streams.simulator import SimulatedDevice, WatchedStore
 
@@ -23,11 +24,20 @@ def on_device(
     predictor: str = "previous-step",
     in_flight: int = 2,
     threads: int = 2,
+    host_slots: int | None = None,
 ) -> OffloadedExperts:
-    """An executor whose slots are on `device`; single-tier."""
+    """An executor whose slots are on `device`; without `host_slots` there is no tier between it and the disk."""
     arena = DeviceArena(slots, store.slab_bytes, device.allocate)
     watched = WatchedStore(store, device)
-    transfers = CudaTransfers(watched, arena, device, threads=threads, in_flight=in_flight)  # type: ignore[arg-type]
+    host = None if host_slots is None else HostTier(device, host_slots, store.slab_bytes)
+    transfers = CudaTransfers(
+        watched,  # type: ignore[arg-type]
+        arena,
+        device,
+        threads=threads,
+        in_flight=in_flight,
+        host=host,
+    )
     return OffloadedExperts(
         store=store,
         arena=arena,

@@ -102,13 +102,13 @@ class SimulatedDevice:
         start = -memory.data_ptr() % PAGE  # where a slab lies decides how products with it are rounded
         return memory[start : start + nbytes]
 
-    def pin(self, memory: Tensor, unit: int) -> str | None:
-        assert memory.numel() % unit == memory.data_ptr() % PAGE == 0
+    def pin(self, memory: Tensor) -> str | None:
+        assert memory.numel() % PAGE == memory.data_ptr() % PAGE == 0
         if self.pinning is None:
             self._pinned[memory.data_ptr()] = memory.data_ptr() + memory.numel()
         return self.pinning
 
-    def unpin(self, memory: Tensor, unit: int) -> None:
+    def unpin(self, memory: Tensor) -> None:
         with self.lock:
             end = self._pinned.pop(memory.data_ptr())
             if any(memory.data_ptr() <= source < end and not copy.done for source, copy in self._copies):

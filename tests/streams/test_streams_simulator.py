@@ -24,7 +24,7 @@ class Bench:
         self.device = SimulatedDevice(order, pinning)
         self.slot = self.device.allocate(PAGE)
         self.buffer = self.device.allocate(PAGE)
-        self.refused = self.device.pin(self.buffer, PAGE)
+        self.refused = self.device.pin(self.buffer)
         self.seen: list[int] = []
         self.fill(1)
 
@@ -92,7 +92,7 @@ def host_reads_too_early(bench: Bench) -> None:
 
 def unpinned_too_early(bench: Bench) -> None:
     bench.copy()
-    bench.device.unpin(bench.buffer, PAGE)
+    bench.device.unpin(bench.buffer)
 
 
 def event_closed_too_early(bench: Bench) -> None:
@@ -210,7 +210,7 @@ def execute(actions: list[tuple[str, int, Stream]], order: list[int]) -> tuple[l
     device = SimulatedDevice(order)
     sources, cells = ([device.allocate(PAGE) for _ in range(3)] for _ in range(2))
     for number, source in enumerate(sources):
-        device.pin(source, PAGE)
+        device.pin(source)
         device.host_writes(source.data_ptr())
         source.fill_(number + 1)
     for source, cell in zip(sources, cells, strict=True):

@@ -7,8 +7,10 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from offload_engine import Engine, SamplingParams, assembly
+from offload_engine import Engine, SamplingParams, assembly, placement
 from offload_engine.errors import DeviceError, MemoryBudgetError
 from tests.streams.simulator import SimulatedDevice, WatchedStore
 
@@ -25,6 +27,9 @@ class SimulatedGpu:
     size: int = 8 * 10**9
     device = torch.device("cpu")
 
+    def context_bytes(self) -> int:
+        return 300 * 10**6
+
     def reachable(self) -> int:
         return self.size
 
@@ -38,9 +43,13 @@ class SimulatedGpu:
 
 
 @pytest.fixture(scope="module")
-def on_cpu() -> list[int]:
-    with Engine.from_pretrained(gpu_mem="2GB", dtype="float32") as engine:
-        return engine.generate(PROMPT, PARAMS).token_ids
+def on_cpu() -> dict[str, list[int]]:
+    """Answers by routing."""
+    answers = {}
+    for routing in ("original", "dmoe"):
+        with Engine.from_pretrained(gpu_mem="2GB", dtype="float32", routing=routing) as engine:
+            answers[routing] = engine.generate(PROMPT, PARAMS).token_ids
+    return answers
 
 
 def on_gpu(monkeypatch: pytest.MonkeyPatch, device: SimulatedDevice, **options: Any) -> Engine:
@@ -52,15 +61,28 @@ def on_gpu(monkeypatch: pytest.MonkeyPatch, device: SimulatedDevice, **options: 
     return Engine.from_pretrained(device="cuda", **settings)
 
 
-@pytest.mark.parametrize("order", [[0], [1, 0, 2, 5], [7, 3]])
-def test_answers_are_those_of_the_cpu(monkeypatch: pytest.MonkeyPatch, on_cpu: list[int], order: list[int]) -> None:
+@settings(max_examples=15)
+@given(
+    order=st.lists(st.integers(0, 7), min_size=1, max_size=24),
+    expert_mem=st.sampled_from([100_000, 1_000_000, 4_000_000]),
+    host_mem=st.sampled_from(["none", "auto", 12_000_000]),
+    routing=st.sampled_from(["original", "dmoe"]),
+)
+def test_answers_are_those_of_the_cpu_in_every_order(
+    on_cpu: dict[str, list[int]], order: list[int], expert_mem: int, host_mem: str | int, routing: str
+) -> None:
     device = SimulatedDevice(order)
-    with on_gpu(monkeypatch, device) as engine:
-        assert engine.plan.device == "cuda"
-        assert engine.plan.slots < engine.plan.all_experts, "experts have to move"
-        assert engine.generate(PROMPT, PARAMS).token_ids == on_cpu
-        assert engine.stats.misses > 0
-        assert engine.stats.measured_peak_bytes == 12345
+    with pytest.MonkeyPatch.context() as patch:
+        options = {"expert_mem": expert_mem, "host_mem": host_mem, "routing": routing}
+        with on_gpu(patch, device, **options) as engine:
+            plan = engine.plan
+            assert plan.device == "cuda"
+            assert plan.slots < plan.all_experts, "experts have to move"
+            assert {"none": 0, "auto": plan.all_experts}.get(str(host_mem), plan.host_slots) == plan.host_slots
+            assert host_mem != 12_000_000 or 2 <= plan.host_slots < plan.all_experts
+            assert engine.generate(PROMPT, PARAMS).token_ids == on_cpu[routing]
+            assert engine.stats.misses > 0
+            assert engine.stats.measured_peak_bytes == 12345
     device.check()
 
 
@@ -73,7 +95,27 @@ def test_a_refusal_to_pin_is_a_notice_of_the_engine(monkeypatch: pytest.MonkeyPa
 
 def test_a_card_smaller_than_asked_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(MemoryBudgetError, match="this machine has only"):
-        on_gpu(monkeypatch, SimulatedDevice(), size=610 * 10**6)
+        on_gpu(monkeypatch, SimulatedDevice(), size=310 * 10**6)
+
+
+def test_ram_that_does_not_hold_the_host_tier_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(assembly, "available_memory", lambda: 10**6)
+    with pytest.raises(MemoryBudgetError, match=r"this machine has only 1000000 to give; set host_mem to at most that"):
+        on_gpu(monkeypatch, SimulatedDevice(), host_mem="1GB")
+
+
+def test_without_memory_for_the_host_tier_experts_come_from_disk(
+    monkeypatch: pytest.MonkeyPatch, on_cpu: dict[str, list[int]]
+) -> None:
+    def refused(*_arguments: object) -> None:
+        raise MemoryBudgetError("the system refused 5 bytes")
+
+    device = SimulatedDevice()
+    monkeypatch.setattr(placement, "HostTier", refused)
+    with on_gpu(monkeypatch, device, routing="original") as engine:
+        assert "there is no host tier, experts are read from disk: the system refused 5 bytes" in engine.notices
+        assert engine.generate(PROMPT, PARAMS).token_ids == on_cpu["original"]
+    device.check()
 
 
 def test_a_gpu_that_is_not_there_is_refused() -> None:

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from offload_engine.errors import MemoryBudgetError
 from offload_engine.experts.transfer.base import Stream
-from offload_engine.experts.transfer.pinning import register, unregister
 
 
 class CudaEvent:
@@ -39,7 +38,7 @@ class CudaEvent:
 
 class CudaDriver:
     """One GPU. The compute stream is the one on which torch computes for the thread that makes this; the copy stream
-    is ours, and not ordered against it.
+    is ours, and not ordered against it. Whoever computes on another stream finds the two ordered around each launch.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -69,18 +68,20 @@ class CudaDriver:
                 "end what else uses the GPU, or ask for a smaller --gpu-mem or --expert-mem"
             ) from None
 
-    def pin(self, memory: Tensor, unit: int) -> str | None:
+    def pin(self, memory: Tensor) -> str | None:
         """See `StreamDriver`."""
+        runtime = torch.cuda.cudart()
         with torch.cuda.device(self._device):
-            refusal = register(memory.data_ptr(), memory.numel(), unit, torch.cuda.cudart())
-            if refusal is not None:
-                self._forget_error()
-        return refusal
+            error = runtime.cudaHostRegister(memory.data_ptr(), memory.numel(), 0)
+            if int(error) == 0:
+                return None
+            self._forget_error()
+        return f"cudaHostRegister of {memory.numel()} bytes: {runtime.cudaGetErrorString(error)}"
 
-    def unpin(self, memory: Tensor, unit: int) -> None:
+    def unpin(self, memory: Tensor) -> None:
         """See `StreamDriver`."""
         with torch.cuda.device(self._device):
-            unregister(memory.data_ptr(), memory.numel(), unit, torch.cuda.cudart())
+            torch.cuda.cudart().cudaHostUnregister(memory.data_ptr())
 
     def event(self) -> CudaEvent:
         """See `StreamDriver`."""
@@ -93,7 +94,10 @@ class CudaDriver:
 
     def launch(self, stream: Stream, fn: Callable[[], None], reads: Sequence[Tensor], writes: Sequence[Tensor]) -> None:  # noqa: ARG002
         """See `StreamDriver`."""
-        with torch.cuda.stream(self._streams[stream]):
+        mine, theirs = torch.cuda.current_stream(self._device), self._streams[stream]
+        if mine != theirs:
+            theirs.wait_stream(mine)
+        with torch.cuda.stream(theirs):
             fn()
 
     def join(self, stream: Stream) -> None:
@@ -110,6 +114,6 @@ class CudaDriver:
     def _forget_error(self) -> None:
         """A refusal stays behind in the runtime, for the next launch to trip over. Let that be one of ours."""
         try:
-            torch.zeros(1, device=self._device)
+            torch.ones(1, device=self._device)
         except RuntimeError:
             return

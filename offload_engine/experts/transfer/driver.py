@@ -47,12 +47,12 @@ class StreamDriver(Protocol):
     def allocate(self, nbytes: int) -> Tensor:
         """Device memory, uint8 [nbytes], that starts on a multiple of 256 at least. Raises `MemoryBudgetError`."""
 
-    def pin(self, memory: Tensor, unit: int) -> str | None:
-        """Make host memory, whole pages, a source of asynchronous copies, which take `unit` bytes each, or less, of
-        which no two are in different units. Returns None, or why the system refused.
+    def pin(self, memory: Tensor) -> str | None:
+        """Make host memory, whole pages, a source of asynchronous copies, each from within it; None, or why the system
+        refused.
         """
 
-    def unpin(self, memory: Tensor, unit: int) -> None:
+    def unpin(self, memory: Tensor) -> None:
         """Undo `pin`, once every copy from there has run, and before the memory is freed."""
 
     def event(self) -> Event:
