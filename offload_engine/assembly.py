@@ -13,8 +13,8 @@ import torch
 from offload_engine import kernels
 from offload_engine.config import EngineConfig
 from offload_engine.decode.warm_up import warm_up
-from offload_engine.errors import CheckpointError, DeviceError, MemoryBudgetError, TokenizerError
-from offload_engine.experts.arena import SlotArena
+from offload_engine.errors import CheckpointError, MemoryBudgetError, TokenizerError
+from offload_engine.experts.arena import SlotArena, Slots
 from offload_engine.experts.cache import ExpertCache
 from offload_engine.experts.eviction import make_eviction
 from offload_engine.experts.executor import OffloadedExperts
@@ -23,6 +23,7 @@ from offload_engine.experts.opening import open_store
 from offload_engine.experts.predictor import make_predictor
 from offload_engine.experts.scheduler import ExpertScheduler
 from offload_engine.experts.store import ExpertStore
+from offload_engine.experts.transfer.base import TransferBackend
 from offload_engine.experts.transfer.cpu import CpuTransfers
 from offload_engine.memory import MemoryPlan, Setup, auto_budget, available_memory, plan_memory
 from offload_engine.memory.footprint import round_up
@@ -34,6 +35,7 @@ from offload_engine.model.hub import resolve_model
 from offload_engine.model.llada2 import LLaDA2Model
 from offload_engine.model.quantized import ExpertFormat
 from offload_engine.model.weights import load_resident, unexpected_tensors
+from offload_engine.placement import Gpu, find_gpu, moving
 from offload_engine.routing import RoutingOptions, RoutingPolicy, SituatedCoreset, make_policy
 from offload_engine.text import Tokenizer, load_tokenizer
 
@@ -84,10 +86,17 @@ class Parts:
     experts: OffloadedExperts
     store: ExpertStore
     dtype: torch.dtype
+    gpu: Gpu | None
+    """None: everything runs on the CPU."""
     threads: int | None
     """Compute threads; None: torch's choice."""
     notices: tuple[str, ...]
     """What the user should know and can't see: routing chosen, warnings of the plan."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where the layers run."""
+        return torch.device("cpu") if self.gpu is None else self.gpu.device
 
     def close(self) -> None:
         """Join all threads, free the slots, close every file. Idempotent."""
@@ -199,12 +208,14 @@ def _routing_notices(config: EngineConfig, model: ModelConfig, name: str, option
     return notices
 
 
-def compute_dtype(config: EngineConfig, model: ModelConfig, stored: torch.dtype) -> torch.dtype:
+def compute_dtype(config: EngineConfig, model: ModelConfig, stored: torch.dtype, gpu: Gpu | None = None) -> torch.dtype:
     """What to compute in. Auto is the stored dtype, but float32 where that is faster on a CPU: for fp16, and for models
-    whose products are small.
+    whose products are small; and fp16 on a GPU that has no bf16.
     """
     if config.dtype != "auto":
         return {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}[config.dtype]
+    if gpu is not None:
+        return torch.float16 if stored == torch.bfloat16 and not gpu.has_bfloat16 else stored
     return torch.float32 if stored == torch.float16 or is_small(model) else stored
 
 
@@ -218,19 +229,20 @@ def is_small(model: ModelConfig) -> bool:
     return model.hidden_size * model.intermediate_size < SMALL_MATRIX
 
 
-def check_device(config: EngineConfig) -> None:
-    """Raises `DeviceError` for a device this version can't run on."""
-    if config.device.startswith("cuda"):
-        raise DeviceError(f"device is {config.device!r}, but this version runs on the CPU only; use device cpu or auto")
-
-
 def setup_for(
-    config: EngineConfig, model: ModelConfig, *, dtype: torch.dtype, stored: ExpertFormat, slab_bytes: int | None = None
+    config: EngineConfig,
+    model: ModelConfig,
+    *,
+    dtype: torch.dtype,
+    stored: ExpertFormat,
+    slab_bytes: int | None = None,
+    gpu: Gpu | None = None,
 ) -> Setup:
     """What decides the memory a run takes, for this process as it stands."""
     margin = RUNTIME_MARGIN + (EXPERT_SHAPES_MARGIN if kernels.status().variant is None else 0)
+    process = round_up(psutil.Process().memory_info().rss + margin, RUNTIME_STEP)
     return Setup(
-        device="cpu",
+        device="cpu" if gpu is None else "cuda",
         itemsize=dtype.itemsize,
         stored_itemsize=stored.itemsize,
         slab_bytes=slab_bytes,
@@ -238,15 +250,15 @@ def setup_for(
         sequences=config.batch_size,
         fused_commit=config.fused_commit,
         choices=max(config.top_k_experts, model.num_experts_per_tok) if config.routing == "top-k" else None,
-        runtime_bytes=round_up(psutil.Process().memory_info().rss + margin, RUNTIME_STEP),
+        runtime_bytes=process if gpu is None else gpu.context_bytes(),
         transfers_in_flight=config.transfers_in_flight,
     )
 
 
-def plan_for(config: EngineConfig, model: ModelConfig, setup: Setup) -> MemoryPlan:
+def plan_for(config: EngineConfig, model: ModelConfig, setup: Setup, gpu: Gpu | None = None) -> MemoryPlan:
     """Divide the budget, or what the machine has. Raises `MemoryBudgetError`."""
-    reachable = psutil.Process().memory_info().rss + available_memory()
-    budget = auto_budget(reachable, "cpu") if config.gpu_mem == "auto" else config.gpu_mem
+    reachable = gpu.reachable() if gpu is not None else psutil.Process().memory_info().rss + available_memory()
+    budget = auto_budget(reachable, setup.device) if config.gpu_mem == "auto" else config.gpu_mem
 
     def plan(setup: Setup) -> MemoryPlan:
         return plan_memory(
@@ -255,9 +267,12 @@ def plan_for(config: EngineConfig, model: ModelConfig, setup: Setup) -> MemoryPl
             budget,
             max_context=config.max_context,
             expert_mem=config.expert_mem,
+            host_mem=None if gpu is None else host_budget(config),
             machine_limit=reachable,
         )
 
+    if gpu is not None:
+        return _held_by_host(plan(setup))
     try:
         return plan(setup)
     except MemoryBudgetError as error:
@@ -268,14 +283,31 @@ def plan_for(config: EngineConfig, model: ModelConfig, setup: Setup) -> MemoryPl
     raise refusal
 
 
+def host_budget(config: EngineConfig) -> int | None:
+    """Bytes of the host tier; None: there is none."""
+    return auto_budget(available_memory(), "host") if config.host_mem == "auto" else config.host_mem
+
+
+def _held_by_host(plan: MemoryPlan) -> MemoryPlan:
+    """`plan`, if this machine has the RAM that it takes: pages of it can't be swapped. Raises `MemoryBudgetError`."""
+    left = available_memory()
+    if plan.host_total > left:
+        raise MemoryBudgetError(
+            f"host tier, its buffers and embedding table take {plan.host_total} bytes, but this machine has only "
+            f"{left} to give; set host_mem to at most that, or to none to read experts from disk\n\n{plan.table()}"
+        )
+    return plan
+
+
 def assemble(config: EngineConfig, stats: EngineStats, progress: Progress | None = None) -> Parts:
     """Find, plan, load. Nothing is allocated before the plan stands; nothing stays open if a step fails."""
-    check_device(config)
-    reset_peak()  # what was before this engine, such as a larger one closed by now, is no business of its plan
+    gpu = find_gpu(config)
+    if gpu is None:
+        reset_peak()  # what was before this engine, such as a larger one closed by now, is no business of its plan
     source = find_source(config)
     model_config = source.config
     policy, notices = choose_policy(config, model_config)
-    if isinstance(config.host_mem, int):
+    if gpu is None and isinstance(config.host_mem, int):
         notices.append("host_mem is ignored: on the CPU there is no host tier, gpu_mem is RAM already")
     ends = model_config.eos_token_id
     if isinstance(ends, list) and len(ends) > 1 and source.eos_token_id == ends[0]:
@@ -289,29 +321,33 @@ def assemble(config: EngineConfig, stats: EngineStats, progress: Progress | None
     with ExitStack() as undo:
         store = open_store(model_config, checkpoint, verify=config.verify)
         undo.callback(store.close)
-        dtype = compute_dtype(config, model_config, store.format.dtype)
-        if dtype == torch.bfloat16 and kernels.status().variant is None:
+        dtype = compute_dtype(config, model_config, store.format.dtype, gpu)
+        if gpu is None and dtype == torch.bfloat16 and kernels.status().variant is None:
             notices.append(f"torch computes the experts, more slowly than our kernel would: {kernels.status().reason}")
-        warm_up(dtype)
-        setup = setup_for(config, model_config, dtype=dtype, stored=store.format, slab_bytes=store.slab_bytes)
-        plan = plan_for(config, model_config, setup)
+        device = torch.device("cpu") if gpu is None else gpu.device
+        warm_up(dtype, device)
+        if gpu is not None:
+            gpu.reset_peak()
+        setup = setup_for(config, model_config, dtype=dtype, stored=store.format, slab_bytes=store.slab_bytes, gpu=gpu)
+        plan = plan_for(config, model_config, setup, gpu)
         model = load_resident(
             model_config,
             checkpoint,
             dtype,
-            torch.device("cpu"),
+            device,
             None if progress is None else lambda done, total: progress("weights", done, total),
         )
         remembered = recall(source.directory, store.keys()) if keeps_hot_set(config) else None
         if remembered is not None and remembered.notice:
             notices.append(remembered.notice)
-        experts = _executor(config, store, plan, stats, remembered.hot if remembered else None)
+        experts, slower = _executor(config, store, plan, stats, remembered.hot if remembered else None, gpu)
+        notices += slower
         undo.callback(experts.close)  # before the store: its threads read from there
         if isinstance(policy, SituatedCoreset):
             policy = replace(policy, residents=experts.residents)
         threads = compute_threads(config, model_config)
         undo.pop_all()
-    return Parts(source, setup, plan, policy, model, experts, store, dtype, threads, (*notices, *plan.warnings))
+    return Parts(source, setup, plan, policy, model, experts, store, dtype, gpu, threads, (*notices, *plan.warnings))
 
 
 def keeps_hot_set(config: EngineConfig) -> bool:
@@ -326,13 +362,21 @@ def keep_hot_set(config: EngineConfig, parts: Parts) -> None:
 
 
 def _executor(
-    config: EngineConfig, store: ExpertStore, plan: MemoryPlan, stats: EngineStats, hot: HotSet | None
-) -> OffloadedExperts:
-    check_still_there(plan, available_memory())
+    config: EngineConfig, store: ExpertStore, plan: MemoryPlan, stats: EngineStats, hot: HotSet | None, gpu: Gpu | None
+) -> tuple[OffloadedExperts, tuple[str, ...]]:
+    """The executor, and what the user should know of how it moves experts."""
+    check_still_there(plan, available_memory() if gpu is None else gpu.free())
+    notices: tuple[str, ...] = ()
     with ExitStack() as undo:
-        arena = SlotArena(plan.slots, store.slab_bytes)
-        undo.callback(arena.close)
-        transfers = CpuTransfers(store, arena, config.reader_threads)
+        arena: Slots
+        transfers: TransferBackend
+        if gpu is None:
+            arena = SlotArena(plan.slots, store.slab_bytes)
+            undo.callback(arena.close)
+            transfers = CpuTransfers(store, arena, config.reader_threads)
+        else:
+            arena, transfers, notices = moving(gpu, config, store, plan)
+            undo.callback(arena.close)
         undo.callback(transfers.close)
         cache = ExpertCache(plan.slots, make_eviction(config.eviction))
         experts = OffloadedExperts(
@@ -346,4 +390,4 @@ def _executor(
             hot=hot,
         )
         undo.pop_all()
-    return experts
+    return experts, notices

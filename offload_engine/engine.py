@@ -62,8 +62,7 @@ class Engine:
             experts=self._observed,
             policy=parts.policy,
             caches=[
-                PrefixCache(source.config, plan.kv_positions, parts.dtype, torch.device("cpu"))
-                for _ in range(plan.sequences)
+                PrefixCache(source.config, plan.kv_positions, parts.dtype, parts.device) for _ in range(plan.sequences)
             ],
             stats=stats,
             mask_token_id=NO_TOKEN if source.mask_token_id is None else source.mask_token_id,
@@ -370,7 +369,8 @@ class Engine:
         experts = self._parts.experts
         experts.idle()  # a prefetch under way belongs to this answer
         experts.wait_for_slots()  # and all of them to its peak
-        self.stats.measured_peak_bytes = measure_peak()
+        gpu = self._parts.gpu
+        self.stats.measured_peak_bytes = measure_peak() if gpu is None else gpu.peak()
         if self._recorder is not None:
             self._recorder.end_sequence(state.lane)
 

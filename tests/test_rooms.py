@@ -18,6 +18,7 @@ FLOORS: list[tuple[str, ...]] = [
     ("memory",),
     ("experts",),
     ("decode", "simulate"),
+    ("placement",),
     ("engine", "assembly"),
     ("server", "evaluate", "bench", "doctor", "tune"),
     ("cli",),

@@ -184,7 +184,7 @@ class BlockDiffusionDecoder:
         ]
         info = ForwardInfo.of(passes)
         pieces = [self._forward(info, together) for together in packed(spans, lambda span: span.tokens, chunk)]
-        token_ids = torch.tensor([token for _lane, ids in shares for token in ids], device=pieces[0].positions.device)
+        token_ids = torch.tensor([token for _lane, ids in shares for token in ids])
         with self._computing(info.phase):
             if not self.model.prefill(token_ids, pieces, cancelled):
                 return False
@@ -247,7 +247,7 @@ class BlockDiffusionDecoder:
             passes += [lane.block_pass(Phase.COMMIT)] if fuse else []
             passes.append(lane.block_pass(Phase.DENOISE))
         forward = self._forward(ForwardInfo.of(passes), spans)
-        hidden = self.model(torch.tensor(ids, device=forward.positions.device), forward)
+        hidden = self.model(torch.tensor(ids), forward)
         for lane, fuse in zip(active, fused, strict=True):
             if fuse:
                 lane.cache.commit(lane.length)

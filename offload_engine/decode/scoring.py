@@ -45,7 +45,7 @@ def score(
     model: LLaDA2Model, token_ids: Sequence[int], block_length: int, policy: RoutingPolicy, experts: ExpertExecutor
 ) -> Tensor:
     """Hidden states [T, H] of one block-causal forward over `token_ids`."""
-    positions = torch.arange(len(token_ids))
+    positions = torch.arange(len(token_ids), device=model.lm_head.weight.device)
     forward = Forward(
         info=ForwardInfo(Phase.SCORE),
         positions=positions,

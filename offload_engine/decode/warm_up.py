@@ -15,6 +15,7 @@ from offload_engine.model.moe import ExpertWeights, ResidentExperts
 from offload_engine.routing import make_policy
 
 BLOCK = 32
+CPU = torch.device("cpu")
 _TINY = {
     "model_type": "llada2_moe",
     "vocab_size": 4096,
@@ -35,8 +36,8 @@ _TINY = {
 
 
 @cache
-def warm_up(dtype: torch.dtype) -> None:
-    """Prefill four blocks, denoise one and draw tokens from it, with a tiny model in `dtype` on the CPU; once.
+def warm_up(dtype: torch.dtype, device: torch.device = CPU) -> None:
+    """Prefill four blocks, denoise one and draw tokens from it, with a tiny model in `dtype` on `device`; once.
 
     The first forward has the matrix libraries map code, compile kernels and start threads: 35 MB (bf16, 1 thread) that
     stay for good, and that a process measured before it would not show.
@@ -45,22 +46,24 @@ def warm_up(dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(0)
     with torch.random.fork_rng(devices=[]), torch.inference_mode():
         model = LLaDA2Model(config).eval().to(dtype)
+        noise = torch.Generator(device).manual_seed(0)
         for tensor in model.state_dict().values():
             tensor.normal_(std=0.05, generator=generator)
-        hidden = _forwards(config, model, dtype)
-        propose(model.logits(hidden), 0, SamplingParams(temperature=1.0, top_p=0.9), generator)
+        hidden = _forwards(config, model.to(device), dtype, device)
+        propose(model.logits(hidden), 0, SamplingParams(temperature=1.0, top_p=0.9), noise)
 
 
-def _forwards(config: ModelConfig, model: LLaDA2Model, dtype: torch.dtype) -> torch.Tensor:
-    wide = torch.zeros(config.moe_intermediate_size, config.hidden_size, dtype=dtype)
+def _forwards(config: ModelConfig, model: LLaDA2Model, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    wide = torch.zeros(config.moe_intermediate_size, config.hidden_size, dtype=dtype, device=device)
     weights = ExpertWeights(wide, wide, wide.T.contiguous())
     experts = ResidentExperts(lambda _layer, _expert: weights)
-    cache = PrefixCache(config, 5 * BLOCK, dtype, torch.device("cpu"))
+    cache = PrefixCache(config, 5 * BLOCK, dtype, device)
     policy = make_policy("dmoe", config.router)
 
     def forward(phase: Phase, tokens: int) -> Forward:
         span = cache.span(tokens, BLOCK)
-        return Forward(ForwardInfo(phase), span.positions, torch.arange(tokens) // BLOCK, span, policy, experts)
+        blocks = torch.arange(tokens, device=device) // BLOCK
+        return Forward(ForwardInfo(phase), span.positions, blocks, span, policy, experts)
 
     model.prefill(torch.arange(4 * BLOCK), [forward(Phase.PREFILL, 4 * BLOCK)])
     cache.commit(4 * BLOCK)

@@ -1,4 +1,4 @@
-"""The memory of the expert cache: slots of one size, allocated once."""
+"""The memory of the expert cache: slots of one size, allocated once, on the host or on a device."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import mmap
 import sys
 import threading
 import time
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -26,7 +27,69 @@ PATIENCE = 1.0
 """Seconds for which the kernel may be out of breath before its refusal counts."""
 
 
-class SlotArena:
+class Slots:
+    """`slots` x `slab_bytes` of memory, wherever it is, and the matrices in it."""
+
+    def __init__(self, slots: int, slab_bytes: int) -> None:
+        """`slab_bytes` is a multiple of `SLOT_ALIGNMENT`. Whoever derives from this sets the memory."""
+        if slots < 1 or slab_bytes < 1 or slab_bytes % SLOT_ALIGNMENT:
+            raise ValueError(f"{slots} slots of {slab_bytes} bytes, wanted at least one, multiples of {SLOT_ALIGNMENT}")
+        self.slots = slots
+        self.slab_bytes = slab_bytes
+        self._tensor: Tensor | None = None
+        """None once closed."""
+        self._views: dict[int, tuple[SlabLayout, ExpertWeights]] = {}
+        """By slot, what was last looked at in it."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all slots together."""
+        return self.slots * self.slab_bytes
+
+    def whole(self) -> Tensor:
+        """All slots, uint8 [nbytes]."""
+        if self._tensor is None:
+            raise EngineClosedError("the slots of the expert cache were used after they were closed")
+        return self._tensor
+
+    def slab(self, slot: int) -> Tensor:
+        """The slot's bytes, uint8 [slab_bytes]."""
+        start = self._start(slot)
+        return self.whole()[start : start + self.slab_bytes]
+
+    def weights(self, slot: int, layout: SlabLayout) -> ExpertWeights:
+        """The matrices of the expert in `slot`, as views: they change when the slot is filled again."""
+        if self._tensor is None:
+            raise EngineClosedError("the slots of the expert cache were used after they were closed")
+        kept = self._views.get(slot)
+        if kept is None or kept[0] is not layout:  # making views anew for every use costs 3 % of a step
+            kept = self._views[slot] = (layout, layout.weights(self.slab(slot)))
+        return kept[1]
+
+    def wait_touched(self) -> None:
+        """Wait until the memory is there. Raises `MemoryBudgetError` when the system did not give all of it."""
+
+    def close(self) -> None:
+        """Let go of the memory; it is returned once no matrix handed out is left. Idempotent."""
+        self._views.clear()
+        self._tensor = None
+
+    def _start(self, slot: int) -> int:
+        if not 0 <= slot < self.slots:
+            raise IndexError(f"slot {slot}, wanted 0 to {self.slots - 1}")
+        return slot * self.slab_bytes
+
+
+class DeviceArena(Slots):
+    """Slots in the memory of a device, allocated in one piece."""
+
+    def __init__(self, slots: int, slab_bytes: int, allocate: Callable[[int], Tensor]) -> None:
+        """`allocate(nbytes)` gives device memory, uint8 [nbytes]."""
+        super().__init__(slots, slab_bytes)
+        self._tensor = allocate(self.nbytes)
+
+
+class SlotArena(Slots):
     """`slots` x `slab_bytes` of host memory, of exactly that size.
 
     Every page is touched by a thread of its own, begun here: a budget that is short must not show up mid-answer, but
@@ -38,29 +101,18 @@ class SlotArena:
 
     def __init__(self, slots: int, slab_bytes: int) -> None:
         """`slab_bytes` is a multiple of `SLOT_ALIGNMENT`."""
-        if slots < 1 or slab_bytes < 1 or slab_bytes % SLOT_ALIGNMENT:
-            raise ValueError(f"{slots} slots of {slab_bytes} bytes, wanted at least one, multiples of {SLOT_ALIGNMENT}")
-        self.slots = slots
-        self.slab_bytes = slab_bytes
+        super().__init__(slots, slab_bytes)
         # An open memoryview keeps the mapping alive: the memory goes back when the last view of it does, never earlier.
         self._bytes: memoryview | None = memoryview(_map(slots, slab_bytes))
-        self._tensor: Tensor | None = torch.frombuffer(self._bytes, dtype=torch.uint8)
-        self._views: dict[int, tuple[SlabLayout, ExpertWeights]] = {}
-        """By slot, what was last looked at in it."""
+        memory = self._tensor = torch.frombuffer(self._bytes, dtype=torch.uint8)
         self._closing = False
         self._refused = 0
         """Bytes that the system did not give when asked."""
-        rest = self._tensor
-        if not _populate(self._tensor[:SLOT_ALIGNMENT]):  # no thread may write where a reader may write as well
-            self._tensor[::SLOT_ALIGNMENT] = 0
-            rest = self._tensor[:0]
-        self._toucher = threading.Thread(target=self._touch, args=(rest,), name="slot-toucher", daemon=True)
+        if not _populate(memory[:SLOT_ALIGNMENT]):  # no thread may write where a reader may write as well
+            memory[::SLOT_ALIGNMENT] = 0
+            memory = memory[:0]
+        self._toucher = threading.Thread(target=self._touch, args=(memory,), name="slot-toucher", daemon=True)
         self._toucher.start()
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all slots together."""
-        return self.slots * self.slab_bytes
 
     def buffer(self, slot: int) -> memoryview:
         """The slot's bytes [slab_bytes], writable."""
@@ -68,16 +120,6 @@ class SlotArena:
             raise EngineClosedError("the slots of the expert cache were used after they were closed")
         start = self._start(slot)
         return self._bytes[start : start + self.slab_bytes]
-
-    def weights(self, slot: int, layout: SlabLayout) -> ExpertWeights:
-        """The matrices of the expert in `slot`, as views: they change when the slot is filled again."""
-        if self._tensor is None:
-            raise EngineClosedError("the slots of the expert cache were used after they were closed")
-        kept = self._views.get(slot)
-        if kept is None or kept[0] is not layout:  # making views anew for every use costs 3 % of a step
-            start = self._start(slot)
-            kept = self._views[slot] = (layout, layout.weights(self._tensor[start : start + self.slab_bytes]))
-        return kept[1]
 
     def wait_touched(self) -> None:
         """Wait until every page of the slots is there, or the arena is closed.
@@ -95,8 +137,7 @@ class SlotArena:
         """Let go of the memory; it is returned once no buffer or matrix handed out is left. Idempotent."""
         self._closing = True
         self._toucher.join()
-        self._views.clear()
-        self._tensor = None
+        super().close()
         self._bytes = None
 
     def _touch(self, memory: Tensor) -> None:
@@ -107,11 +148,6 @@ class SlotArena:
                 self._refused = memory.numel() - touched
                 return
             touched += piece.numel()
-
-    def _start(self, slot: int) -> int:
-        if not 0 <= slot < self.slots:
-            raise IndexError(f"slot {slot}, wanted 0 to {self.slots - 1}")
-        return slot * self.slab_bytes
 
 
 def _populate(memory: Tensor) -> bool:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from offload_engine.core import ExpertKey, ForwardInfo, Phase, RoutingDecision
 from offload_engine.errors import InternalError, OffloadError, TransferError
-from offload_engine.experts.arena import SlotArena
+from offload_engine.experts.arena import Slots
 from offload_engine.experts.cache import Occupancy
 from offload_engine.experts.hot_set import HotSet
 from offload_engine.experts.predictor import ExpertPredictor
@@ -61,7 +61,7 @@ class OffloadedExperts:
     def __init__(
         self,
         store: ExpertStore,
-        arena: SlotArena,
+        arena: Slots,
         transfers: TransferBackend,
         scheduler: ExpertScheduler,
         predictor: ExpertPredictor,

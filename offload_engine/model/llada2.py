@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import cast
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -91,6 +92,11 @@ class Decoder(nn.Module):
         self.layers = nn.ModuleList(DecoderLayer(config, i) for i in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
+    def embed(self, token_ids: Tensor, device: torch.device) -> Tensor:
+        """[.., T] int64 -> [.., T, H] on `device`: rows are gathered where the table is, and only they move."""
+        rows: Tensor = self.word_embeddings(token_ids.to(self.word_embeddings.weight.device))
+        return rows.to(device)
+
 
 class LLaDA2Model(nn.Module):
     """The whole network without its routed experts, which the executor of each forward supplies."""
@@ -111,7 +117,7 @@ class LLaDA2Model(nn.Module):
     def forward(self, token_ids: Tensor, forward: Forward) -> Tensor:
         """Hidden states [.., T, H] after the final norm, for `token_ids` [.., T] int64."""
         forward.experts.begin(forward.info)
-        hidden = self.model.word_embeddings(token_ids)
+        hidden = self.model.embed(token_ids, forward.positions.device)
         angles = rotary_angles(forward.positions, self.config.rotary, self.config.rope_theta, hidden.dtype)
         for index, layer in enumerate(self.layers):
             if index in self.config.moe_layers:

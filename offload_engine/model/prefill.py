@@ -32,7 +32,7 @@ def prefill(
     experts.begin(pieces[0].info)
     sizes = [piece.positions.shape[0] for piece in pieces]
     config = model.config
-    hidden = model.model.word_embeddings(token_ids)
+    hidden = model.model.embed(token_ids, pieces[0].positions.device)
     rows = hidden.split(sizes)
     angles = [rotary_angles(piece.positions, config.rotary, config.rope_theta, hidden.dtype) for piece in pieces]
     *layers, last = model.layers

@@ -117,6 +117,7 @@ def load_resident(
     """The network without its routed experts, in evaluation mode and without gradients.
 
     Weights are cast to `dtype`, but for the routers (`resident_dtype`). Peak memory is the model plus 16 MiB.
+    On another device than the CPU, the embedding table stays on the host unless it is the lm head as well.
     `progress(done, total)` is called after each tensor, in bytes of the checkpoint. Raises `CheckpointError` before
     the first read when a tensor is missing, of another shape, or not stored in bf16, fp16 or fp32.
     """
@@ -124,7 +125,8 @@ def load_resident(
     total, done = sum(info.nbytes for info in infos), 0
     state: dict[str, Tensor] = {}
     for info in sorted(infos, key=lambda info: (info.path, info.offset)):
-        state[info.name] = checkpoint.read(info.name, resident_dtype(info.name, dtype)).to(device)
+        hosted = info.name == EMBEDDING and not config.tie_word_embeddings
+        state[info.name] = checkpoint.read(info.name, resident_dtype(info.name, dtype)).to("cpu" if hosted else device)
         done += info.nbytes
         if progress is not None:
             progress(done, total)

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import queue
-import threading
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 
-from offload_engine.core import ExpertKey
-from offload_engine.errors import EngineClosedError, MemoryBudgetError, OffloadError, TransferError
 from offload_engine.experts.arena import SlotArena
 from offload_engine.experts.store import ExpertStore
-from offload_engine.experts.transfer.base import OnComplete, Stream, TransferTicket
+from offload_engine.experts.transfer.base import Stream, TransferTicket
+from offload_engine.experts.transfer.readers import ReaderThreads
 
 
-class CpuTransfers:
+class CpuTransfers(ReaderThreads):
     """Reads experts with `threads` threads; the disk releases the interpreter lock, so compute goes on meanwhile.
 
     A launch runs at once on the calling thread: the scheduler reports a slot computed only afterwards, and hands it to
@@ -21,41 +18,9 @@ class CpuTransfers:
     """
 
     def __init__(self, store: ExpertStore, arena: SlotArena, threads: int = 2) -> None:
+        super().__init__(threads)
         self.store = store
         self.arena = arena
-        self._jobs: queue.SimpleQueue[TransferTicket | None] = queue.SimpleQueue()
-        self._threads = [
-            threading.Thread(target=self._read_forever, name=f"expert-reader-{i}", daemon=True) for i in range(threads)
-        ]
-        self._on_complete: OnComplete | None = None
-        self._waiting: dict[TransferTicket, None] = {}
-        """Copies that no reader has begun. What is queued and not in here was withdrawn."""
-        self._begun: dict[TransferTicket, None] = {}
-        self._closing = threading.Lock()
-        """No job may be queued behind the marks that end the readers."""
-        self._closed = False
-
-    def start(self, on_complete: OnComplete) -> None:
-        """See `TransferBackend`."""
-        self._on_complete = on_complete
-        for thread in self._threads:
-            thread.start()
-
-    def copy(self, stream: Stream, source: ExpertKey, slot: int) -> TransferTicket:  # noqa: ARG002
-        """See `TransferBackend`."""
-        ticket = TransferTicket(source, slot)
-        with self._closing:
-            if self._closed:
-                raise EngineClosedError(f"{source} was to be read after the transfers were closed")
-            self._waiting[ticket] = None  # before it is queued: an interrupt in between must leave no ghost
-            self._jobs.put(ticket)
-        return ticket
-
-    def withdraw(self) -> Collection[TransferTicket]:
-        """See `TransferBackend`."""
-        with self._closing:
-            self._waiting.clear()
-            return list(self._begun)
 
     def launch(self, stream: Stream, fn: Callable[[], None], reads: Sequence[int], writes: Sequence[int] = ()) -> None:  # noqa: ARG002
         """See `TransferBackend`."""
@@ -64,38 +29,5 @@ class CpuTransfers:
     def synchronize(self) -> None:
         """See `TransferBackend`: a launch has run by the time it returns."""
 
-    def close(self) -> None:
-        """See `TransferBackend`."""
-        with self._closing:
-            if self._closed:
-                return
-            self._closed = True
-            for _ in self._threads:
-                self._jobs.put(None)
-        for thread in self._threads:
-            if thread.is_alive():
-                thread.join()
-
-    def _read_forever(self) -> None:
-        while (ticket := self._jobs.get()) is not None:
-            with self._closing:
-                if ticket not in self._waiting:
-                    continue
-                self._begun[ticket] = self._waiting.pop(ticket)
-            try:
-                ticket.bytes_read = self.store.read(ticket.key, self.arena.buffer(ticket.slot))
-            except OffloadError as error:
-                ticket.error = error
-            except MemoryError as error:
-                ticket.error = MemoryBudgetError(
-                    f"expert {ticket.key.expert} of layer {ticket.key.layer}: the system refused memory to read it "
-                    f"({error or 'no reason given'}); free memory, or ask for a smaller --gpu-mem"
-                )
-            except Exception as error:  # whatever it is, the engine must hear of it rather than wait for ever
-                ticket.error = TransferError(
-                    f"expert {ticket.key.expert} of layer {ticket.key.layer} could not be read: "
-                    f"{type(error).__name__}: {error}"
-                )
-            if self._on_complete is not None:
-                self._on_complete(ticket)
-            del self._begun[ticket]
+    def _bring(self, ticket: TransferTicket) -> None:
+        ticket.bytes_read = self.store.read(ticket.key, self.arena.buffer(ticket.slot))

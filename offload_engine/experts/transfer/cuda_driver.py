@@ -1,0 +1,119 @@
+"""`StreamDriver` with torch.cuda. Importing it needs no GPU; making one does."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from offload_engine.errors import MemoryBudgetError
+from offload_engine.experts.transfer.base import Stream
+
+
+class CudaEvent:
+    """See `Event`. A host that waits sleeps, rather than keep a core busy."""
+
+    def __init__(self, driver: CudaDriver) -> None:
+        self._driver = driver
+        self._event: Any = torch.cuda.Event(blocking=True)
+
+    def record(self, stream: Stream) -> None:
+        """See `Event`."""
+        self._event.record(self._driver.stream(stream))
+
+    def before(self, stream: Stream) -> None:
+        """See `Event`."""
+        self._driver.stream(stream).wait_event(self._event)
+
+    def wait(self) -> None:
+        """See `Event`."""
+        self._event.synchronize()
+
+    def close(self) -> None:
+        """See `Event`."""
+        self._event = None
+
+
+class CudaDriver:
+    """One GPU. The compute stream is the one on which torch computes for the thread that makes this; the copy stream
+    is ours, and not ordered against it. Whoever computes on another stream finds the two ordered around each launch.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._streams = {
+            Stream.COMPUTE: torch.cuda.current_stream(device),
+            Stream.COPY: torch.cuda.Stream(device),
+        }
+
+    @property
+    def device(self) -> torch.device:
+        """See `StreamDriver`."""
+        return self._device
+
+    def stream(self, stream: Stream) -> Any:
+        """Torch's own."""
+        return self._streams[stream]
+
+    def allocate(self, nbytes: int) -> Tensor:
+        """See `StreamDriver`."""
+        try:
+            return torch.empty(nbytes, dtype=torch.uint8, device=self._device)
+        except torch.OutOfMemoryError:
+            free, _all = torch.cuda.mem_get_info(self._device)
+            raise MemoryBudgetError(
+                f"{self._device} refused {nbytes} bytes for expert slots, {free} being free; "
+                "end what else uses the GPU, or ask for a smaller --gpu-mem or --expert-mem"
+            ) from None
+
+    def pin(self, memory: Tensor) -> str | None:
+        """See `StreamDriver`."""
+        runtime = torch.cuda.cudart()
+        with torch.cuda.device(self._device):
+            error = runtime.cudaHostRegister(memory.data_ptr(), memory.numel(), 0)
+            if int(error) == 0:
+                return None
+            self._forget_error()
+        return f"cudaHostRegister of {memory.numel()} bytes: {runtime.cudaGetErrorString(error)}"
+
+    def unpin(self, memory: Tensor) -> None:
+        """See `StreamDriver`."""
+        with torch.cuda.device(self._device):
+            torch.cuda.cudart().cudaHostUnregister(memory.data_ptr())
+
+    def event(self) -> CudaEvent:
+        """See `StreamDriver`."""
+        return CudaEvent(self)
+
+    def copy(self, stream: Stream, source: Tensor, target: Tensor) -> None:
+        """See `StreamDriver`."""
+        with torch.cuda.stream(self._streams[stream]):
+            target.copy_(source, non_blocking=True)
+
+    def launch(self, stream: Stream, fn: Callable[[], None], reads: Sequence[Tensor], writes: Sequence[Tensor]) -> None:  # noqa: ARG002
+        """See `StreamDriver`."""
+        mine, theirs = torch.cuda.current_stream(self._device), self._streams[stream]
+        if mine != theirs:
+            theirs.wait_stream(mine)
+        with torch.cuda.stream(theirs):
+            fn()
+
+    def join(self, stream: Stream) -> None:
+        """See `StreamDriver`."""
+        mine, theirs = torch.cuda.current_stream(self._device), self._streams[stream]
+        if mine != theirs:
+            mine.wait_stream(theirs)
+
+    def finish(self) -> None:
+        """See `StreamDriver`."""
+        for stream in self._streams.values():
+            stream.synchronize()
+
+    def _forget_error(self) -> None:
+        """A refusal stays behind in the runtime, for the next launch to trip over. Let that be one of ours."""
+        try:
+            torch.ones(1, device=self._device)
+        except RuntimeError:
+            return

@@ -1,0 +1,277 @@
+"""A device for tests: its memory is the host's, its streams do what CUDA allows them to, in an order that is drawn.
+
+Whatever is enqueued is deferred. At every call, and while the host waits, operations whose turn it may be are executed
+in the order drawn; a copy scribbles over its target first, and only in a later step brings the bytes. Beside executing,
+the simulator keeps the order that the program has asked for (`order`), and records what is not ordered but has to be.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import threading
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from offload_engine.core import ExpertKey
+from offload_engine.experts.store import ExpertStore
+from offload_engine.experts.transfer.base import Stream
+from tests.streams.order import HOST, Accesses, Clock, Fault, Moment, join
+
+PAGE = 4096
+
+
+class StreamError(AssertionError):
+    """The program can't go on."""
+
+
+@dataclass
+class Operation:
+    """Something enqueued: it runs in steps once everything in `requires` has run, and nothing before it on the stream
+    is left.
+    """
+
+    moment: Moment
+    steps: deque[Callable[[], None]] = field(default_factory=deque)
+    requires: list[Operation] = field(default_factory=list)
+    done: bool = False
+
+
+class SimulatedEvent:
+    """See `Event`."""
+
+    def __init__(self, device: SimulatedDevice) -> None:
+        self.device = device
+        self.marked: Operation | None = None
+        self.closed = False
+
+    def record(self, stream: Stream) -> None:
+        with self.device.lock:
+            self.marked = self.device.enqueue(stream)
+
+    def before(self, stream: Stream) -> None:
+        assert not self.closed
+        with self.device.lock:
+            if self.marked is not None:
+                self.device.enqueue(stream, requires=[self.marked])
+
+    def wait(self) -> None:
+        with self.device.lock:
+            if self.marked is not None:
+                self.device.host_waits(self.marked)
+
+    def close(self) -> None:
+        with self.device.lock:
+            self.closed = True
+            if self.marked is not None and not self.marked.done:
+                self.device.report(Fault.CLOSED)
+
+
+class SimulatedDevice:
+    """A `StreamDriver`. `order` is consumed in turn, over and over; 0s leave everything to the last moment."""
+
+    def __init__(self, order: Sequence[int] = (0,), pinning: str | None = None) -> None:
+        """`pinning`: why it refuses to pin memory; None: it doesn't."""
+        self.device = torch.device("cpu")
+        self.pinning = pinning
+        self.lock = threading.RLock()
+        self.faults: list[Fault] = []
+        self.events: list[SimulatedEvent] = []
+        self.executed = 0
+        self.most_copies = 0
+        """Copies enqueued and not executed at once."""
+        self._order, self._drawn = list(order) or [0], 0
+        self._queues: dict[Stream, deque[Operation]] = {stream: deque() for stream in Stream}
+        self._clocks: dict[Stream, Clock] = {stream: {} for stream in Stream}
+        self._host: Clock = {}
+        self._memory: dict[int, Accesses] = {}
+        """By the address at which a slab begins."""
+        self._pinned: dict[int, int] = {}
+        """Where pinned memory begins, and where it ends."""
+        self._copies: list[tuple[int, Operation]] = []
+        """Sources of copies under way, by address."""
+        self._failure: BaseException | None = None
+
+    # What the protocol asks for
+
+    def allocate(self, nbytes: int) -> Tensor:
+        memory = torch.full((nbytes + PAGE,), 0xFF, dtype=torch.uint8)  # NaN, whatever it is read as
+        start = -memory.data_ptr() % PAGE  # where a slab lies decides how products with it are rounded
+        return memory[start : start + nbytes]
+
+    def pin(self, memory: Tensor) -> str | None:
+        assert memory.numel() % PAGE == memory.data_ptr() % PAGE == 0
+        if self.pinning is None:
+            self._pinned[memory.data_ptr()] = memory.data_ptr() + memory.numel()
+        return self.pinning
+
+    def unpin(self, memory: Tensor) -> None:
+        with self.lock:
+            end = self._pinned.pop(memory.data_ptr())
+            if any(memory.data_ptr() <= source < end and not copy.done for source, copy in self._copies):
+                self.report(Fault.FREED)
+
+    def event(self) -> SimulatedEvent:
+        event = SimulatedEvent(self)
+        self.events.append(event)
+        return event
+
+    def copy(self, stream: Stream, source: Tensor, target: Tensor) -> None:
+        assert source.numel() == target.numel()
+        with self.lock:
+            pinned = any(start <= source.data_ptr() < end for start, end in self._pinned.items())
+            if not pinned:  # read before the call returns
+                self._check(self._accesses(source).read(self._host_moment()))
+                source = source.clone()
+            copy = self.enqueue(stream, [lambda: _fill(target), lambda: _bring(source, target)])
+            if pinned:
+                self._check(self._accesses(source).read(copy.moment))
+            self._copies = [(start, one) for start, one in self._copies if not one.done]
+            self._copies.append((source.data_ptr(), copy))
+            self.most_copies = max(self.most_copies, len(self._copies))
+            self._check(self._accesses(target).write(copy.moment))
+
+    def launch(self, stream: Stream, fn: Callable[[], None], reads: Sequence[Tensor], writes: Sequence[Tensor]) -> None:
+        with self.lock:
+            work = self.enqueue(stream, [lambda: self._run(fn)])
+            for slab in reads:
+                self._check(self._accesses(slab).read(work.moment))
+            for slab in writes:
+                self._check(self._accesses(slab).write(work.moment))
+
+    def join(self, stream: Stream) -> None:
+        """What torch computes next runs at once, so that everything on `stream` has to run before. The host has not
+        waited for it, though: what it enqueues next is ordered after nothing more than before.
+        """
+        with self.lock:
+            while self._queues[stream]:
+                self._step()
+            self._raise_failure()
+
+    def finish(self) -> None:
+        with self.lock:
+            for stream, queue in self._queues.items():
+                while queue:
+                    self._step()
+                join(self._host, self._clocks[stream])
+            self._raise_failure()
+
+    # What tests ask for
+
+    def host_writes(self, address: int) -> None:
+        """The host fills the host memory that begins at `address`."""
+        with self.lock:
+            self._check(self._memory.setdefault(address, Accesses()).write(self._host_moment()))
+
+    def host_reads(self, memory: Tensor) -> None:
+        """The host reads."""
+        with self.lock:
+            self._check(self._accesses(memory).read(self._host_moment()))
+
+    def check(self) -> None:
+        """Raise unless everything was ordered, everything enqueued has run, and every event was closed."""
+        with self.lock:
+            if any(not event.closed for event in self.events):
+                self.report(Fault.LEAK)
+            if any(self._queues.values()):
+                self.report(Fault.LOST)
+            if self.faults:
+                raise StreamError("; ".join(sorted({str(fault) for fault in self.faults})))
+
+    # The rest is for events
+
+    def report(self, fault: Fault) -> None:
+        self.faults.append(fault)
+
+    def enqueue(
+        self, stream: Stream, steps: Sequence[Callable[[], None]] = (), requires: Sequence[Operation] = ()
+    ) -> Operation:
+        """Put an operation at the end of a stream; an event is one without steps."""
+        clock = self._clocks[stream]
+        join(clock, self._host)
+        for operation in requires:
+            join(clock, operation.moment.clock)
+        clock[stream] = clock.get(stream, 0) + 1
+        operation = Operation(Moment(stream, clock[stream], dict(clock)), deque(steps), list(requires))
+        self._queues[stream].append(operation)
+        for _ in range(self._draw() % 4):
+            if self._ready():
+                self._step()
+        return operation
+
+    def host_waits(self, operation: Operation) -> None:
+        while not operation.done:
+            self._step()
+        join(self._host, operation.moment.clock)
+
+    def _step(self) -> None:
+        """Execute a step of one of the operations whose turn it may be."""
+        ready = self._ready()
+        if not ready:
+            self.report(Fault.STUCK)
+            raise StreamError(Fault.STUCK)
+        queue = ready[self._draw() % len(ready)]
+        operation = queue[0]
+        if operation.steps:
+            operation.steps.popleft()()
+            self.executed += 1
+        if not operation.steps:
+            operation.done = True
+            operation.requires.clear()
+            queue.popleft()
+
+    def _ready(self) -> list[deque[Operation]]:
+        return [queue for queue in self._queues.values() if queue and all(one.done for one in queue[0].requires)]
+
+    def _draw(self) -> int:
+        self._drawn += 1
+        return self._order[self._drawn % len(self._order)]
+
+    def _run(self, fn: Callable[[], None]) -> None:
+        try:
+            with torch.inference_mode():  # a device knows nothing of the mode of the thread that has it work
+                fn()
+        except BaseException as error:
+            self._failure = error
+
+    def _raise_failure(self) -> None:
+        failure, self._failure = self._failure, None
+        if failure is not None:
+            raise failure
+
+    def _accesses(self, memory: Tensor) -> Accesses:
+        return self._memory.setdefault(memory.data_ptr(), Accesses())
+
+    def _host_moment(self) -> Moment:
+        self._host[HOST] = self._host.get(HOST, 0) + 1
+        return Moment(HOST, self._host[HOST], dict(self._host))
+
+    def _check(self, fault: Fault | None) -> None:
+        if fault is not None:
+            self.report(fault)
+
+
+class WatchedStore:
+    """A store that tells the device of all that the host writes."""
+
+    def __init__(self, store: ExpertStore, device: SimulatedDevice) -> None:
+        self.store = store
+        self.simulated = device
+
+    def read(self, key: ExpertKey, slab: memoryview) -> int:
+        self.simulated.host_writes(ctypes.addressof(ctypes.c_char.from_buffer(slab)))
+        return self.store.read(key, slab)
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self.store, name)
+
+
+def _fill(target: Tensor) -> None:
+    target.fill_(0xFF)
+
+
+def _bring(source: Tensor, target: Tensor) -> None:
+    target.copy_(source)

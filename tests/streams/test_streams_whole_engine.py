@@ -1,0 +1,126 @@
+"""`Engine` with device cuda, its GPU simulated: the same answers as on the CPU."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from offload_engine import Engine, SamplingParams, assembly, placement
+from offload_engine.errors import DeviceError, MemoryBudgetError
+from tests.streams.simulator import SimulatedDevice, WatchedStore
+
+PROMPT = "Anna has 37 apples. Tom gives her 58 more. How many apples does Anna have now?"
+PARAMS = SamplingParams(max_new_tokens=64)
+
+
+@dataclass
+class SimulatedGpu:
+    """As `Gpu`."""
+
+    driver: SimulatedDevice
+    has_bfloat16: bool = True
+    size: int = 8 * 10**9
+    device = torch.device("cpu")
+
+    def context_bytes(self) -> int:
+        return 300 * 10**6
+
+    def reachable(self) -> int:
+        return self.size
+
+    def free(self) -> int:
+        return self.size
+
+    def reset_peak(self) -> None: ...
+
+    def peak(self) -> int:
+        return 12345
+
+
+@pytest.fixture(scope="module")
+def on_cpu() -> dict[str, list[int]]:
+    """Answers by routing."""
+    answers = {}
+    for routing in ("original", "dmoe"):
+        with Engine.from_pretrained(gpu_mem="2GB", dtype="float32", routing=routing) as engine:
+            answers[routing] = engine.generate(PROMPT, PARAMS).token_ids
+    return answers
+
+
+def on_gpu(monkeypatch: pytest.MonkeyPatch, device: SimulatedDevice, **options: Any) -> Engine:
+    size = options.pop("size", SimulatedGpu.size)
+    opened = assembly.open_store
+    monkeypatch.setattr(assembly, "find_gpu", lambda _config: SimulatedGpu(device, size=size))
+    monkeypatch.setattr(assembly, "open_store", lambda *given, **named: WatchedStore(opened(*given, **named), device))
+    settings = {"gpu_mem": "1GB", "dtype": "float32", "expert_mem": "4MB"} | options
+    return Engine.from_pretrained(device="cuda", **settings)
+
+
+@settings(max_examples=15)
+@given(
+    order=st.lists(st.integers(0, 7), min_size=1, max_size=24),
+    expert_mem=st.sampled_from([100_000, 1_000_000, 4_000_000]),
+    host_mem=st.sampled_from(["none", "auto", 12_000_000]),
+    routing=st.sampled_from(["original", "dmoe"]),
+)
+def test_answers_are_those_of_the_cpu_in_every_order(
+    on_cpu: dict[str, list[int]], order: list[int], expert_mem: int, host_mem: str | int, routing: str
+) -> None:
+    device = SimulatedDevice(order)
+    with pytest.MonkeyPatch.context() as patch:
+        options = {"expert_mem": expert_mem, "host_mem": host_mem, "routing": routing}
+        with on_gpu(patch, device, **options) as engine:
+            plan = engine.plan
+            assert plan.device == "cuda"
+            assert plan.slots < plan.all_experts, "experts have to move"
+            assert {"none": 0, "auto": plan.all_experts}.get(str(host_mem), plan.host_slots) == plan.host_slots
+            assert host_mem != 12_000_000 or 2 <= plan.host_slots < plan.all_experts
+            assert engine.generate(PROMPT, PARAMS).token_ids == on_cpu[routing]
+            assert engine.stats.misses > 0
+            assert engine.stats.measured_peak_bytes == 12345
+    device.check()
+
+
+def test_a_refusal_to_pin_is_a_notice_of_the_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    device = SimulatedDevice(pinning="code 2")
+    with on_gpu(monkeypatch, device) as engine:
+        assert any("refused to pin" in notice for notice in engine.notices)
+    device.check()
+
+
+def test_a_card_smaller_than_asked_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(MemoryBudgetError, match="this machine has only"):
+        on_gpu(monkeypatch, SimulatedDevice(), size=310 * 10**6)
+
+
+def test_ram_that_does_not_hold_the_host_tier_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(assembly, "available_memory", lambda: 10**6)
+    with pytest.raises(MemoryBudgetError, match=r"this machine has only 1000000 to give; set host_mem to at most that"):
+        on_gpu(monkeypatch, SimulatedDevice(), host_mem="1GB")
+
+
+def test_without_memory_for_the_host_tier_experts_come_from_disk(
+    monkeypatch: pytest.MonkeyPatch, on_cpu: dict[str, list[int]]
+) -> None:
+    def refused(*_arguments: object) -> None:
+        raise MemoryBudgetError("the system refused 5 bytes")
+
+    device = SimulatedDevice()
+    monkeypatch.setattr(placement, "HostTier", refused)
+    with on_gpu(monkeypatch, device, routing="original") as engine:
+        assert "there is no host tier, experts are read from disk: the system refused 5 bytes" in engine.notices
+        assert engine.generate(PROMPT, PARAMS).token_ids == on_cpu["original"]
+    device.check()
+
+
+def test_a_gpu_that_is_not_there_is_refused() -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    for name in ("cuda", "cuda:1"):
+        with pytest.raises(DeviceError, match=f"device is '{name}', but torch finds no GPU here"):
+            Engine.from_pretrained(device=name)
