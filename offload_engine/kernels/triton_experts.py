@@ -1,0 +1,120 @@
+"""Triton kernels of the grouped expert GEMM, launched by `offload_engine.kernels.grouped` alone.
+
+Imported only where Triton is installed. Weights are read where they lie, in the slots of one buffer: a program finds
+its expert in a table of tiles, the expert's slot in the slot table, and its matrices by their places in the slab
+(docs/packed-format.md). A tile whose expert has no slot costs a program that returns at once.
+
+Every product sums its depth in one order, whatever else is in the tile: an output depends on its token, its expert and
+the block sizes alone, not on slots, launches or the tokens beside it.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _product(x, rows, values, scales, columns, depth: tl.constexpr, width: tl.constexpr, group: tl.constexpr, block_depth: tl.constexpr):  # fmt: skip  # noqa: E501
+    """Rows of activations by `columns` [N] of the transpose of the matrix [width, depth] at `values`: [M, N] float32.
+
+    `x`: pointers to the rows [M, 1]; `rows` [M, 1]: which of them there are. `group` 0: plain values; 1: 8 bits with a
+    scale per row of the matrix; else 4 bits, so many columns to a scale.
+    """
+    kind = x.dtype.element_ty
+    wanted = (columns < width)[None, :]
+    stored: tl.constexpr = depth // 2 if group > 1 else depth
+    total = tl.zeros((x.shape[0], columns.shape[0]), tl.float32)
+    for start in range(0, stored, block_depth):
+        at = start + tl.arange(0, block_depth)
+        inside = at < stored
+        there = inside[:, None] & wanted
+        # Integers become floating point by way of float32: Triton's interpreter knows no other way.
+        weights = tl.load(values + columns[None, :] * stored + at[:, None], mask=there, other=0)
+        if group > 1:
+            # Byte i of a group holds its columns i and i + group / 2: two products, each of columns that lie together.
+            half: tl.constexpr = group // 2
+            low = x + (at // half * group + at % half)[None, :]
+            held = rows & inside[None, :]
+            steps_at = scales + columns[None, :] * (depth // group)
+            if half % block_depth == 0:  # the block is in one group: a scale a column, not one a weight
+                steps = tl.load(steps_at + start // half, mask=wanted, other=0)
+            else:
+                steps = tl.load(steps_at + (at // half)[:, None], mask=there, other=0)
+            first = ((weights & 15).to(tl.float32) - 8.0) * steps.to(tl.float32)
+            second = ((weights >> 4).to(tl.float32) - 8.0) * steps.to(tl.float32)
+            total = tl.dot(tl.load(low, mask=held, other=0), first.to(kind), total, input_precision="ieee")
+            total = tl.dot(tl.load(low + half, mask=held, other=0), second.to(kind), total, input_precision="ieee")
+        else:
+            part = tl.load(x + at[None, :], mask=rows & inside[None, :], other=0)
+            total = tl.dot(part, weights.to(tl.float32).to(kind), total, input_precision="ieee")
+    if group == 1:
+        total *= tl.load(scales + columns[None, :], mask=wanted, other=0)
+    return total
+
+
+@triton.jit
+def _at(memory, first, aligned: tl.constexpr):
+    """Pointer to byte `first` of `memory`; the sizes of its elements divide both `first` and `aligned`."""
+    size: tl.constexpr = memory.dtype.element_ty.primitive_bitwidth // 8
+    return memory + tl.multiple_of(first // size, aligned // size)
+
+
+@triton.jit
+def gate_up(hidden, inner, order, tile_experts, tile_rows, starts, slots, places, values, scales, slab_bytes,
+            choices: tl.constexpr, depth: tl.constexpr, width: tl.constexpr, group: tl.constexpr, aligned: tl.constexpr,
+            block_rows: tl.constexpr, block_columns: tl.constexpr, block_depth: tl.constexpr):  # fmt: skip
+    """silu(gate(x)) * up(x) for the rows of `hidden` [T, depth], to `inner` [R, width], its rows as in `order`."""
+    expert = tl.load(tile_experts + tl.program_id(1))
+    slot = tl.load(slots + expert)
+    if slot < 0:
+        return
+    rows = tl.load(tile_rows + tl.program_id(1)) + tl.arange(0, block_rows)
+    there = rows < tl.load(starts + expert + 1)
+    columns = tl.program_id(0) * block_columns + tl.arange(0, block_columns)
+    tokens = tl.load(order + rows, mask=there, other=0) // choices
+    x = hidden + tokens[:, None] * depth
+    slab = slot.to(tl.int64) * slab_bytes
+    place = places + expert * 6
+    gate, gate_scales = _at(values, slab + tl.load(place), aligned), _at(scales, slab + tl.load(place + 1), aligned)
+    up, up_scales = _at(values, slab + tl.load(place + 2), aligned), _at(scales, slab + tl.load(place + 3), aligned)
+    gated = _product(x, there[:, None], gate, gate_scales, columns, depth, width, group, block_depth)
+    passed = _product(x, there[:, None], up, up_scales, columns, depth, width, group, block_depth)
+    result = gated / (1.0 + tl.exp(-gated)) * passed
+    target = inner + rows.to(tl.int64)[:, None] * width + columns[None, :]
+    tl.store(target, result.to(inner.dtype.element_ty), mask=there[:, None] & (columns < width)[None, :])
+
+
+@triton.jit
+def down(inner, outputs, order, tile_experts, tile_rows, starts, slots, places, values, scales, slab_bytes,
+         depth: tl.constexpr, width: tl.constexpr, group: tl.constexpr, aligned: tl.constexpr,
+         block_rows: tl.constexpr, block_columns: tl.constexpr, block_depth: tl.constexpr):  # fmt: skip
+    """down(y) for the rows of `inner` [R, depth], each to the row of `outputs` [R, width] that `order` says."""
+    expert = tl.load(tile_experts + tl.program_id(1))
+    slot = tl.load(slots + expert)
+    if slot < 0:
+        return
+    rows = tl.load(tile_rows + tl.program_id(1)) + tl.arange(0, block_rows)
+    there = rows < tl.load(starts + expert + 1)
+    columns = tl.program_id(0) * block_columns + tl.arange(0, block_columns)
+    x = inner + rows.to(tl.int64)[:, None] * depth
+    slab = slot.to(tl.int64) * slab_bytes
+    place = places + expert * 6 + 4
+    matrix, matrix_scales = _at(values, slab + tl.load(place), aligned), _at(scales, slab + tl.load(place + 1), aligned)
+    result = _product(x, there[:, None], matrix, matrix_scales, columns, depth, width, group, block_depth)
+    target = outputs + tl.load(order + rows, mask=there, other=0)[:, None] * width + columns[None, :]
+    tl.store(target, result.to(outputs.dtype.element_ty), mask=there[:, None] & (columns < width)[None, :])
+
+
+@triton.jit
+def weighted_sum(outputs, chosen, weights, out, choices: tl.constexpr, width: tl.constexpr, block: tl.constexpr):
+    """The sum over a token's choices, in their order and in float32, of weight times row of `outputs` [T * k, width]."""
+    token = tl.program_id(0).to(tl.int64)
+    columns = tl.program_id(1) * block + tl.arange(0, block)
+    total = tl.zeros((block,), tl.float32)
+    for choice in range(choices):
+        place = token * choices + choice
+        wanted = columns < tl.where(tl.load(chosen + place) >= 0, width, 0)
+        row = tl.load(outputs + place * width + columns, mask=wanted, other=0).to(tl.float32)
+        total += tl.where(wanted, tl.load(weights + place) * row, 0.0)
+    tl.store(out + token * width + columns, total.to(out.dtype.element_ty), mask=columns < width)
