@@ -36,8 +36,9 @@ class LayerSlabs:
 
     def work(self, expert: int, slot: int) -> ExpertWork:
         """The expert in `slot`, as views of it."""
-        start = slot * self.slabs.slab_bytes
-        return ExpertWork(expert, self.layouts[expert].weights(self.slabs.memory[start : start + self.slabs.slab_bytes]))
+        size = self.slabs.slab_bytes
+        slab = self.slabs.memory[slot * size : (slot + 1) * size]
+        return ExpertWork(expert, self.layouts[expert].weights(slab))
 
 
 def _starts(place: MatrixPlace) -> tuple[int, int]:

@@ -31,8 +31,8 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 ALIGNMENT = 16
 """Bytes of the widest load."""
 
-_COLUMNS, _DEPTH, _SUMMED = 64, 64, 1024
-"""Columns and depth of a block of a product; columns of a block of the weighted sum."""
+_COLUMNS, _DEPTHS, _SUMMED = 64, (64, 32, 16), 1024
+"""Columns of a block of a product; its depth, in bytes of int4 or else in weights; columns of a block of the sum."""
 
 
 class Slabs(NamedTuple):
@@ -109,7 +109,7 @@ def why_not(device: torch.device) -> str | None:
         raise UsageError(f"{CHOICE}={choice!r} is none of auto, off")
     if choice == "off":
         return f"{CHOICE} is off"
-    if importlib.util.find_spec("triton") is None:
+    if not _installed():
         return "Triton is not installed"
     if device.type == "cpu" and os.environ.get(INTERPRETED) != "1":
         return f"Triton needs a GPU (or {INTERPRETED}=1, to test it)"
@@ -121,6 +121,10 @@ def why_not(device: torch.device) -> str | None:
     except Exception as error:  # a compiler or a driver that doesn't suit Triton shows in ways of its own
         return f"Triton fails here: {type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
     return None
+
+
+def _installed() -> bool:
+    return importlib.util.find_spec("triton") is not None
 
 
 def _try_out(device: torch.device) -> None:
@@ -157,8 +161,8 @@ def experts_ffn(hidden: Tensor, tiles: Tiles, slots: Tensor, slabs: Slabs, outpu
     slots = F.pad(slots, (0, 1), value=-1)  # tiles of no expert find no slot
     table = (tiles.order, tiles.experts, tiles.rows, tiles.starts, slots, slabs.places)
     weights = (values, scales, slabs.slab_bytes)
-    blocks = {"block_rows": tiles.block_rows, "block_columns": _COLUMNS, "block_depth": _DEPTH}
-    form = {"group": slabs.group, "aligned": slabs.aligned}
+    blocks = {"block_rows": tiles.block_rows, "block_columns": _COLUMNS, "block_depth": block_depth(slabs.group)}
+    form = {"group": slabs.group, "aligned": slabs.aligned, "enable_fp_fusion": True}  # Triton warns if not told
     kernels, count = _kernels(), tiles.experts.shape[0]
     shape = {"choices": rows // hidden.shape[0], "depth": model_width, "width": slabs.width}
     kernels.gate_up[(_blocks(slabs.width), count)](hidden, inner, *table, *weights, **shape, **form, **blocks)
@@ -176,6 +180,12 @@ def weighted_sum(outputs: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
         grid = (tokens, -(-outputs.shape[1] // _SUMMED))
         _kernels().weighted_sum[grid](outputs, chosen, weights, out, choices, outputs.shape[1], _SUMMED)
     return out
+
+
+def block_depth(group: int) -> int:
+    """How much of a product's depth is taken at a time: of int4, if it can be, what one scale is for."""
+    half = group // 2
+    return next((depth for depth in _DEPTHS if half % depth == 0), _DEPTHS[0])
 
 
 def _blocks(columns: int) -> int:

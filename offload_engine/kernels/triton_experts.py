@@ -15,48 +15,53 @@ import triton.language as tl
 
 
 @triton.jit
-def _product(x, rows, values, scales, columns, depth: tl.constexpr, width: tl.constexpr, group: tl.constexpr, block_depth: tl.constexpr):  # fmt: skip  # noqa: E501
+def _product(x, rows, values, scales, columns,
+             depth: tl.constexpr, width: tl.constexpr, group: tl.constexpr, block_depth: tl.constexpr):  # fmt: skip
     """Rows of activations by `columns` [N] of the transpose of the matrix [width, depth] at `values`: [M, N] float32.
 
     `x`: pointers to the rows [M, 1]; `rows` [M, 1]: which of them there are. `group` 0: plain values; 1: 8 bits with a
     scale per row of the matrix; else 4 bits, so many columns to a scale.
     """
     kind = x.dtype.element_ty
-    wanted = (columns < width)[None, :]
+    wanted = (columns < width)[:, None]
     stored: tl.constexpr = depth // 2 if group > 1 else depth
     total = tl.zeros((x.shape[0], columns.shape[0]), tl.float32)
     for start in range(0, stored, block_depth):
         at = start + tl.arange(0, block_depth)
         inside = at < stored
-        there = inside[:, None] & wanted
+        there = inside[None, :] & wanted
         # Integers become floating point by way of float32: Triton's interpreter knows no other way.
-        weights = tl.load(values + columns[None, :] * stored + at[:, None], mask=there, other=0)
+        weights = tl.load(values + columns[:, None] * stored + at[None, :], mask=there, other=0)
         if group > 1:
             # Byte i of a group holds its columns i and i + group / 2: two products, each of columns that lie together.
             half: tl.constexpr = group // 2
             low = x + (at // half * group + at % half)[None, :]
             held = rows & inside[None, :]
-            steps_at = scales + columns[None, :] * (depth // group)
+            steps_at = scales + columns[:, None] * (depth // group)
             if half % block_depth == 0:  # the block is in one group: a scale a column, not one a weight
                 steps = tl.load(steps_at + start // half, mask=wanted, other=0)
             else:
-                steps = tl.load(steps_at + (at // half)[:, None], mask=there, other=0)
+                steps = tl.load(steps_at + (at // half)[None, :], mask=there, other=0)
+            left, right = tl.load(low, mask=held, other=0), tl.load(low + half, mask=held, other=0)
             first = ((weights & 15).to(tl.float32) - 8.0) * steps.to(tl.float32)
             second = ((weights >> 4).to(tl.float32) - 8.0) * steps.to(tl.float32)
-            total = tl.dot(tl.load(low, mask=held, other=0), first.to(kind), total, input_precision="ieee")
-            total = tl.dot(tl.load(low + half, mask=held, other=0), second.to(kind), total, input_precision="ieee")
+            total = tl.dot(left, tl.trans(first.to(kind)), total, input_precision="ieee")
+            total = tl.dot(right, tl.trans(second.to(kind)), total, input_precision="ieee")
         else:
             part = tl.load(x + at[None, :], mask=rows & inside[None, :], other=0)
-            total = tl.dot(part, weights.to(tl.float32).to(kind), total, input_precision="ieee")
+            total = tl.dot(part, tl.trans(weights.to(tl.float32).to(kind)), total, input_precision="ieee")
     if group == 1:
-        total *= tl.load(scales + columns[None, :], mask=wanted, other=0)
+        total *= tl.load(scales + columns, mask=columns < width, other=0)[None, :]
     return total
 
 
 @triton.jit
-def _at(memory, first, aligned: tl.constexpr):
-    """Pointer to byte `first` of `memory`; the sizes of its elements divide both `first` and `aligned`."""
+def _at(memory, slab, place, aligned: tl.constexpr):
+    """Pointer to what begins at the byte that `place` points to, from byte `slab` on; `aligned` divides both, and the
+    size of the elements of `memory` divides that.
+    """
     size: tl.constexpr = memory.dtype.element_ty.primitive_bitwidth // 8
+    first = slab + tl.multiple_of(tl.load(place), aligned)
     return memory + tl.multiple_of(first // size, aligned // size)
 
 
@@ -76,8 +81,8 @@ def gate_up(hidden, inner, order, tile_experts, tile_rows, starts, slots, places
     x = hidden + tokens[:, None] * depth
     slab = slot.to(tl.int64) * slab_bytes
     place = places + expert * 6
-    gate, gate_scales = _at(values, slab + tl.load(place), aligned), _at(scales, slab + tl.load(place + 1), aligned)
-    up, up_scales = _at(values, slab + tl.load(place + 2), aligned), _at(scales, slab + tl.load(place + 3), aligned)
+    gate, gate_scales = _at(values, slab, place, aligned), _at(scales, slab, place + 1, aligned)
+    up, up_scales = _at(values, slab, place + 2, aligned), _at(scales, slab, place + 3, aligned)
     gated = _product(x, there[:, None], gate, gate_scales, columns, depth, width, group, block_depth)
     passed = _product(x, there[:, None], up, up_scales, columns, depth, width, group, block_depth)
     result = gated / (1.0 + tl.exp(-gated)) * passed
@@ -89,7 +94,7 @@ def gate_up(hidden, inner, order, tile_experts, tile_rows, starts, slots, places
 def down(inner, outputs, order, tile_experts, tile_rows, starts, slots, places, values, scales, slab_bytes,
          depth: tl.constexpr, width: tl.constexpr, group: tl.constexpr, aligned: tl.constexpr,
          block_rows: tl.constexpr, block_columns: tl.constexpr, block_depth: tl.constexpr):  # fmt: skip
-    """down(y) for the rows of `inner` [R, depth], each to the row of `outputs` [R, width] that `order` says."""
+    """The last product of the rows of `inner` [R, depth], each to the row of `outputs` [R, width] that `order` says."""
     expert = tl.load(tile_experts + tl.program_id(1))
     slot = tl.load(slots + expert)
     if slot < 0:
@@ -100,7 +105,7 @@ def down(inner, outputs, order, tile_experts, tile_rows, starts, slots, places, 
     x = inner + rows.to(tl.int64)[:, None] * depth
     slab = slot.to(tl.int64) * slab_bytes
     place = places + expert * 6 + 4
-    matrix, matrix_scales = _at(values, slab + tl.load(place), aligned), _at(scales, slab + tl.load(place + 1), aligned)
+    matrix, matrix_scales = _at(values, slab, place, aligned), _at(scales, slab, place + 1, aligned)
     result = _product(x, there[:, None], matrix, matrix_scales, columns, depth, width, group, block_depth)
     target = outputs + tl.load(order + rows, mask=there, other=0)[:, None] * width + columns[None, :]
     tl.store(target, result.to(outputs.dtype.element_ty), mask=there[:, None] & (columns < width)[None, :])
@@ -108,7 +113,7 @@ def down(inner, outputs, order, tile_experts, tile_rows, starts, slots, places, 
 
 @triton.jit
 def weighted_sum(outputs, chosen, weights, out, choices: tl.constexpr, width: tl.constexpr, block: tl.constexpr):
-    """The sum over a token's choices, in their order and in float32, of weight times row of `outputs` [T * k, width]."""
+    """Over a token's choices, in their order, in float32: the sum of weight times row of `outputs` [T * k, width]."""
     token = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * block + tl.arange(0, block)
     total = tl.zeros((block,), tl.float32)

@@ -13,11 +13,12 @@ import torch
 from offload_engine.kernels import grouped
 
 INTERPRETING = os.environ.get(grouped.INTERPRETED) == "1" and importlib.util.find_spec("triton") is not None
+collect_ignore = ["test_compiled_experts.py" if INTERPRETING else "test_interpreted_experts.py"]
 
 
 @pytest.fixture(autouse=True, scope="session")
 def bf16_as_on_a_gpu() -> Iterator[None]:
-    """Triton 3.9's interpreter keeps bf16 as its bits in 16-bit integers, multiplies those integers in `tl.dot`, and cuts
+    """Triton 3.9's interpreter keeps bf16 as bits in 16-bit integers, has `tl.dot` multiply the integers, and cuts
     bits off where a GPU rounds to the nearest.
     """
     if not INTERPRETING:
