@@ -54,7 +54,7 @@ class GroupedOutputs(Protocol):
     """Outputs of the experts of one layer, computed in as many launches as it takes until all have had a slot."""
 
     def compute(self, slots: Tensor) -> None:
-        """Run the experts wanted that have a slot and have not been run yet. `slots` int64 [E]: -1 for none."""
+        """Run the experts wanted that have a slot and have not been run yet. `slots` int32 [E]: below 0 for none."""
 
     def missing(self) -> Tensor:
         """Which experts are wanted and have not been run: bool [E], on the device; looking at it waits for it."""

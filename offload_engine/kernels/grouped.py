@@ -135,7 +135,7 @@ def _try_out(device: torch.device) -> None:
     places = torch.tensor([[0, 0, 512, 0, 1024, 0]], device=device)
     outputs = torch.empty(1, 16, dtype=torch.float16, device=device)
     slabs = Slabs(memory, 3 * 512, places, 16, torch.float16, aligned=ALIGNMENT)
-    experts_ffn(hidden, tiles_by_expert(chosen, 1), chosen[0], slabs, outputs)
+    experts_ffn(hidden, tiles_by_expert(chosen, 1), chosen[0].int(), slabs, outputs)
     found = float(weighted_sum(outputs, chosen, torch.ones(1, 1, device=device))[0, 0])
     if not abs(found - 4096) <= 4:  # silu(16) is 16 less 2e-6
         raise ArithmeticError(f"16 x 16 x 16 gave {found}")
@@ -145,9 +145,9 @@ def experts_ffn(hidden: Tensor, tiles: Tiles, slots: Tensor, slabs: Slabs, outpu
     """Run the experts that have a slot, each on its tokens: down(silu(gate(x)) * up(x)) of rows of `hidden` [T, H] into
     the rows of `outputs` [T * k, H] that are theirs. All other rows stay as they are, for a later launch.
 
-    `slots` int64 [E]: an expert's slot, or -1. `hidden` and `outputs` share one of `DTYPES`, which products are taken
-    in; int4 is rounded to it (as by `QuantizedMatrix.dequantize`), int8 scaled after the product. Sums are kept in
-    float32, and what goes from gate and up to down is rounded to it once. All contiguous and on one device.
+    `slots` int32 [E]: an expert's slot, or below 0. `hidden` and `outputs` share one of `DTYPES`, which products are
+    taken in; int4 is rounded to it (as by `QuantizedMatrix.dequantize`), int8 scaled after the product. Sums are kept
+    in float32, and what goes from gate and up to down is rounded to it once. All contiguous and on one device.
 
     Raises ValueError for shapes, dtypes or devices that don't fit. Numbers are not looked at: slots, places and experts
     that are out of range are the caller's fault.
@@ -202,10 +202,11 @@ def _check(hidden: Tensor, tiles: Tiles, slots: Tensor, slabs: Slabs, outputs: T
         raise ValueError(f"hidden is {_told(hidden)}, wanted bf16, fp16 or float32 [T, H]")
     rows, experts = tiles.order.shape[0], tiles.starts.shape[0] - 1
     tensors = (hidden, outputs, slots, slabs.memory, slabs.places)
-    shapes = ((rows, hidden.shape[1]), (experts,), (experts, 6))
-    named = zip(("outputs", "slots", "places"), (outputs, slots, slabs.places), shapes, strict=True)
-    for name, tensor, shape in named:
-        dtype = hidden.dtype if name == "outputs" else torch.int64
+    for name, tensor, dtype, shape in (
+        ("outputs", outputs, hidden.dtype, (rows, hidden.shape[1])),
+        ("slots", slots, torch.int32, (experts,)),
+        ("places", slabs.places, torch.int64, (experts, 6)),
+    ):
         if tensor.shape != shape or tensor.dtype != dtype:
             raise ValueError(f"{name} is {_told(tensor)}, wanted {dtype} {list(shape)}")
     if rows % max(1, hidden.shape[0]):

@@ -38,7 +38,7 @@ class Layer(NamedTuple):
     decision: RoutingDecision
     slabs: LayerSlabs
     slots: Tensor
-    """int64 [E]: every expert has one"""
+    """int32 [E]: every expert has one"""
     weights: list[ExpertWeights]
     """By expert, on the device, outside the buffer."""
 
@@ -116,7 +116,7 @@ def make_layer(
         torch.randn(tokens, hidden, generator=generator).to(dtype).to(device),
         RoutingDecision(decision.experts.to(device), decision.weights.to(device)),
         LayerSlabs.of([layout] * experts, memory.to(device), layout.nbytes),
-        slots.to(device),
+        slots.int().to(device),
         weights,
     )
 
@@ -277,7 +277,7 @@ class GroupedContract:
     def test_neither_slots_nor_the_other_tokens_show_in_a_bit(self) -> None:
         layer = make_layer(self.DEVICE, tokens=24, missing=0.0)
         moved = make_layer(self.DEVICE, tokens=24, missing=0.0)
-        order = torch.arange(len(moved.slots) - 1, -1, -1, device=moved.slots.device)
+        order = torch.arange(len(moved.slots) - 1, -1, -1, dtype=torch.int32, device=self.DEVICE)
         layout, size = moved.slabs.layouts[0], moved.slabs.slabs.slab_bytes
         moved.slabs.slabs.memory.fill_(0xFF)
         for expert, slot in enumerate(order.tolist()):
@@ -324,7 +324,7 @@ class GroupedContract:
             layouts.append(layout)
         odd = layer._replace(slabs=LayerSlabs.of(layouts, memory, slab))
         assert odd.slabs.slabs.aligned == 2
-        assert torch.equal(computed(odd, torch.arange(6, device=self.DEVICE)), computed(layer))
+        assert torch.equal(computed(odd, torch.arange(6, dtype=torch.int32, device=self.DEVICE)), computed(layer))
 
     def test_without_the_kernels_torch_does_the_same(self, monkeypatch: pytest.MonkeyPatch) -> None:
         layer = make_layer(self.DEVICE, tokens=20, form="int8")
@@ -346,8 +346,8 @@ class GroupedContract:
         for message, arguments in (
             (r"hidden is int64 \[5, 32\]", (hidden.long(), tiles, layer.slots, slabs, outputs)),
             (r"outputs is bfloat16 \[14, 32\], wanted", (hidden, tiles, layer.slots, slabs, outputs[:14])),
-            (r"slots is int64 \[5\], wanted", (hidden, tiles, layer.slots[:5], slabs, outputs)),
-            (r"slots is int32 \[6\], wanted", (hidden, tiles, layer.slots.int(), slabs, outputs)),
+            (r"slots is int32 \[5\], wanted", (hidden, tiles, layer.slots[:5], slabs, outputs)),
+            (r"slots is int64 \[6\], wanted", (hidden, tiles, layer.slots.long(), slabs, outputs)),
             (
                 r"places is int64 \[5, 6\]",
                 (hidden, tiles, layer.slots, slabs._replace(places=slabs.places[:5]), outputs),

@@ -15,7 +15,7 @@ pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reas
 CAPABILITIES = (80, 86, 89, 90, 120)
 FORMS = {"bf16": ("bf16", "bf16", 0), "int8": ("i8", "fp32", 1), "int4": ("u8", "bf16", 128)}
 """Dtypes of values and scales; group."""
-POINTERS = dict.fromkeys(("order", "tile_experts", "tile_rows", "starts", "slots", "places"), "*i64")
+POINTERS = dict.fromkeys(("order", "tile_experts", "tile_rows", "starts", "places"), "*i64") | {"slots": "*i32"}
 MINI = {"choices": 8, "depth": 2048, "width": 512}
 """LLaDA2.0-mini: experts of [512, 2048], 8 to a token."""
 
