@@ -83,7 +83,7 @@ class KernelOutputs:
 
     def compute(self, slots: Tensor) -> None:
         """See `GroupedOutputs`."""
-        now = slots.where(self.left, -1)
+        now = slots.masked_fill(~self.left, -1)
         grouped.experts_ffn(self.hidden, self.tiles, now, self.layer.slabs, self.outputs)
         self.left = self.left & (now < 0)
 

@@ -88,7 +88,7 @@ def tiles_by_expert(chosen: Tensor, experts: int) -> Tiles:
     """Group `chosen` [T, k] int64, -1 for no expert, without a look at what it holds: as many tiles as it may need."""
     flat, rows = chosen.flatten(), chosen.numel()
     block_rows = rows_per_tile(rows, experts)
-    ordered, order = flat.where(flat >= 0, experts).sort(stable=True)
+    ordered, order = flat.masked_fill(flat < 0, experts).sort(stable=True)
     starts = torch.searchsorted(ordered, torch.arange(experts + 1, device=chosen.device))
     tiles = (starts.diff() + (block_rows - 1)) // block_rows
     ends = tiles.cumsum(0)

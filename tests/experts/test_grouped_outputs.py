@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from offload_engine.experts.grouped import TorchOutputs, grouped_outputs
-from tests.contracts.grouped_contract import FORMS, by_torch, make_layer
+from tests.grouped_layers import FORMS, by_torch, make_layer
 
 pytestmark = pytest.mark.usefixtures("torch_computes")
 

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from offload_engine.errors import UsageError
 from offload_engine.kernels import grouped
-from tests.contracts.grouped_contract import random_decision
+from tests.grouped_layers import random_decision
 
 ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
