@@ -1,7 +1,7 @@
 """The grouped expert GEMM: many experts of one layer on their tokens in two launches, straight from their slots.
 
-Nothing here waits for the device. Which expert gets which rows is worked out there, by operations whose shapes don't
-depend on the numbers, so that all of it can also be captured in a CUDA graph.
+Nothing here waits for the device. Which expert gets which rows is worked out there, and no shape depends on it, so that
+all of it can also be captured in a CUDA graph.
 """
 
 from __future__ import annotations
@@ -33,6 +33,10 @@ ALIGNMENT = 16
 
 _COLUMNS, _DEPTHS, _SUMMED = 64, (64, 32, 16), 1024
 """Columns of a block of a product; its depth, in bytes of int4 or else in weights; columns of a block of the sum."""
+_SORTED, _COUNTED = 64, 32
+"""Rows that are compared with as many others at a time, or with all experts."""
+_OPTIONS = {"enable_fp_fusion": True}
+"""Of every launch: Triton warns where it isn't told."""
 
 
 class Slabs(NamedTuple):
@@ -85,17 +89,17 @@ def rows_per_tile(rows: int, experts: int) -> int:
 
 
 def tiles_by_expert(chosen: Tensor, experts: int) -> Tiles:
-    """Group `chosen` [T, k] int64, -1 for no expert, without a look at what it holds: as many tiles as it may need."""
-    flat, rows = chosen.flatten(), chosen.numel()
-    block_rows = rows_per_tile(rows, experts)
-    ordered, order = flat.masked_fill(flat < 0, experts).sort(stable=True)
-    starts = torch.searchsorted(ordered, torch.arange(experts + 1, device=chosen.device))
-    tiles = (starts.diff() + (block_rows - 1)) // block_rows
-    ends = tiles.cumsum(0)
-    numbers = torch.arange(rows // block_rows + min(experts, rows), device=chosen.device)
-    owners = torch.searchsorted(ends, numbers, right=True)
-    first = F.pad(ends - tiles, (0, 1))
-    return Tiles(order, starts, owners, starts[owners] + (numbers - first[owners]) * block_rows, block_rows)
+    """Group `chosen` [T, k] int64 contiguous, -1 for no expert: as many tiles as it may need, whatever it holds."""
+    rows, block_rows = chosen.numel(), rows_per_tile(chosen.numel(), experts)
+    tiles = rows // block_rows + min(experts, rows)
+    order, starts = chosen.new_empty(rows), chosen.new_zeros(experts + 1)
+    owners, begins = chosen.new_empty(tiles), chosen.new_empty(tiles)
+    if rows:
+        kernels = _kernels()
+        kernels.sort_rows[(-(-rows // _SORTED),)](chosen, order, rows, experts, _SORTED, **_OPTIONS)
+        sizes = (rows, experts, tiles, block_rows, 1 << experts.bit_length(), _COUNTED)
+        kernels.cut_tiles[(1,)](chosen, starts, owners, begins, *sizes, **_OPTIONS)
+    return Tiles(order, starts, owners, begins, block_rows)
 
 
 @cache
@@ -162,7 +166,7 @@ def experts_ffn(hidden: Tensor, tiles: Tiles, slots: Tensor, slabs: Slabs, outpu
     table = (tiles.order, tiles.experts, tiles.rows, tiles.starts, slots, slabs.places)
     weights = (values, scales, slabs.slab_bytes)
     blocks = {"block_rows": tiles.block_rows, "block_columns": _COLUMNS, "block_depth": block_depth(slabs.group)}
-    form = {"group": slabs.group, "aligned": slabs.aligned, "enable_fp_fusion": True}  # Triton warns if not told
+    form = {"group": slabs.group, "aligned": slabs.aligned, **_OPTIONS}
     kernels, count = _kernels(), tiles.experts.shape[0]
     shape = {"choices": rows // hidden.shape[0], "depth": model_width, "width": slabs.width}
     kernels.gate_up[(_blocks(slabs.width), count)](hidden, inner, *table, *weights, **shape, **form, **blocks)
@@ -178,7 +182,7 @@ def weighted_sum(outputs: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
     out = outputs.new_empty(tokens, outputs.shape[1])
     if out.numel():
         grid = (tokens, -(-outputs.shape[1] // _SUMMED))
-        _kernels().weighted_sum[grid](outputs, chosen, weights, out, choices, outputs.shape[1], _SUMMED)
+        _kernels().weighted_sum[grid](outputs, chosen, weights, out, choices, outputs.shape[1], _SUMMED, **_OPTIONS)
     return out
 
 

@@ -15,6 +15,59 @@ import triton.language as tl
 
 
 @triton.jit
+def _keys(chosen, at, rows, experts):
+    """What rows sort by: their expert; after all of them what has none, and then what is beyond the last row."""
+    keys = tl.load(chosen + at, mask=at < rows, other=0)
+    return tl.where(at < rows, tl.where(keys < 0, experts, keys), experts + 1)
+
+
+@triton.jit
+def sort_rows(chosen, order, rows, experts, block: tl.constexpr):
+    """To `order` [rows]: the numbers of the rows by rising expert, each expert's rising; those of no expert last.
+
+    Every row counts the rows before it, which for the few thousand that there are is faster than several launches.
+    """
+    mine = tl.program_id(0) * block + tl.arange(0, block)
+    key = _keys(chosen, mine, rows, experts)
+    rank = tl.zeros((block,), tl.int32)
+    for first in range(0, rows, block):
+        at = first + tl.arange(0, block)
+        keys = _keys(chosen, at, rows, experts)
+        less = tl.where(keys[None, :] < key[:, None], 1, 0)
+        alike = tl.where(keys[None, :] == key[:, None], tl.where(at[None, :] < mine[:, None], 1, 0), 0)
+        rank += tl.sum(less + alike, axis=1)
+    tl.store(order + rank, mine.to(tl.int64), mask=mine < rows)
+
+
+@triton.jit
+def cut_tiles(chosen, starts, tile_experts, tile_rows, rows, experts, tiles,
+              block_rows: tl.constexpr, block_experts: tl.constexpr, block: tl.constexpr):  # fmt: skip
+    """To `starts` [experts + 1] where in the order each expert's rows begin, and where the last one's end; to
+    `tile_experts` and `tile_rows` [tiles] whose each tile is and where it begins, experts and 0 where there is no need.
+    """
+    numbers = tl.arange(0, block_experts)
+    begin = tl.zeros((block_experts,), tl.int32)
+    end = tl.zeros((block_experts,), tl.int32)
+    for first in range(0, rows, block):
+        keys = _keys(chosen, first + tl.arange(0, block), rows, experts)
+        begin += tl.sum(tl.where(keys[None, :] < numbers[:, None], 1, 0), axis=1)
+        end += tl.sum(tl.where(keys[None, :] <= numbers[:, None], 1, 0), axis=1)
+    tl.store(starts + numbers, begin.to(tl.int64), mask=numbers <= experts)
+    needed = tl.where(numbers < experts, (end - begin + block_rows - 1) // block_rows, 0)
+    last = tl.cumsum(needed, 0)
+    for tile in range(tl.max(needed, axis=0)):
+        place = last - needed + tile
+        tl.store(tile_experts + place, numbers.to(tl.int64), mask=tile < needed)
+        tl.store(tile_rows + place, (begin + tile * block_rows).to(tl.int64), mask=tile < needed)
+    total = tl.max(last, axis=0)
+    for first in range(0, tiles, block):
+        at = first + tl.arange(0, block)
+        unneeded = tl.where(at >= total, at, tiles) < tiles
+        tl.store(tile_experts + at, tl.zeros((block,), tl.int64) + experts, mask=unneeded)
+        tl.store(tile_rows + at, tl.zeros((block,), tl.int64), mask=unneeded)
+
+
+@triton.jit
 def _product(x, rows, values, scales, columns,
              depth: tl.constexpr, width: tl.constexpr, group: tl.constexpr, block_depth: tl.constexpr):  # fmt: skip
     """Rows of activations by `columns` [N] of the transpose of the matrix [width, depth] at `values`: [M, N] float32.

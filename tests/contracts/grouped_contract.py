@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
 
 from offload_engine.core import RoutingDecision
 from offload_engine.experts.grouped import KernelOutputs, LayerSlabs, TorchOutputs, grouped_outputs
@@ -21,6 +23,7 @@ from tests.grouped_layers import (
     layers,
     make_layer,
     off_by,
+    random_decision,
     write,
 )
 
@@ -44,6 +47,42 @@ class GroupedContract:
         assert found.shape == layer.hidden.shape
         assert off_by(found, exact(layer)) < 3 * EPSILON[dtype]
         assert off_by(found, by_torch(layer)) < 6 * EPSILON[dtype]
+
+    def test_tiles_hold_every_place_of_every_expert_once(self) -> None:
+        @settings(max_examples=self.EXAMPLES)
+        @given(
+            tokens=st.integers(0, 60),
+            experts=st.integers(1, 40),
+            choices=st.integers(1, 8),
+            missing=st.sampled_from([0.0, 0.3, 1.0]),
+            seed=st.integers(0, 10**6),
+        )
+        def each(tokens: int, experts: int, choices: int, missing: float, seed: int) -> None:
+            generator = torch.Generator().manual_seed(seed)
+            chosen = random_decision(tokens, min(choices, experts), experts, missing, generator).experts
+            self.check_tiles(chosen, experts)
+
+        each()
+
+    @pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
+    def test_tiles_of_many_rows_of_few_experts(self, share: float) -> None:
+        generator = torch.Generator().manual_seed(0)
+        chosen = torch.randint(-1, 3, (500, 1), generator=generator)
+        self.check_tiles(chosen.where(torch.rand(500, 1, generator=generator) < share, 2), 3)
+
+    def check_tiles(self, chosen: Tensor, experts: int) -> None:
+        tiles = grouped.tiles_by_expert(chosen.to(self.DEVICE), experts)
+        flat = chosen.flatten()
+        wanted = {expert: (flat == expert).nonzero().flatten().tolist() for expert in range(experts)}
+        pairs = list(zip(tiles.experts.tolist(), tiles.rows.tolist(), strict=True))
+        assert pairs[: sum(expert < experts for expert, _row in pairs)] == [
+            (expert, int(tiles.starts[expert]) + row)
+            for expert, places in wanted.items()
+            for row in range(0, len(places), tiles.block_rows)
+        ], "tiles that weren't needed come last"
+        starts, order = tiles.starts.tolist(), tiles.order.tolist()
+        assert sorted(order) == list(range(len(flat)))
+        assert wanted == {expert: order[starts[expert] : starts[expert + 1]] for expert in range(experts)}
 
     def check(self, layer: Layer) -> None:
         found, wanted = computed(layer), by_torch(layer)

@@ -59,6 +59,6 @@ def test_timeline_of_an_offloaded_answer(directory: Path, capsys: pytest.Capture
         assert in_order([one for one in stretches if one.kind == kind]), "a stream does one thing after the other"
     copies = [one for one in stretches if one.kind == "copy"]
     assert 0 < len(copies) <= loads
-    assert all(one.nbytes == engine.plan.slab_bytes for one in copies)
+    assert all(0 < one.nbytes <= engine.plan.slab_bytes for one in copies)
     assert summary.copy_beside_attention_ms <= min(summary.copy_ms, summary.attention_ms)
     assert 0 < summary.copy_beside_compute_ms <= summary.copy_ms <= summary.wall_ms

@@ -1,4 +1,4 @@
-"""Who gets which rows in the grouped kernels, and when there are such kernels; what they compute: `tests/triton`."""
+"""When there are grouped kernels, and in what blocks they compute; `tests/triton` says what."""
 
 from __future__ import annotations
 
@@ -11,12 +11,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 
 from offload_engine.errors import UsageError
 from offload_engine.kernels import grouped
-from tests.grouped_layers import random_decision
 
 ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
@@ -38,39 +35,6 @@ def test_the_kernels_in_tritons_interpreter() -> None:
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
     assert "[100%]" in done.stdout
-
-
-@given(
-    tokens=st.integers(0, 60),
-    experts=st.integers(1, 40),
-    choices=st.integers(1, 8),
-    missing=st.sampled_from([0.0, 0.3, 1.0]),
-    seed=st.integers(0, 10**6),
-)
-def test_tiles_hold_every_place_of_every_expert_once(
-    tokens: int, experts: int, choices: int, missing: float, seed: int
-) -> None:
-    generator = torch.Generator().manual_seed(seed)
-    chosen = random_decision(tokens, min(choices, experts), experts, missing, generator).experts
-    tiles = grouped.tiles_by_expert(chosen, experts)
-    found: dict[int, list[int]] = {}
-    used = [(expert, row) for expert, row in zip(tiles.experts.tolist(), tiles.rows.tolist(), strict=True)]
-    assert sorted(used) == used, "tiles that weren't needed come last"
-    for expert, row in used:
-        if expert < experts:
-            end = min(row + tiles.block_rows, int(tiles.starts[expert + 1]))
-            assert row < end
-            found.setdefault(expert, []).extend(tiles.order[row:end].tolist())
-    flat = chosen.flatten()
-    assert found == {
-        expert: (flat == expert).nonzero().flatten().tolist() for expert in flat.unique().tolist() if expert >= 0
-    }
-
-
-def test_grouping_never_looks_at_a_number() -> None:
-    """On the meta device there is none to look at."""
-    tiles = grouped.tiles_by_expert(torch.empty(32, 8, dtype=torch.int64, device="meta"), 256)
-    assert [part.shape for part in tiles[:4]] == [(256,), (257,), (256 // 16 + 256,), (256 // 16 + 256,)]
 
 
 @pytest.mark.parametrize(

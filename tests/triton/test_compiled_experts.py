@@ -77,6 +77,22 @@ def test_down(form: str) -> None:
     check_fast(product("down", 89, form, shape, inner="*fp16", outputs="*fp16"))
 
 
+def test_float32_is_not_rounded_to_less() -> None:
+    types = {**POINTERS, "hidden": "*fp32", "inner": "*fp32", "values": "*fp32", "scales": "*fp32", "slab_bytes": "i32"}
+    blocks = {"block_rows": 16, "block_columns": 64, "block_depth": 64}
+    ptx = compiled("gate_up", 89, types, {**MINI, "group": 0, "aligned": grouped.ALIGNMENT, **blocks})
+    assert "fma.rn.f32" in ptx
+    assert "tf32" not in ptx
+
+
+def test_the_grouping() -> None:
+    sizes = {"rows": "i32", "experts": "i32"}
+    assert compiled("sort_rows", 89, {"chosen": "*i64", "order": "*i64", **sizes}, {"block": 64})
+    tables = dict.fromkeys(("chosen", "starts", "tile_experts", "tile_rows"), "*i64")
+    blocks = {"block_rows": 16, "block_experts": 512, "block": 32}
+    assert compiled("cut_tiles", 89, {**tables, **sizes, "tiles": "i32"}, blocks)
+
+
 def test_the_weighted_sum() -> None:
     types = {"outputs": "*bf16", "chosen": "*i64", "weights": "*fp32", "out": "*bf16"}
     ptx = compiled("weighted_sum", 89, types, {"choices": 8, "width": 2048, "block": 1024})
