@@ -1,4 +1,4 @@
-"""When there are grouped kernels, and in what blocks they compute; `tests/triton` says what."""
+"""When there are grouped kernels, and in what blocks they compute; `tests/triton_kernels` says what."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def decided_afresh() -> Iterator[None]:
 @pytest.mark.slow
 @pytest.mark.skipif(NO_TRITON, reason="Triton is not installed")
 def test_the_kernels_in_tritons_interpreter() -> None:
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/triton"]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/triton_kernels"]
     environment = {**os.environ, grouped.INTERPRETED: "1", "PYTHONPATH": os.pathsep.join(sys.path)}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
