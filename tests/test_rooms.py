@@ -107,7 +107,7 @@ def test_kernels_see_only_errors_and_torch() -> None:
         found = imports(path)
         assert rooms_of(found) <= {"errors", "kernels"}, path
         others = {name.split(".")[0] for name in found} - set(sys.stdlib_module_names)
-        assert others <= {"torch", "offload_engine"}, path
+        assert others <= {"torch", "offload_engine"} | ({"triton"} if path.name == "triton_experts.py" else set()), path
 
 
 def test_nothing_in_the_package_imports_tools_or_transformers() -> None:

@@ -70,7 +70,7 @@ class QuantizedMatrix:
             return self.values.float().mul_(self.scales.unsqueeze(1)).to(dtype)
         half = self.group // 2
         packed = self.values.view(rows, -1, half)
-        numbers = torch.empty(rows, packed.shape[1], 2 * half)
+        numbers = torch.empty(rows, packed.shape[1], 2 * half, device=packed.device)
         numbers[..., :half] = packed & LOW_NIBBLE
         numbers[..., half:] = packed >> NIBBLE
         numbers += INT4_LOWEST

@@ -68,7 +68,7 @@ class TransferContract:
             store.read(key, expected.buffer(0))
             layout = store.layout(key)
             for ours, theirs in zip(arena.weights(slot, layout), expected.weights(0, layout), strict=True):
-                assert torch.equal(ours, theirs)
+                assert torch.equal(ours.cpu(), theirs)
         assert len(inbox.tickets) == len(keys)
 
     def test_a_launch_sees_what_was_copied_before_it(self, store: SafetensorsStore, arena: SlotArena) -> None:

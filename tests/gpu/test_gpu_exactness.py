@@ -1,0 +1,157 @@
+"""Offloaded equals resident, bit for bit, on the GPU: whole answers, and single layers against the oracle."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from offload_engine.core import ExpertKey, ForwardInfo, Phase, RoutingDecision, SamplingParams
+from offload_engine.engine import Engine
+from offload_engine.experts import arena as arenas
+from offload_engine.experts.cache import ExpertCache
+from offload_engine.experts.conversion import Kind, convert
+from offload_engine.experts.eviction import EVICTION, make_eviction
+from offload_engine.experts.executor import OffloadedExperts
+from offload_engine.experts.opening import open_store
+from offload_engine.experts.predictor import make_predictor
+from offload_engine.experts.scheduler import ExpertScheduler
+from offload_engine.experts.store import ExpertStore, load_all
+from offload_engine.kernels import grouped
+from offload_engine.metrics import EngineStats
+from offload_engine.model.checkpoint import Checkpoint
+from offload_engine.model.config import ModelConfig
+from offload_engine.model.moe import ExpertWeights, ResidentExperts
+from tests.checkpoints import tiny_config, write_checkpoint
+from tests.grouped_layers import random_decision, to_device
+
+transfers = pytest.importorskip("offload_engine.experts.transfer.cuda")
+drivers = pytest.importorskip("offload_engine.experts.transfer.cuda_driver")
+
+CONFIG = tiny_config(hidden_size=64, moe_intermediate_size=32, num_experts=32, num_hidden_layers=4)
+PROMPT = list(range(5, 90))
+PARAMS = SamplingParams(max_new_tokens=64, threshold=0.2)
+BUDGET = "2GB"
+KINDS: dict[str, tuple[torch.dtype, Kind | None]] = {
+    "bf16": (torch.bfloat16, None),
+    "fp16": (torch.float16, None),
+    "bf16-int8": (torch.bfloat16, "int8"),
+    "bf16-int4": (torch.bfloat16, "int4"),
+}
+
+
+@pytest.fixture(scope="module", params=list(KINDS))
+def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    dtype, kind = KINDS[request.param]
+    folder = tmp_path_factory.mktemp("gpu")
+    source = write_checkpoint(folder / "source", CONFIG, dtype=dtype)
+    return source if kind is None else convert(source, folder / kind, kind, identity="one").directory
+
+
+@pytest.fixture(params=["auto", "off"])
+def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, cuda: torch.device) -> Iterator[str]:
+    """By our kernels, and by torch."""
+    monkeypatch.setenv(grouped.CHOICE, request.param)
+    grouped.why_not.cache_clear()
+    yield request.param
+    grouped.why_not.cache_clear()
+
+
+def engine(directory: Path, **options: Any) -> Engine:
+    return Engine.from_pretrained(directory, **{"gpu_mem": BUDGET, "device": "cuda", "min_experts": 6, **options})
+
+
+@pytest.mark.parametrize("routing", ["original", "dmoe"])
+def test_answers_do_not_depend_on_what_is_resident(checkpoint: Path, routing: str, kernels: str) -> None:
+    with engine(checkpoint, routing=routing) as whole:
+        assert whole.plan.slots == whole.plan.all_experts
+        expected, logits = whole.generate(PROMPT, PARAMS).token_ids, whole.logits(PROMPT)
+        slab = whole.plan.slab_bytes
+    for slots, eviction, predictor in (
+        (2, "lru", "none"),
+        (9, "score-aware", "previous-step"),
+        (30, "lfu", "combined"),
+    ):
+        few = {"expert_mem": slots * slab, "eviction": eviction, "predictor": predictor}
+        with engine(checkpoint, routing=routing, **few) as small:
+            assert small.plan.slots == slots
+            assert small.generate(PROMPT, PARAMS).token_ids == expected
+            assert torch.equal(small.logits(PROMPT), logits)
+            assert small.stats.misses > 0
+
+
+def test_logits_are_near_those_of_the_cpu(tmp_path: Path) -> None:
+    directory = write_checkpoint(tmp_path / "model", CONFIG)
+    with engine(directory, dtype="float32") as gpu, engine(directory, dtype="float32", device="cpu") as cpu:
+        found, wanted = gpu.logits(PROMPT).cpu(), cpu.logits(PROMPT)
+    assert (found - wanted).abs().max() < 1e-3 * wanted.abs().max()
+
+
+class Layers:
+    """The experts of a checkpoint, and an oracle that has all of them on the GPU."""
+
+    def __init__(self, directory: Path, device: torch.device) -> None:
+        config = ModelConfig.from_dict(CONFIG)
+        self.device = device
+        self.store: ExpertStore = open_store(config, Checkpoint.open(directory))
+        self.dtype = self.store.format.dtype
+        hosted = load_all(self.store, self.store.keys())
+        kept = {
+            key: ExpertWeights(*(to_device(matrix, str(device)) for matrix in hosted(*key)))
+            for key in self.store.keys()  # noqa: SIM118 (a store is no mapping)
+        }
+        self.resident = ResidentExperts(lambda layer, expert: kept[ExpertKey(layer, expert)])
+
+    def offloaded(self, slots: int, eviction: str) -> OffloadedExperts:
+        driver = drivers.CudaDriver(self.device)
+        arena = arenas.DeviceArena(slots, self.store.slab_bytes, driver.allocate)
+        return OffloadedExperts(
+            store=self.store,
+            arena=arena,
+            transfers=transfers.CudaTransfers(self.store, arena, driver),
+            scheduler=ExpertScheduler(ExpertCache(slots, make_eviction(eviction)), 2),
+            predictor=make_predictor("previous-step"),
+            stats=EngineStats(),
+        )
+
+    def steps(self, count: int) -> Iterator[tuple[int, int, torch.Tensor, RoutingDecision]]:
+        """Step, layer, tokens and where they go."""
+        generator = torch.Generator().manual_seed(0)
+        for step in range(count):
+            for layer in (1, 2, 3):
+                hidden = torch.randn(20, 64, generator=generator).to(self.device, self.dtype)
+                decision = random_decision(20, 4, 32, 0.2, generator)
+                yield (
+                    step,
+                    layer,
+                    hidden,
+                    RoutingDecision(decision.experts.to(self.device), decision.weights.to(self.device)),
+                )
+
+
+@pytest.mark.parametrize("eviction", sorted(EVICTION))
+@pytest.mark.parametrize("slots", [1, 7, 96])
+def test_layers_equal_the_oracle(checkpoint: Path, slots: int, eviction: str, cuda: torch.device, kernels: str) -> None:
+    """By torch bit for bit; by our kernels, which the oracle does without, to rounding; few slots or many."""
+    layers = Layers(checkpoint, cuda)
+    few, all_here = layers.offloaded(slots, eviction), layers.offloaded(96, "lru")
+    with torch.inference_mode():
+        for step, layer, hidden, decision in layers.steps(4):
+            found = []
+            for experts in (few, all_here):
+                if layer == 1:
+                    experts.begin(ForwardInfo(Phase.DENOISE, 0, step))
+                experts.prepare(layer, lambda _layer, decision=decision: decision)
+                found.append(experts.run(layer, hidden, decision))
+            wanted = layers.resident.run(layer, hidden, decision)
+            assert torch.equal(*found)
+            if kernels == "off":
+                assert torch.equal(found[0], wanted)
+            else:
+                assert (found[0].float() - wanted.float()).norm() < 0.03 * wanted.float().norm()
+    for experts in (few, all_here):
+        experts.idle()
+        experts.close()
