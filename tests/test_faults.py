@@ -279,8 +279,8 @@ def test_memory_refused_to_the_kernel_is_a_budget_error(
         pytest.skip("the kernels are not built")
     with open_engine(directory) as engine:
         with monkeypatch.context() as patched:
-            patched.setattr(status.library, "_run", lambda *_arguments: library.NO_MEMORY)
-            with pytest.raises(MemoryBudgetError, match=r"workspace of an expert of \d+ tokens.*free memory"):
+            patched.setattr(status.library, "_experts", lambda *_arguments: library.NO_MEMORY)
+            with pytest.raises(MemoryBudgetError, match=r"workspace of \d+ experts.*free memory"):
                 ids(engine)
         engine._parts.experts.idle(timeout=20)
         assert ids(engine) == wanted

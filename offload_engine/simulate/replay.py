@@ -23,8 +23,8 @@ from offload_engine.simulate.gate import Gate
 LAUNCH_EXPERTS = 32
 """Experts that are computed in one launch, at most: as in `experts.executor`, ..."""
 PREDICTION_SHARE = 1 / 8
-"""... which predicts more than first steps, and asks for previews, while at least this share of the experts wanted lately
-had to be moved, ...
+"""... which predicts more than first steps, and asks for previews, while at least this share of the experts it wanted
+lately had to be moved, ...
 """
 RECENT_RUNS = 64
 """... faded over about so many runs of layers."""
