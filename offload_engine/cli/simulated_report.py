@@ -108,7 +108,7 @@ def _figures(outcomes: Sequence[Outcome]) -> tuple[list[str], list[list[str]]]:
                 setting.eviction,
                 setting.predictor,
                 _ms(figures.step),
-                f"{figures.tokens_per_second:.3g}",
+                _number(figures.tokens_per_second),
                 *(_percent(share) for share in (figures.hit_rate, figures.stall, figures.link_busy)),
                 f"{figures.loads:.1f}",
             ]
@@ -153,8 +153,11 @@ def _grounds(profile: Profile) -> str:
 
 
 def _ms(seconds: float) -> str:
-    milliseconds = seconds * 1000
-    return f"{milliseconds:.1f}" if milliseconds < 100 else f"{milliseconds:.0f}"
+    return _number(seconds * 1000)
+
+
+def _number(value: float) -> str:
+    return f"{value:.1f}" if value < 100 else f"{value:.0f}"
 
 
 def _percent(share: float) -> str:

@@ -53,7 +53,7 @@ class Figures:
     step_median: float
     """Median seconds of a denoising forward."""
     tokens_per_second: float
-    """Answer tokens decided."""
+    """Tokens of the blocks denoised, every one taken for a whole block of the answer."""
     hit_rate: float
     """Share of the experts wanted that were in fast memory when their layer had routed."""
     stall: float

@@ -56,15 +56,25 @@ def validated(*arguments: Any) -> Result:
     return CliRunner().invoke(validate, [str(one) for one in arguments])
 
 
-def test_what_was_measured_stands_beside_what_is_simulated(checkpoint: Path, runs: list[Run], tmp_path: Path) -> None:
-    bench, traces = bench_file(tmp_path, runs), tmp_path / "traces"
-    arguments = [bench, "--model", checkpoint, "--traces", traces, "--record-budget", "4GB"]
+@pytest.fixture(scope="module")
+def arguments(checkpoint: Path, runs: list[Run], tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
+    """Of a comparison whose traces are recorded by the first call."""
+    folder = tmp_path_factory.mktemp("compared")
+    bench = bench_file(folder, runs)
+    return [bench, "--model", checkpoint, "--traces", folder / "traces", "--record-budget", "4GB"]
+
+
+@pytest.fixture(scope="module")
+def compared(arguments: list[Any]) -> dict[str, Any]:
     done = validated(*arguments, "--json")
     assert done.exit_code == 0, done.output
-    pairs = {pair["name"]: pair for pair in json.loads(done.stdout)}
-    assert list(pairs) == ["engine/original", "engine/dmoe@4GB", "unlimited/original"], "other formats are left out"
+    return {pair["name"]: pair for pair in json.loads(done.stdout)}
+
+
+def test_what_was_measured_stands_beside_what_is_simulated(compared: dict[str, Any], runs: list[Run]) -> None:
+    assert list(compared) == ["engine/original", "engine/dmoe@4GB", "unlimited/original"], "other formats are left out"
     for run in runs[:3]:
-        measured, pair = run.report.measured, pairs[run.task]
+        measured, pair = run.report.measured, compared[run.task]
         assert measured is not None
         assert pair["simulated"]["steps"] == len(measured.step_seconds) == pair["real"]["steps"]
         assert pair["real"]["slots"] == measured.slots
@@ -72,21 +82,20 @@ def test_what_was_measured_stands_beside_what_is_simulated(checkpoint: Path, run
             pair["simulated"]["step_median"] / pair["real"]["step_median"] - 1
         )
         assert pair["holds"] == all(abs(error) <= 0.15 for error in pair["errors"].values())
-    warm = pairs["unlimited/original"]
+    warm = compared["unlimited/original"]
     assert (warm["simulated"]["hit_rate"], warm["simulated"]["loads"], warm["real"]["hit_rate"]) == (1.0, 0.0, 1.0)
 
-    again = validated(*arguments)
-    assert again.exit_code == 0
-    rows = [line.split("|")[1].strip() for line in again.stdout.splitlines()]
-    assert rows == ["contender", "---", *pairs]
-    held = all(pair["holds"] for pair in pairs.values())
-    assert validated(*arguments, "--check").exit_code == (0 if held else 1)
+
+def test_the_table_and_the_exit_code(compared: dict[str, Any], arguments: list[Any]) -> None:
+    done = validated(*arguments, "--check")
+    rows = [line.split("|")[1].strip() for line in done.stdout.splitlines()]
+    assert rows == ["contender", "---", *compared]
+    assert done.exit_code == (0 if all(pair["holds"] for pair in compared.values()) else 1)
 
 
-def test_a_recorded_trace_asks_for_what_the_engine_asked_for(checkpoint: Path, runs: list[Run], tmp_path: Path) -> None:
-    bench, traces = bench_file(tmp_path, runs), tmp_path / "traces"
-    assert validated(bench, "--model", checkpoint, "--traces", traces, "--record-budget", "4GB").exit_code == 0
-    _header, records = read_trace(traces / "original.jsonl")
+@pytest.mark.usefixtures("compared")
+def test_a_recorded_trace_asks_for_what_the_engine_asked_for(arguments: list[Any], runs: list[Run]) -> None:
+    _header, records = read_trace(arguments[4] / "original.jsonl")
     trace = list(forwards(records))
     first = next(number for number, one in enumerate(trace) if any(step.block == 2 for step in one.passes))
     measured = runs[0].report.measured
@@ -94,15 +103,13 @@ def test_a_recorded_trace_asks_for_what_the_engine_asked_for(checkpoint: Path, r
     assert sum(len(layer.experts) for one in trace[first:] for layer in one.layers) == measured.requests
 
 
-def test_a_trace_of_another_workload_is_refused(checkpoint: Path, runs: list[Run], tmp_path: Path) -> None:
-    bench, traces = bench_file(tmp_path, runs), tmp_path / "traces"
-    arguments = [bench, "--model", checkpoint, "--traces", traces, "--record-budget", "4GB"]
-    assert validated(*arguments).exit_code == 0
-    header, *records = (traces / "original.jsonl").read_text().splitlines(keepends=True)
+@pytest.mark.usefixtures("compared")
+def test_a_trace_of_another_workload_is_refused(arguments: list[Any], tmp_path: Path) -> None:
+    header, *records = (arguments[4] / "original.jsonl").read_text().splitlines(keepends=True)
     kept = [line for line in records if '"block":3' not in line]
     assert len(kept) < len(records)
-    (traces / "original.jsonl").write_text(header + "".join(kept))
-    refused = validated(*arguments)
+    (tmp_path / "original.jsonl").write_text(header + "".join(kept))
+    refused = validated(*arguments[:4], tmp_path, *arguments[5:])
     assert refused.exit_code == 1
     assert "original.jsonl: a trace of 2 blocks, but the benchmark decoded 3; remove it" in refused.output
 
