@@ -45,7 +45,9 @@ class TransferBackend(Protocol):
     """Copies experts into slots and launches work on them."""
 
     def start(self, on_complete: OnComplete) -> None:
-        """Begin to serve. `on_complete` is called once per copy, from any thread, never from within `copy`."""
+        """Begin to serve. `on_complete` is called once per copy, from any thread, never from within `copy`, once a
+        launch may read the slot: on a device that is when the copy is enqueued, for the launch will wait for it there.
+        """
 
     def copy(self, stream: Stream, source: ExpertKey, slot: int) -> TransferTicket:
         """Enqueue the copy of `source` into `slot`; returns at once. Failure is reported in the ticket."""
