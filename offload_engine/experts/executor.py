@@ -16,9 +16,9 @@ from offload_engine.experts.arena import Slots
 from offload_engine.experts.cache import Occupancy
 from offload_engine.experts.hot_set import HotSet
 from offload_engine.experts.predictor import ExpertPredictor
-from offload_engine.experts.prefetch import prefetch_order
+from offload_engine.experts.prefetch import PREDICTION_SHARE, RECENT_RUNS, prefetch_order
 from offload_engine.experts.ranked import going_on, outlook_of, ranked_experts
-from offload_engine.experts.scheduler import Command, Compute, ExpertScheduler, Load
+from offload_engine.experts.scheduler import LAUNCH_EXPERTS, Command, Compute, ExpertScheduler, Load
 from offload_engine.experts.store import ExpertStore
 from offload_engine.experts.transfer.base import Stream, TransferBackend, TransferTicket
 from offload_engine.metrics import EngineStats
@@ -31,15 +31,6 @@ from offload_engine.model.moe import (
     tokens_by_expert,
 )
 
-PREDICTION_SHARE = 1 / 8
-"""Share of the experts wanted lately that had to be moved, below which a block's first step alone is predicted, and no
-preview is asked for: residents, which are computed first, then hide the loads by themselves, and to guess costs more
-than it saves (docs/LOG.md).
-"""
-LAUNCH_EXPERTS = 32
-"""Experts that are computed in one launch, at most: their slots can't be given to others before all have been."""
-RECENT_RUNS = 64
-"""Runs of layers after which that share has faded to about a third."""
 SWEEP_WINDOW = 16
 """Experts that a sweep waits for at a time, in their order."""
 SWEEP_SHARE = 0.8

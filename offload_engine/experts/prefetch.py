@@ -1,4 +1,4 @@
-"""In which order guesses are fetched."""
+"""When to guess, and in which order guesses are fetched."""
 
 from __future__ import annotations
 
@@ -7,6 +7,13 @@ from collections.abc import Iterable
 from offload_engine.core import ExpertKey
 from offload_engine.experts.predictor import Prediction
 
+PREDICTION_SHARE = 1 / 8
+"""Share of the experts wanted lately that had to be moved, below which a block's first step alone is predicted, and no
+preview is asked for: residents, which are computed first, then hide the loads by themselves, and to guess costs more
+than it saves (docs/LOG.md).
+"""
+RECENT_RUNS = 64
+"""Runs of layers after which that share has faded to about a third."""
 PATIENCE = 0.7
 """What a guess is worth that may arrive one layer later than another."""
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from bisect import bisect_left, insort
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 from offload_engine.core import ExpertKey
 
@@ -19,9 +19,8 @@ class Ranking:
     heap pays for passing over the pinned, who are mostly the newest and therefore the lowest.
     """
 
-    def __init__(self, events: Iterator[int] | None = None) -> None:
-        """`events` numbers them; rankings that share one also share what "last" means."""
-        self._events = itertools.count(1) if events is None else events
+    def __init__(self) -> None:
+        self._events = itertools.count(1)
         self._ranks: dict[ExpertKey, Rank] = {}
         self._sorted: list[Rank] = []
 
@@ -48,15 +47,6 @@ class Ranking:
         """Change every worth; no event."""
         self._ranks = {key: (change(worth), event, key) for key, (worth, event, _key) in self._ranks.items()}
         self._sorted = sorted(self._ranks.values())
-
-    def revalue(self, worth: Callable[[ExpertKey], float]) -> None:
-        """Set every worth anew; no event."""
-        self._ranks = {key: (worth(key), event, key) for key, (_worth, event, _key) in self._ranks.items()}
-        self._sorted = sorted(self._ranks.values())
-
-    def at(self, place: int) -> Rank | None:
-        """The candidate at `place` from the lowest, 0 being that; None behind the last."""
-        return self._sorted[place] if place < len(self._sorted) else None
 
     def lowest(self, evictable: Callable[[ExpertKey], bool]) -> ExpertKey | None:
         """The first candidate that is `evictable`."""

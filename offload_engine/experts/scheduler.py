@@ -16,6 +16,9 @@ from offload_engine.errors import InternalError
 from offload_engine.experts.cache import ExpertCache, SlotState
 from offload_engine.experts.outlook import Outlook
 
+LAUNCH_EXPERTS = 32
+"""Experts that are computed in one launch, at most: their slots can't be given to others before all have been."""
+
 
 class Load(NamedTuple):
     """Bring `key` into `slot`; report `arrived` or `failed`."""

@@ -14,20 +14,11 @@ from typing import Protocol
 from offload_engine.core import Phase
 from offload_engine.errors import InternalError
 from offload_engine.experts.predictor import ExpertPredictor, PredictionCounts
-from offload_engine.experts.prefetch import prefetch_order
+from offload_engine.experts.prefetch import PREDICTION_SHARE, RECENT_RUNS, prefetch_order
 from offload_engine.experts.scheduler import Command, Compute, ExpertScheduler, Load, SchedulerCounters
 from offload_engine.simulate.channel import Channel, Direct, Transfers
 from offload_engine.simulate.forwards import ForwardRun, LayerRun
 from offload_engine.simulate.gate import Gate
-
-LAUNCH_EXPERTS = 32
-"""Experts that are computed in one launch, at most: as in `experts.executor`, ..."""
-PREDICTION_SHARE = 1 / 8
-"""... which predicts more than first steps, and asks for previews, while at least this share of the experts it wanted
-lately had to be moved, ...
-"""
-RECENT_RUNS = 64
-"""... faded over about so many runs of layers."""
 
 
 class CostModel(Protocol):

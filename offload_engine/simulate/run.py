@@ -12,13 +12,13 @@ from offload_engine.errors import UsageError
 from offload_engine.experts.cache import ExpertCache
 from offload_engine.experts.eviction import LRU, make_eviction
 from offload_engine.experts.predictor import ExpertPredictor, Oracle, make_predictor
-from offload_engine.experts.scheduler import ExpertScheduler
+from offload_engine.experts.scheduler import LAUNCH_EXPERTS, ExpertScheduler
 from offload_engine.simulate.belady import belady_misses
 from offload_engine.simulate.channel import Channel, Direct, Tiered, Transfers
 from offload_engine.simulate.forwards import ForwardRun
 from offload_engine.simulate.gate import ACCURACY, Gate
 from offload_engine.simulate.profile import Figure
-from offload_engine.simulate.replay import LAUNCH_EXPERTS, Moment, Replay
+from offload_engine.simulate.replay import Moment, Replay
 from offload_engine.simulate.synchronous import on_demand
 from offload_engine.simulate.timing import Timing
 
