@@ -26,10 +26,31 @@ FLOORS: list[tuple[str, ...]] = [
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 TORCH_FREE = ["core", "errors", "metrics", "trace", "config", "memory", "simulate"] + [
     f"experts.{name}"
-    for name in ("cache", "eviction", "hot_set", "next_use", "outlook", "predictor", "prefetch", "ranking", "scheduler")
+    for name in (
+        "cache",
+        "eviction",
+        "hot_set",
+        "next_use",
+        "outlook",
+        "predictor",
+        "prefetch",
+        "ranking",
+        "scheduler",
+        "sharing",
+    )
 ]
 SIMULATED = {"core", "metrics", "trace", "errors"}
-SIMULATED_EXPERTS = ("cache", "eviction", "next_use", "outlook", "predictor", "prefetch", "ranking", "scheduler")
+SIMULATED_EXPERTS = (
+    "cache",
+    "eviction",
+    "next_use",
+    "outlook",
+    "predictor",
+    "prefetch",
+    "ranking",
+    "scheduler",
+    "sharing",
+)
 
 
 def modules() -> list[Path]:
