@@ -35,7 +35,7 @@ from offload_engine.model.hub import resolve_model
 from offload_engine.model.llada2 import LLaDA2Model
 from offload_engine.model.quantized import ExpertFormat
 from offload_engine.model.weights import load_resident, unexpected_tensors
-from offload_engine.placement import Gpu, find_gpu, moving
+from offload_engine.placement import Gpu, find_gpu, ignored, moving, shared_tokens, sharing
 from offload_engine.routing import RoutingOptions, RoutingPolicy, SituatedCoreset, make_policy
 from offload_engine.text import Tokenizer, load_tokenizer
 
@@ -252,6 +252,7 @@ def setup_for(
         choices=max(config.top_k_experts, model.num_experts_per_tok) if config.routing == "top-k" else None,
         runtime_bytes=process if gpu is None else gpu.context_bytes(),
         transfers_in_flight=config.transfers_in_flight,
+        shared_tokens=shared_tokens(config, gpu),
     )
 
 
@@ -307,8 +308,7 @@ def assemble(config: EngineConfig, stats: EngineStats, progress: Progress | None
     source = find_source(config)
     model_config = source.config
     policy, notices = choose_policy(config, model_config)
-    if gpu is None and isinstance(config.host_mem, int):
-        notices.append("host_mem is ignored: on the CPU there is no host tier, gpu_mem is RAM already")
+    notices += ignored(config, gpu)
     ends = model_config.eos_token_id
     if isinstance(ends, list) and len(ends) > 1 and source.eos_token_id == ends[0]:
         notices.append(f"config.json names {len(ends)} eos ids; answers end with the first, {ends[0]}, alone")
@@ -343,6 +343,7 @@ def assemble(config: EngineConfig, stats: EngineStats, progress: Progress | None
         experts, slower = _executor(config, store, plan, stats, remembered.hot if remembered else None, gpu)
         notices += slower
         undo.callback(experts.close)  # before the store: its threads read from there
+        experts.cpu = sharing(gpu, config, model_config, setup, dtype, experts)
         if isinstance(policy, SituatedCoreset):
             policy = replace(policy, residents=experts.residents)
         threads = compute_threads(config, model_config)

@@ -161,6 +161,11 @@ class EngineConfig(BaseModel):
     """
     transfers_in_flight: Annotated[int, Field(ge=1, le=2)] = 2
     """Transfers started and not finished; more would only delay a demand load that comes after them."""
+    cpu_experts: Literal["off", "auto"] | Annotated[float, Field(ge=0, le=1)] = "off"
+    """Beside a GPU: missing experts that the CPU computes from host memory while others are copied. auto: as many as
+    make the layer end soonest, by measured times; a number: that share of them, whatever it costs. Where it is not off,
+    what is in fast memory decides how an expert's output is rounded.
+    """
     reader_threads: Annotated[int, Field(ge=1, le=64)] = 2
     """Threads that read experts from disk."""
     verify: Literal["first", "always", "never"] = "first"
@@ -191,6 +196,21 @@ class EngineConfig(BaseModel):
             return bytes_of(value)
         except ValueError as error:
             raise ValueError(f"{error}, or {' or '.join(map(repr, words))}") from None
+
+    @field_validator("cpu_experts", mode="before")
+    @classmethod
+    def _share(cls, value: Any) -> Any:
+        """A word or a number, which on the command line is text as well."""
+        text = value.strip().lower() if isinstance(value, str) else value
+        if text in ("off", "auto"):
+            return text
+        try:
+            share = float(text) if not isinstance(text, bool) else -1.0
+        except (TypeError, ValueError):
+            share = -1.0
+        if not 0 <= share <= 1:
+            raise ValueError("wanted 'off', 'auto' or a share of the missing experts from 0 to 1")
+        return share
 
     @field_validator("model", mode="before")
     @classmethod

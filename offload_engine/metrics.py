@@ -45,6 +45,8 @@ class EngineStats:
     """Requests whose expert was on its way then, ordered by a prediction."""
     misses: int = 0
     """Requests whose transfer began only then, or was under way unpredicted, to fill a free slot (`warmed`)."""
+    computed_on_cpu: int = 0
+    """Requests whose expert was not in fast memory and was computed from host memory, by the CPU beside a GPU."""
     loads: int = 0
     """Transfers of experts into fast memory that were completed, predicted ones included."""
     prefetches_issued: int = 0
@@ -71,7 +73,7 @@ class EngineStats:
     commit_seconds: float = 0.0
     score_seconds: float = 0.0
     stall_seconds: float = 0.0
-    """Time in which compute waited for transfers; part of the seconds of the phases."""
+    """Time in which compute waited for transfers, or for experts on the CPU; part of the seconds of the phases."""
 
     planned_peak_bytes: int = 0
     measured_peak_bytes: int = 0
@@ -120,7 +122,7 @@ class EngineStats:
     @property
     def hit_rate(self) -> float | None:
         """Share of requests that hit."""
-        return _ratio(self.hits, self.hits + self.late + self.misses)
+        return _ratio(self.hits, self.hits + self.late + self.misses + self.computed_on_cpu)
 
     @property
     def unique_experts(self) -> float | None:

@@ -12,12 +12,18 @@ import torch
 from offload_engine.config import EngineConfig
 from offload_engine.errors import DeviceError, MemoryBudgetError
 from offload_engine.experts.arena import DeviceArena
+from offload_engine.experts.calibration import measure_rates
+from offload_engine.experts.cpu_experts import ForwardShape, HostExperts
+from offload_engine.experts.cpu_rates import LearnedRates
+from offload_engine.experts.executor import OffloadedExperts
+from offload_engine.experts.sharing import Rates
 from offload_engine.experts.store import ExpertStore
 from offload_engine.experts.transfer.cuda import CudaTransfers
 from offload_engine.experts.transfer.cuda_driver import CudaDriver
 from offload_engine.experts.transfer.driver import StreamDriver
 from offload_engine.experts.transfer.host_tier import HostTier
-from offload_engine.memory.plan import RUNTIME_BYTES, MemoryPlan
+from offload_engine.memory.plan import MIN_BLOCK, RUNTIME_BYTES, MemoryPlan, Setup
+from offload_engine.model.config import ModelConfig
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,6 +121,49 @@ class Moving(NamedTuple):
     transfers: CudaTransfers
     notices: tuple[str, ...]
     """What the user should know: whatever makes copies slower than they could be."""
+
+
+def ignored(config: EngineConfig, gpu: Gpu | None) -> list[str]:
+    """What to tell of options that have no effect where the engine runs."""
+    told = []
+    if gpu is None and isinstance(config.host_mem, int):
+        told.append("host_mem is ignored: on the CPU there is no host tier, gpu_mem is RAM already")
+    if gpu is None and config.cpu_experts != "off":
+        told.append("cpu_experts is ignored: without a GPU the CPU computes every expert anyway")
+    if gpu is not None and config.cpu_experts != "off" and config.host_mem is None:
+        told.append("cpu_experts is ignored: host_mem is none, so that no expert is in host memory")
+    return told
+
+
+def shared_tokens(config: EngineConfig, gpu: Gpu | None) -> int:
+    """Tokens of the largest forward in which the CPU may take over experts: a denoising step that commits the blocks
+    before it; 0 where it takes over none.
+    """
+    if gpu is None or config.cpu_experts == "off" or config.host_mem is None:
+        return 0
+    return 2 * config.batch_size * MIN_BLOCK
+
+
+def sharing(
+    gpu: Gpu | None,
+    config: EngineConfig,
+    model: ModelConfig,
+    setup: Setup,
+    dtype: torch.dtype,
+    experts: OffloadedExperts,
+) -> HostExperts | None:
+    """What computes some of the missing experts on the CPU beside `experts`, whose slots nobody uses yet; None where
+    that isn't wanted or there is no host tier. Raises `MemoryBudgetError`, `TransferError`.
+    """
+    transfers = experts.transfers
+    if gpu is None or not setup.shared_tokens or not isinstance(transfers, CudaTransfers) or transfers.host is None:
+        return None
+    choices = model.num_experts_per_tok if setup.choices is None else setup.choices
+    shape = ForwardShape(setup.shared_tokens, choices, model.hidden_size, setup.itemsize)
+    rates = Rates.unknown()
+    if config.cpu_experts == "auto":
+        rates = measure_rates(gpu.driver, experts.store, experts.arena.slab(0), dtype)
+    return HostExperts(gpu.driver, transfers.host, experts.store, shape, config.cpu_experts, LearnedRates(rates))
 
 
 def moving(gpu: Gpu, config: EngineConfig, store: ExpertStore, plan: MemoryPlan) -> Moving:

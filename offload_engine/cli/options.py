@@ -44,6 +44,7 @@ ENGINE_HELP: Final = {
     "prefetch_depth": "MoE layers to prefetch ahead; 0: none.",
     "hot_set": "Remember the experts used most, and start with them.",
     "transfers_in_flight": "Transfers started and not finished, 1 or 2.",
+    "cpu_experts": "Beside a GPU: missing experts that the CPU computes while others are copied; a share, or by time.",
     "reader_threads": "Threads that read experts from disk.",
     "verify": "When a converted checkpoint's experts are held against their checksums.",
     "prefill_chunk": "Prompt tokens that attend together in a prefill.",
@@ -140,6 +141,8 @@ def _parameter(field: str, annotation: Any) -> tuple[click.ParamType[Any], str, 
     """Click's type of a field, how it is shown, and whether it may be given several times."""
     if field in _SIZES:
         return click.STRING, "SIZE", False
+    if field == "cpu_experts":
+        return click.STRING, "off|auto|X", False
     choices = get_args(annotation) if get_origin(annotation) is Literal else ()
     if choices:
         return click.STRING, "|".join(choices), False

@@ -54,7 +54,11 @@ def _rows(stats: EngineStats) -> list[tuple[str, str]]:
         ("answers", f"{stats.new_tokens} tokens in {stats.blocks} blocks, {stats.denoise_steps} denoising steps"),
         ("forwards", forwards or "none"),
         ("time", seconds),
-        ("expert requests", f"{stats.expert_requests}: {stats.hits} hits, {stats.late} late, {stats.misses} misses"),
+        (
+            "expert requests",
+            f"{stats.expert_requests}: {stats.hits} hits, {stats.late} late, {stats.misses} misses"
+            + (f", {stats.computed_on_cpu} computed on the CPU" if stats.computed_on_cpu else ""),
+        ),
         (
             "prefetches",
             f"{stats.prefetches_issued}: {stats.prefetches_used} used, {stats.prefetches_wasted} wasted",

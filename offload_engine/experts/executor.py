@@ -14,6 +14,7 @@ from offload_engine.core import ExpertKey, ForwardInfo, Phase, RoutingDecision
 from offload_engine.errors import InternalError, OffloadError, TransferError
 from offload_engine.experts.arena import Slots
 from offload_engine.experts.cache import Occupancy
+from offload_engine.experts.cpu_experts import NO_ERRAND, Errand, HostExperts
 from offload_engine.experts.hot_set import HotSet
 from offload_engine.experts.predictor import ExpertPredictor
 from offload_engine.experts.prefetch import PREDICTION_SHARE, RECENT_RUNS, prefetch_order
@@ -45,8 +46,8 @@ class OffloadedExperts:
     """An `ExpertExecutor` that brings experts into the slots of an arena as they are needed.
 
     Results equal `ResidentExperts` bit for bit: only *when* an expert runs depends on the cache, never what it computes
-    or how its output is summed. Raises the transfer's error when an expert that is needed can't be read; the engine
-    stays usable.
+    or how its output is summed. With `cpu` it also depends *where*, and equal is within rounding. Raises the transfer's
+    error when an expert that is needed can't be read; the engine stays usable.
     """
 
     def __init__(
@@ -59,6 +60,7 @@ class OffloadedExperts:
         stats: EngineStats,
         prefetch_depth: int = 1,
         hot: HotSet | None = None,
+        cpu: HostExperts | None = None,
     ) -> None:
         self.store = store
         self.arena = arena
@@ -69,6 +71,8 @@ class OffloadedExperts:
         self.prefetch_depth = prefetch_depth
         self.hot = HotSet() if hot is None else hot
         """What was used most, so far and in earlier runs; prefills, which use nearly everything, left out."""
+        self.cpu = cpu
+        """What computes some of the missing experts while others are copied."""
         self._keys_of_layer: dict[int, list[ExpertKey]] = {}
         for key in store.keys():  # noqa: SIM118 (a store is no mapping)
             self._keys_of_layer.setdefault(key.layer, []).append(key)
@@ -145,16 +149,19 @@ class OffloadedExperts:
         try:
             with self._changed:
                 counters = self.scheduler.counters
-                moved = counters.misses + counters.prefetches_used
-                self._carry_out(self.scheduler.want(layer, ranked.experts, ranked.scores, outlook))
+                moved = counters.moved
+                errand = self._errand(layer, ranked.experts, hidden, decision)
+                self._carry_out(self.scheduler.want(layer, ranked.experts, ranked.scores, outlook, errand.experts))
                 self.stats.expert_requests += len(ranked.experts)
-                moved = counters.misses + counters.prefetches_used - moved
+                moved = counters.moved - moved
                 self._moved_share += (moved / max(1, len(ranked.experts)) - self._moved_share) / RECENT_RUNS
-            missing = len(ranked.experts)
+            missing = len(ranked.experts) - len(errand.experts)
             while missing:
                 computes = self._next_computes()
                 self._launch(computes, outputs.compute)
                 missing -= len(computes)
+            if errand.experts:
+                self._fetch_results(errand, outputs)
             self._half_done = False
         except BaseException as error:
             self._abandon(error)
@@ -163,6 +170,22 @@ class OffloadedExperts:
             self._count()
         self.transfers.synchronize()
         return outputs.combine()
+
+    def _errand(self, layer: int, experts: Sequence[int], hidden: Tensor, decision: RoutingDecision) -> Errand:
+        """What the CPU computes of a layer's experts, already under way. Nothing of a forward that only scores: what
+        that says must not depend on what happens to be resident.
+        """
+        if self.cpu is None or self._info.phase not in (Phase.DENOISE, Phase.COMMIT):
+            return NO_ERRAND
+        absent = self.scheduler.absent(layer, experts)
+        return self.cpu.take(layer, absent, hidden, decision, waiting=max(0.0, self.scheduler.loads_begun - 0.5))
+
+    def _fetch_results(self, errand: Errand, outputs: ExpertOutputs) -> None:
+        with self.stats.phase("stall"):
+            errand.wait()
+        errand.deliver(outputs)
+        with self._changed:
+            self.stats.bytes_read += errand.bytes_read
 
     def warm_up(self) -> None:
         """Begin to fill free slots with what was hot in earlier runs. Returns at once; demands go first."""
@@ -252,6 +275,8 @@ class OffloadedExperts:
         """Join the driver's threads and free the slots. Idempotent."""
         with self._changed:
             self.scheduler.stop()
+        if self.cpu is not None:
+            self.cpu.close()
         self.transfers.close()
         self.arena.close()
 
@@ -273,6 +298,8 @@ class OffloadedExperts:
         if not isinstance(error, TransferError):  # that one is a report, and the books allow for it
             self._start_over()
             return
+        if self.cpu is not None:
+            self.cpu.withdraw()
         with self._changed:
             self.scheduler.abandon()
             self._ready.clear()
@@ -284,6 +311,8 @@ class OffloadedExperts:
 
         What the driver has begun is still written to its slot and reported; everything else is forgotten.
         """
+        if self.cpu is not None:
+            self.cpu.withdraw()
         with self._changed:
             begun = [ticket for ticket in self.transfers.withdraw() if not ticket.reported]
             self.scheduler.reset({ticket.key: ticket.slot for ticket in begun})
@@ -325,4 +354,4 @@ class OffloadedExperts:
         stats.hits, stats.misses, stats.late = counters.hits, counters.misses, counters.late
         stats.prefetches_issued, stats.prefetches_used = counters.prefetches, counters.prefetches_used
         stats.prefetches_wasted, stats.evictions = counters.prefetches_wasted, counters.evictions
-        stats.warmed = counters.warmed
+        stats.warmed, stats.computed_on_cpu = counters.warmed, counters.elsewhere

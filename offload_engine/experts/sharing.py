@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
-CpuExperts = Literal["off", "auto"] | float
+ShareMode = Literal["off", "auto"] | float
 """off; auto: as many as make the layer end soonest; or that share of its missing experts, whatever it costs."""
 
 
@@ -40,12 +40,17 @@ class Rates:
     read: float = 0.0
     """One expert from disk into host memory, ahead of its copy."""
 
+    @staticmethod
+    def unknown() -> Rates:
+        """For those who don't ask."""
+        return Rates(copy=0.0, expert=0.0, token=0.0)
+
     def cpu(self, tokens: int) -> float:
         """One expert of so many tokens on the CPU, its share of the way up included."""
         return self.expert + tokens * (self.token + self.row)
 
 
-def choose(mode: CpuExperts, missing: Sequence[Missing], rates: Rates, waiting: float = 0.0) -> list[int]:
+def choose(mode: ShareMode, missing: Sequence[Missing], rates: Rates, waiting: float = 0.0) -> list[int]:
     """The experts of `missing`, the most wanted first, that the CPU is to compute; the rest is copied.
 
     `waiting`: how many copies are begun already, and hold up those of this layer. See `soonest`; a share is rounded to

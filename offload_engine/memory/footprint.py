@@ -80,6 +80,16 @@ def embedding_bytes(config: ModelConfig, itemsize: int) -> int:
     return config.vocab_size * config.hidden_size * itemsize
 
 
+def shared_activation_bytes(tokens: int, hidden: int, itemsize: int) -> int:
+    """Bytes of the buffer through which activations go to the CPU, where it computes some of the experts."""
+    return round_up(tokens * hidden * itemsize, SLAB_ALIGNMENT)
+
+
+def shared_result_bytes(outputs: int, hidden: int, itemsize: int) -> int:
+    """Bytes of the buffer through which so many outputs come back, with an int64 each that says where they belong."""
+    return round_up(round_up(outputs * hidden * itemsize, INT64) + outputs * INT64, SLAB_ALIGNMENT)
+
+
 def resident_bytes(config: ModelConfig, itemsize: int) -> int:
     """Bytes of all weights but the embedding table, the lm head and the routed experts.
 

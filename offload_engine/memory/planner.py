@@ -154,13 +154,14 @@ def _without_slots(config: ModelConfig, setup: Setup, context: int, budget: int)
     slab = setup.slab_bytes or footprint.estimated_slab_bytes(config, setup.stored_itemsize)
     hosted = cuda and not config.tie_word_embeddings  # a tied table is the lm head, which the device needs
     tables = 1 if hosted or config.tie_word_embeddings else 2
+    results, shared = _sharing(config, setup, slab)
     return MemoryPlan(
         device=setup.device,
         budget=budget,
         weights=footprint.resident_bytes(config, item) + tables * vocabulary,
         kv_cache=setup.sequences * footprint.kv_bytes_per_position(config, item) * positions,
         workspace=footprint.workspace_bytes(config, forward, setup.device),
-        staging=tokens * config.hidden_size * item if hosted else 0,
+        staging=(tokens * config.hidden_size * item if hosted else 0) + results,
         runtime=RUNTIME_BYTES[setup.device] if setup.runtime_bytes is None else setup.runtime_bytes,
         slab_bytes=slab,
         slots=0,
@@ -171,12 +172,24 @@ def _without_slots(config: ModelConfig, setup: Setup, context: int, budget: int)
         sequences=setup.sequences,
         forward_tokens=tokens,
         host_embedding=vocabulary if hosted else 0,
-        host_staging=setup.transfers_in_flight * slab if cuda else 0,
+        host_staging=(setup.transfers_in_flight * slab if cuda else 0) + shared,
         host_slots=0,
         host_budget=None,
         reasons={},
         warnings=warnings,
     )
+
+
+def _sharing(config: ModelConfig, setup: Setup, slab: int) -> tuple[int, int]:
+    """Bytes on the device and on the host of what the CPU needs to compute experts beside it: activations, outputs, and
+    an expert that has left the host tier at the last moment.
+    """
+    if setup.device != "cuda" or not setup.shared_tokens:
+        return 0, 0
+    choices = config.num_experts_per_tok if setup.choices is None else setup.choices
+    down = footprint.shared_activation_bytes(setup.shared_tokens, config.hidden_size, setup.itemsize)
+    up = footprint.shared_result_bytes(setup.shared_tokens * choices, config.hidden_size, setup.itemsize)
+    return up, down + up + slab
 
 
 def _with_host_tier(config: ModelConfig, setup: Setup, plan: MemoryPlan, host_mem: int) -> MemoryPlan:

@@ -17,6 +17,7 @@ def reasons_of(plan: MemoryPlan, config: ModelConfig, setup: Setup) -> dict[str,
     measured = "estimated" if setup.runtime_bytes is None else "measured"
     where = "CUDA context and libraries" if plan.device == "cuda" else "the process without the model"
     several = f"{plan.sequences} sequences x " if plan.sequences > 1 else ""
+    shared = ", outputs of experts computed on the CPU" if setup.shared_tokens else ""
     return {
         "weights": _weights(plan, config, setup),
         "KV cache": (
@@ -24,7 +25,7 @@ def reasons_of(plan: MemoryPlan, config: ModelConfig, setup: Setup) -> dict[str,
             f"{config.num_key_value_heads} heads x {config.head_dim}, {setup.itemsize} bytes each"
         ),
         "workspace": f"upper bound for {plan.forward_tokens} tokens that see {plan.kv_positions} positions",
-        "staging": f"embedding rows of {plan.forward_tokens} tokens",
+        "staging": f"embedding rows of {plan.forward_tokens} tokens{shared}",
         "runtime": f"{where}, {measured}",
         "expert slots": (
             f"{plan.slots} of {plan.all_experts} experts x {slab}, {plan.slots_per_layer:.1f} per MoE layer"
@@ -34,7 +35,8 @@ def reasons_of(plan: MemoryPlan, config: ModelConfig, setup: Setup) -> dict[str,
         "total": "planned peak",
         "spare": _spare(plan),
         "embedding table": "only the rows of a forward's tokens go to the device" if plan.host_embedding else "none",
-        "bounce buffers": f"{setup.transfers_in_flight} transfers in flight x {slab}",
+        "bounce buffers": f"{setup.transfers_in_flight} transfers in flight x {slab}"
+        + (f"; activations and outputs of {setup.shared_tokens} tokens, {slab}" if setup.shared_tokens else ""),
         "host slots": f"{plan.host_slots} of {plan.all_experts} experts x {slab}",
     }
 

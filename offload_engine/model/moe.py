@@ -168,6 +168,10 @@ class ExpertOutputs:
             rows = self.hidden.index_select(0, places.div(choices, rounding_mode="floor"))
             self.outputs.index_copy_(0, places, expert_ffn(rows, weights))
 
+    def put(self, places: Tensor, rows: Tensor) -> None:
+        """Take outputs [n, H] that were computed elsewhere; `places` [n] int64 as those of `ExpertTokens`."""
+        self.outputs.index_copy_(0, places, rows)
+
     def combine(self) -> Tensor:
         """The weighted sum [T, H]: accumulated in float32, then cast (REFERENCE §1)."""
         per_choice = self.outputs.view(*self.chosen.shape, -1)

@@ -131,8 +131,9 @@ def test_a_layer_cannot_be_wanted_twice() -> None:
 def test_every_layer_is_computed_whole_whatever_happens_in_between(
     slots: int, in_flight: int, eviction: str, data: st.DataObject
 ) -> None:
-    """Random layers, predictions and orders of completion, some experts computed elsewhere: each other that is wanted is
-    computed exactly once, from the slot it was loaded into, never more transfers are under way than allowed, and the cache conserves its slots.
+    """Random layers, predictions and orders of completion, some experts computed elsewhere: each other that is wanted
+    is computed exactly once, from the slot it was loaded into, never more transfers are under way than allowed, and the
+    cache conserves its slots.
     """
     scheduler = scheduler_of(slots, in_flight, eviction)
     flying: list[ExpertKey] = []

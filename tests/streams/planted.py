@@ -1,8 +1,10 @@
-"""Defects to plant in `CudaTransfers`: each thing that it asks of the device, left out."""
+"""Defects to plant in `CudaTransfers` and `HostExperts`: each thing that they ask of the device, left out."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+
+from torch import Tensor
 
 from offload_engine.experts.transfer.base import Stream
 from tests.streams.order import Fault
@@ -11,7 +13,7 @@ from tests.streams.simulator import SimulatedDevice, SimulatedEvent
 
 @dataclass(frozen=True)
 class Planted:
-    """A call to the driver that is left out."""
+    """A call to the driver that is left out, or a wait of the host for the host that comes too late."""
 
     call: str
     stream: Stream | None
@@ -25,20 +27,32 @@ PLANTED = {
     "a copy does not wait for the last launch": Planted("before", Stream.COPY, (Fault.OVERWRITE,)),
     "a copy is not marked": Planted("record", Stream.COPY, (Fault.READ_UNORDERED, Fault.STAGING)),
     "a launch is not marked": Planted("record", Stream.COMPUTE, (Fault.OVERWRITE,)),
-    "the host does not wait before it fills a buffer": Planted("wait", None, (Fault.STAGING,)),
+    "the host does not wait before it fills a buffer": Planted("wait", Stream.COPY, (Fault.STAGING,)),
     "what is launched is not joined": Planted("join", Stream.COMPUTE, ()),
     "close does not wait": Planted("finish", None, (Fault.FREED, Fault.CLOSED, Fault.LOST)),
     "events are not closed": Planted("close", None, (Fault.LEAK,)),
 }
 """By what is wrong then. What joins nothing shows in the results alone."""
 
+SHARING = {
+    "the CPU does not wait for its activations": Planted("wait", Stream.COMPUTE, (Fault.HOST_READ, Fault.STAGING)),
+    "activations are not marked": Planted("record", Stream.COMPUTE, (Fault.HOST_READ, Fault.STAGING, Fault.OVERWRITE)),
+    "activations are not copied down": Planted("fetch", Stream.COMPUTE, ()),
+    "results go up before the CPU is through": Planted("wait for the worker", None, (Fault.STAGING,)),
+    "results are not copied up": Planted("copy", Stream.COMPUTE, ()),
+}
+"""The same of experts computed on the CPU."""
+
 
 class FaultyEvent(SimulatedEvent):
     """An event of a device on which something is left out."""
 
     device: FaultyDevice
+    stream: Stream | None = None
+    """Of what it marks."""
 
     def record(self, stream: Stream) -> None:
+        self.stream = stream
         if not self.device.left_out("record", stream):
             super().record(stream)
 
@@ -47,7 +61,7 @@ class FaultyEvent(SimulatedEvent):
             super().before(stream)
 
     def wait(self) -> None:
-        if not self.device.left_out("wait"):
+        if not self.device.left_out("wait", self.stream):
             super().wait()
 
     def close(self) -> None:
@@ -73,6 +87,14 @@ class FaultyDevice(SimulatedDevice):
         event = FaultyEvent(self)
         self.events.append(event)
         return event
+
+    def copy(self, stream: Stream, source: Tensor, target: Tensor) -> None:
+        if not self.left_out("copy", stream):
+            super().copy(stream, source, target)
+
+    def fetch(self, stream: Stream, source: Tensor, target: Tensor) -> None:
+        if not self.left_out("fetch", stream):
+            super().fetch(stream, source, target)
 
     def join(self, stream: Stream) -> None:
         if not self.left_out("join", stream):

@@ -134,6 +134,12 @@ class SimulatedDevice:
             self.most_copies = max(self.most_copies, len(self._copies))
             self._check(self._accesses(target).write(copy.moment))
 
+    def fetch(self, stream: Stream, source: Tensor, target: Tensor) -> None:
+        assert source.numel() == target.numel()
+        with self.lock:
+            copy = self.enqueue(stream, [lambda: _fill(target), lambda: _bring(source, target)])
+            self._check(self._accesses(target).write(copy.moment))
+
     def launch(self, stream: Stream, fn: Callable[[], None], reads: Sequence[Tensor], writes: Sequence[Tensor]) -> None:
         with self.lock:
             work = self.enqueue(stream, [lambda: self._run(fn)])

@@ -13,7 +13,7 @@ from offload_engine.experts.eviction import EVICTION
 from offload_engine.experts.transfer.cuda import CudaTransfers
 from tests.experts.test_executor import KINDS, Model
 from tests.streams.engines import on_device
-from tests.streams.planted import PLANTED, FaultyDevice
+from tests.streams.planted import PLANTED, SHARING, FaultyDevice
 from tests.streams.simulator import SimulatedDevice, StreamError
 
 ORDERS = st.lists(st.integers(0, 7), min_size=1, max_size=24)
@@ -141,7 +141,7 @@ def test_the_documents_table_names_every_planted_defect_and_what_it_shows() -> N
         if line.startswith("|")
     ]
     table = {row[0]: row[-1] for row in rows[2:]}
-    assert list(table) == list(PLANTED)
-    for name, planted in PLANTED.items():
+    assert list(table) == [*PLANTED, *SHARING]
+    for name, planted in (PLANTED | SHARING).items():
         shown = "; ".join(planted.faults) or "the outputs are not those of the oracle"
         assert table[name] == shown

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from offload_engine import Engine, SamplingParams, assembly, placement
 from offload_engine.errors import DeviceError, MemoryBudgetError
+from tests.streams.engines import WatchedHostExperts
 from tests.streams.simulator import SimulatedDevice, WatchedStore
 
 PROMPT = "Anna has 37 apples. Tom gives her 58 more. How many apples does Anna have now?"
@@ -57,6 +58,7 @@ def on_gpu(monkeypatch: pytest.MonkeyPatch, device: SimulatedDevice, **options: 
     opened = assembly.open_store
     monkeypatch.setattr(assembly, "find_gpu", lambda _config: SimulatedGpu(device, size=size))
     monkeypatch.setattr(assembly, "open_store", lambda *given, **named: WatchedStore(opened(*given, **named), device))
+    monkeypatch.setattr(placement, "HostExperts", WatchedHostExperts)
     settings = {"gpu_mem": "1GB", "dtype": "float32", "expert_mem": "4MB"} | options
     return Engine.from_pretrained(device="cuda", **settings)
 
@@ -67,13 +69,19 @@ def on_gpu(monkeypatch: pytest.MonkeyPatch, device: SimulatedDevice, **options: 
     expert_mem=st.sampled_from([100_000, 1_000_000, 4_000_000]),
     host_mem=st.sampled_from(["none", "auto", 12_000_000]),
     routing=st.sampled_from(["original", "dmoe"]),
+    cpu_experts=st.sampled_from(["off", "auto", 0.5]),
 )
 def test_answers_are_those_of_the_cpu_in_every_order(
-    on_cpu: dict[str, list[int]], order: list[int], expert_mem: int, host_mem: str | int, routing: str
+    on_cpu: dict[str, list[int]],
+    order: list[int],
+    expert_mem: int,
+    host_mem: str | int,
+    routing: str,
+    cpu_experts: str | float,
 ) -> None:
     device = SimulatedDevice(order)
     with pytest.MonkeyPatch.context() as patch:
-        options = {"expert_mem": expert_mem, "host_mem": host_mem, "routing": routing}
+        options = {"expert_mem": expert_mem, "host_mem": host_mem, "routing": routing, "cpu_experts": cpu_experts}
         with on_gpu(patch, device, **options) as engine:
             plan = engine.plan
             assert plan.device == "cuda"
@@ -84,6 +92,44 @@ def test_answers_are_those_of_the_cpu_in_every_order(
             assert engine.stats.misses > 0
             assert engine.stats.measured_peak_bytes == 12345
     device.check()
+
+
+@pytest.mark.parametrize("routing", ["original", "dmoe"])
+def test_experts_that_miss_are_computed_on_the_cpu(
+    monkeypatch: pytest.MonkeyPatch, on_cpu: dict[str, list[int]], routing: str
+) -> None:
+    device = SimulatedDevice([1, 0])
+    options = {"expert_mem": 100_000, "routing": routing, "predictor": "none"}
+    with (
+        on_gpu(monkeypatch, device, **options, cpu_experts=0.5) as engine,
+        on_gpu(monkeypatch, device, **options) as plain,
+    ):
+        plan, without = engine.plan, plain.plan
+        hidden, choices = engine.model_config.hidden_size, engine.model_config.num_experts_per_tok
+        assert plan.staging - without.staging >= 64 * choices * (hidden * 4 + 8), "room for results on the device"
+        assert plan.host_staging - without.host_staging >= plan.staging - without.staging + 64 * hidden * 4
+        assert engine.generate(PROMPT, PARAMS).token_ids == on_cpu[routing]
+        first = engine.stats.computed_on_cpu
+        assert first > 0
+        assert engine.logits(PROMPT).equal(plain.logits(PROMPT))
+        assert engine.stats.computed_on_cpu == first, "what only scores doesn't depend on what is resident"
+        stats = engine.stats
+        assert stats.hits + stats.late + stats.misses + stats.computed_on_cpu == stats.expert_requests
+    device.check()
+
+
+def test_without_a_host_tier_the_cpu_computes_nothing_and_a_notice_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    device = SimulatedDevice()
+    with on_gpu(monkeypatch, device, cpu_experts="auto", host_mem="none") as engine:
+        assert "cpu_experts is ignored: host_mem is none, so that no expert is in host memory" in engine.notices
+        engine.generate(PROMPT, SamplingParams(max_new_tokens=32))
+        assert engine.stats.computed_on_cpu == 0
+    device.check()
+
+
+def test_without_a_gpu_the_option_is_ignored_and_a_notice_says_so() -> None:
+    with Engine.from_pretrained(gpu_mem="2GB", device="cpu", cpu_experts="auto") as engine:
+        assert "cpu_experts is ignored: without a GPU the CPU computes every expert anyway" in engine.notices
 
 
 def test_a_refusal_to_pin_is_a_notice_of_the_engine(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,6 +8,7 @@ device holds too: nothing is ever copied back.
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterable
 from typing import NamedTuple
 
 from offload_engine.core import ExpertKey
@@ -48,13 +49,22 @@ class HostTier:
             "the limit of locked memory (ulimit -l)"
         )
 
+    def present(self, keys: Iterable[ExpertKey]) -> list[bool]:
+        """Which of these are there now; unless held, they may be gone at once."""
+        with self._lock:
+            return [self._cache.slot(key) is not None for key in keys]
+
+    def find(self, key: ExpertKey) -> Held | None:
+        """As `hold`, where the expert is there already; else None."""
+        with self._lock:
+            return self._found(key)
+
     def hold(self, key: ExpertKey) -> Held | None:
         """The slab of `key`, which is the caller's until `release`; None where all are in use."""
         with self._lock:
-            slot = self._cache.slot(key)
-            if slot is not None:
-                self._cache.pin(key)
-                return Held(self._slabs[slot], filled=True)
+            found = self._found(key)
+            if found is not None:
+                return found
             if self._cache.state(key) is not SlotState.FREE:
                 return None  # another thread is filling it
             reservation = self._cache.reserve(key, prefetch=False)
@@ -71,6 +81,13 @@ class HostTier:
                 self._cache.failed(key)
                 return
             self._cache.use(key, 1.0)
+
+    def _found(self, key: ExpertKey) -> Held | None:
+        slot = self._cache.slot(key)
+        if slot is None:
+            return None
+        self._cache.pin(key)
+        return Held(self._slabs[slot], filled=True)
 
     def occupancy(self) -> Occupancy:
         """Its slots by state."""
