@@ -39,6 +39,7 @@ TORCH_FREE = ["core", "errors", "metrics", "trace", "config", "memory", "simulat
         "sharing",
     )
 ]
+TORCH_FREE += ["decode.grouping", "decode.turns"]
 SIMULATED = {"core", "metrics", "trace", "errors"}
 SIMULATED_EXPERTS = (
     "cache",
