@@ -13,7 +13,7 @@ from torch import Tensor
 
 from offload_engine.core import ExpertKey, RoutingDecision
 from offload_engine.experts.arena import SlotArena
-from offload_engine.experts.cpu_rates import line_through, median_seconds
+from offload_engine.experts.cpu_rates import HANDOVER, line_through, median_seconds
 from offload_engine.experts.sharing import Rates
 from offload_engine.experts.store import ExpertStore
 from offload_engine.experts.transfer.base import Stream
@@ -60,7 +60,9 @@ def measure_rates(
         weights = [store.layout(key).weights(slab) for key, slab in zip(keys, sources, strict=True)]
         few, many = (_cpu_seconds(weights, tokens, dtype, clock) for tokens in TOKENS)
     expert, each = line_through(TOKENS, (few, many))
-    return Rates(copy=copy, expert=expert, token=each, trip=trip, row=copy * row / store.slab_bytes, read=read)
+    return Rates(
+        copy=copy, expert=expert, token=each, trip=trip + HANDOVER, row=copy * row / store.slab_bytes, read=read
+    )
 
 
 def _cpu_seconds(

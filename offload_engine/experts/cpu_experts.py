@@ -104,30 +104,36 @@ class _Layer(Errand):
         self._chosen = chosen
         self._dtype = hidden.dtype
         self._shape = hidden.shape
+        self._taken = owner.clock()
+        self._computing = self._beside = 0.0
+        """Seconds."""
         self._places = torch.isin(chosen.flatten(), torch.tensor(list(experts))).nonzero().flatten()
 
     def compute(self) -> None:
-        """On the worker's thread: wait for the activations, and leave results and places in the buffer."""
+        """On the worker's thread: wait for the activations, leave results and places in the buffer."""
         owner = self._owner
         owner.wait_for_activations()
-        began = owner.clock()
         with torch.inference_mode():
             rows, places = self._parts(owner.results)
             hidden = owner.activations[: rows.element_size() * self._shape.numel()].view(self._dtype)
             outputs = ExpertOutputs(hidden.view(self._shape), RoutingDecision(self._chosen, torch.empty(0)))
+            started = owner.clock()
             self.bytes_read = owner.compute(self._layer, sorted(self.experts), outputs)
+            self._computing = owner.clock() - started
             torch.index_select(outputs.outputs, 0, self._places, out=rows)
             places.copy_(self._places)
-        if not self.bytes_read:
-            owner.rates.learn(len(self.experts), len(self._places), owner.clock() - began)
+        self._beside = owner.clock() - self._taken - self._computing
 
     def deliver(self, outputs: Outputs) -> None:
         """See `Errand`."""
-        owner = self._owner
+        owner, began = self._owner, self._owner.clock()
         rows, places = self._parts(owner.staging)
         used = places.data_ptr() + places.nbytes - owner.staging.data_ptr()
         owner.driver.copy(Stream.COMPUTE, owner.results[:used], owner.staging[:used])
         owner.driver.launch(Stream.COMPUTE, partial(outputs.put, places, rows), [owner.staging], [])
+        if not self.bytes_read:  # else the disk was measured
+            beside = self._beside + owner.clock() - began
+            owner.rates.learn(len(self.experts), len(self._places), self._computing, beside)
 
     def _parts(self, buffer: Tensor) -> tuple[Tensor, Tensor]:
         """Views of a result buffer: outputs [n, H], and behind them their places [n]."""

@@ -9,9 +9,12 @@ from dataclasses import replace
 from offload_engine.experts.sharing import Rates
 
 SMOOTHING = 1 / 16
-"""Weight of a layer's measurement in the moving average of the CPU's pace."""
+"""Weight of a layer's measurement in a moving average."""
 FASTEST, SLOWEST = 0.1, 10.0
-"""What one layer may say of the CPU's pace: a process that was suspended for a second has not become slower."""
+"""What one layer may say of a pace: a process that was suspended for a second has not become slower."""
+HANDOVER = 2e-4
+"""Seconds that a layer's errand takes beside copies and kernels, until a run has shown how many it takes: decision, two
+changes of threads, bookkeeping. Measured on one machine of two busy cores (docs/LOG.md)."""
 
 
 class LearnedRates:
@@ -23,6 +26,8 @@ class LearnedRates:
         self.measured = measured
         self.pace = 1.0
         """Seconds that CPU experts lately took, over those measured."""
+        self.errand_pace = 1.0
+        """The same of `Rates.trip`."""
         self._rates = measured
 
     @property
@@ -30,16 +35,25 @@ class LearnedRates:
         """What things take as far as is known now."""
         return self._rates
 
-    def learn(self, experts: int, tokens: int, seconds: float) -> None:
-        """The CPU has computed so many experts of one layer, with so many tokens together, in `seconds`."""
-        expected = experts * self.measured.expert + tokens * self.measured.token
-        if expected <= 0:
-            return
-        found = min(max(seconds / expected, FASTEST), SLOWEST)
-        self.pace += SMOOTHING * (found - self.pace)
+    def learn(self, experts: int, tokens: int, seconds: float, beside: float) -> None:
+        """The CPU has computed so many experts of one layer, with so many tokens together, in `seconds`, and all else
+        that it took from the decision on was `beside`.
+        """
+        measured = self.measured
+        self.pace = _moved(self.pace, seconds, experts * measured.expert + tokens * measured.token)
+        self.errand_pace = _moved(self.errand_pace, beside, measured.trip)
         self._rates = replace(
-            self.measured, expert=self.measured.expert * self.pace, token=self.measured.token * self.pace
+            measured,
+            expert=measured.expert * self.pace,
+            token=measured.token * self.pace,
+            trip=measured.trip * self.errand_pace,
         )
+
+
+def _moved(pace: float, found: float, expected: float) -> float:
+    if expected <= 0:
+        return pace
+    return pace + SMOOTHING * (min(max(found / expected, FASTEST), SLOWEST) - pace)
 
 
 def line_through(tokens: tuple[int, int], seconds: tuple[float, float]) -> tuple[float, float]:

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from offload_engine.experts.calibration import SLABS, measure_rates
-from offload_engine.experts.cpu_rates import FASTEST, SLOWEST, LearnedRates, line_through, median_seconds
+from offload_engine.experts.cpu_rates import FASTEST, HANDOVER, SLOWEST, LearnedRates, line_through, median_seconds
 from offload_engine.experts.sharing import Rates
 from offload_engine.experts.transfer.base import Stream
 from tests.experts.test_executor import KINDS, Model
@@ -25,26 +25,27 @@ MEASURED = Rates(copy=1.0, expert=2.0, token=0.5, trip=0.25, row=0.125, read=3.0
 def test_the_pace_comes_to_what_layers_take(layers: list[tuple[int, int]], pace: float) -> None:
     learned = LearnedRates(MEASURED)
     for experts, tokens in layers:
-        learned.learn(experts, tokens, pace * (experts * 2.0 + tokens * 0.5))
+        learned.learn(experts, tokens, pace * (experts * 2.0 + tokens * 0.5), 0.5)
     assert learned.pace == pytest.approx(pace, rel=1e-3)
     now = learned.now
     assert now.expert == pytest.approx(2.0 * pace, rel=1e-3)
     assert now.token == pytest.approx(0.5 * pace, rel=1e-3)
-    assert (now.copy, now.trip, now.row, now.read) == (1.0, 0.25, 0.125, 3.0)
+    assert now.trip == pytest.approx(0.5, rel=1e-3)
+    assert (now.copy, now.row, now.read) == (1.0, 0.125, 3.0)
 
 
 def test_one_layer_that_took_forever_says_little() -> None:
     learned = LearnedRates(MEASURED)
-    learned.learn(1, 1, 1e6)
-    assert learned.pace == 1 + (SLOWEST - 1) / 16
+    learned.learn(1, 1, 1e6, 1e6)
+    assert learned.pace == learned.errand_pace == 1 + (SLOWEST - 1) / 16
     learned = LearnedRates(MEASURED)
-    learned.learn(1, 1, 0.0)
-    assert learned.pace == 1 + (FASTEST - 1) / 16
+    learned.learn(1, 1, 0.0, 0.0)
+    assert learned.pace == learned.errand_pace == 1 + (FASTEST - 1) / 16
 
 
 def test_of_unknown_rates_nothing_is_learned() -> None:
     learned = LearnedRates(Rates.unknown())
-    learned.learn(3, 8, 1.0)
+    learned.learn(3, 8, 1.0, 1.0)
     assert learned.now == Rates.unknown()
 
 
@@ -97,7 +98,7 @@ def test_rates_are_those_of_the_device_and_the_store(
     device.check()
     row = model.config.hidden_size * model.dtype.itemsize
     assert (rates.copy, rates.read) == (1.0, 7.0)
-    assert rates.trip == pytest.approx(0.5 + row / slot.numel())
+    assert rates.trip == pytest.approx(0.5 + row / slot.numel() + HANDOVER)
     assert rates.row == row / slot.numel()
     assert (rates.expert, rates.token) == (0.0, 0.0), "this clock stands still while the CPU computes"
     assert next(copied) == 2 * SLABS
