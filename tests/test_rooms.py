@@ -28,6 +28,7 @@ TORCH_FREE = ["core", "errors", "metrics", "trace", "config", "memory", "simulat
     f"experts.{name}"
     for name in (
         "cache",
+        "cpu_rates",
         "eviction",
         "hot_set",
         "next_use",
@@ -43,6 +44,7 @@ TORCH_FREE += ["decode.grouping", "decode.turns"]
 SIMULATED = {"core", "metrics", "trace", "errors"}
 SIMULATED_EXPERTS = (
     "cache",
+    "cpu_rates",
     "eviction",
     "next_use",
     "outlook",

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from offload_engine.core import ExpertKey, RoutingDecision
 from offload_engine.experts.arena import SlotArena
-from offload_engine.experts.cpu_rates import HANDOVER, line_through, median_seconds
+from offload_engine.experts.cpu_rates import HANDOVER, OWN_PART, line_through, median_seconds
 from offload_engine.experts.sharing import Rates
 from offload_engine.experts.store import ExpertStore
 from offload_engine.experts.transfer.base import Stream
@@ -61,7 +61,13 @@ def measure_rates(
         few, many = (_cpu_seconds(weights, tokens, dtype, clock) for tokens in TOKENS)
     expert, each = line_through(TOKENS, (few, many))
     return Rates(
-        copy=copy, expert=expert, token=each, trip=trip + HANDOVER, row=copy * row / store.slab_bytes, read=read
+        copy=copy,
+        expert=expert,
+        token=each,
+        trip=trip + HANDOVER,
+        own=OWN_PART,
+        row=copy * row / store.slab_bytes,
+        read=read,
     )
 
 

@@ -15,6 +15,8 @@ FASTEST, SLOWEST = 0.1, 10.0
 HANDOVER = 2e-4
 """Seconds that a layer's errand takes beside copies and kernels, until a run has shown how many it takes: decision, two
 changes of threads, bookkeeping. Measured on one machine of two busy cores (docs/LOG.md)."""
+OWN_PART = 1e-4
+"""Of these, the part that the engine's own thread spends, so that everything else waits for it."""
 
 
 class LearnedRates:

@@ -37,6 +37,8 @@ class Rates:
     """Activations down and results up, once per layer, ..."""
     row: float = 0.0
     """... and beside that, each token of each expert."""
+    own: float = 0.0
+    """That all else waits for the decision and its consequences, once per layer of which the CPU computes any."""
     read: float = 0.0
     """One expert from disk into host memory, ahead of its copy."""
 
@@ -71,23 +73,25 @@ def cheapest_first(missing: Sequence[Missing]) -> list[Missing]:
 def soonest(missing: Sequence[Missing], rates: Rates, waiting: float = 0.0) -> int:
     """How many of `cheapest_first` the CPU takes for the layer to end soonest; of equals the fewest.
 
-    Copies follow each other on one link, CPU experts on the processor, and the layer ends with the later of the two.
-    All copies take the same time, so that of all sets of one size the one that the CPU is through with first is best:
-    prefixes of `cheapest_first` are all that has to be tried.
+    Copies follow each other on one link, CPU experts on the processor, reads on one disk, and the layer ends with the
+    last of them. All copies take the same time, so that of all sets of one size the one that the CPU is through with
+    first is best: prefixes of `cheapest_first` are all that has to be tried.
     """
     able = cheapest_first(missing)
-    left = len(missing)
-    reading = (left - len(able)) * rates.read
-    best, count = _link(left, reading, rates, waiting), 0
+    left, unread = len(missing), len(missing) - len(able)
+    best, count = _link(left, unread, rates, waiting), 0
     cpu = rates.trip
     for taken, one in enumerate(able, start=1):
         cpu += rates.cpu(one.tokens)
-        ends = max(_link(left - taken, reading, rates, waiting), cpu)
+        ends = rates.own + max(_link(left - taken, unread, rates, waiting), cpu)
         if ends < best:
             best, count = ends, taken
     return count
 
 
-def _link(copies: int, reading: float, rates: Rates, waiting: float) -> float:
-    """When so many copies are through; nothing waits for those of others."""
-    return (waiting + copies) * rates.copy + reading if copies else 0.0
+def _link(copies: int, unread: int, rates: Rates, waiting: float) -> float:
+    """When so many copies are through, some of them of what is read from disk first; nobody waits for no copy."""
+    if not copies:
+        return 0.0
+    through = (waiting + copies) * rates.copy
+    return max(through, unread * rates.read + rates.copy) if unread else through

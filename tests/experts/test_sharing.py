@@ -13,7 +13,9 @@ from hypothesis import strategies as st
 from offload_engine.experts.sharing import Missing, Rates, cheapest_first, choose, soonest
 
 SECONDS = st.integers(0, 40).map(lambda value: value / 8)  # exact in binary: sums in any order are the same
-RATES = st.builds(Rates, copy=SECONDS, expert=SECONDS, token=SECONDS, trip=SECONDS, row=SECONDS, read=SECONDS)
+RATES = st.builds(
+    Rates, copy=SECONDS, expert=SECONDS, token=SECONDS, trip=SECONDS, row=SECONDS, own=SECONDS, read=SECONDS
+)
 WAITING = st.integers(0, 4).map(lambda value: value / 2)
 LAYERS = st.lists(st.tuples(st.integers(1, 8), st.booleans()), max_size=7).map(
     lambda rows: [Missing(expert, tokens, hosted) for expert, (tokens, hosted) in enumerate(rows)]
@@ -26,13 +28,16 @@ def ends(missing: Sequence[Missing], computed: Collection[int], rates: Rates, wa
     theirs = [one for one in missing if one.expert not in computed]
     if not all(one.hosted for one in mine):
         return math.inf
-    link = waiting * rates.copy if theirs else 0.0
-    for one in theirs:
-        link += rates.copy if one.hosted else rates.copy + rates.read
-    cpu = rates.trip if mine else 0.0
+    link = (waiting + len(theirs)) * rates.copy if theirs else 0.0
+    read = sum(rates.read for one in theirs if not one.hosted)
+    if not all(one.hosted for one in theirs):
+        link = max(link, read + rates.copy)
+    if not mine:
+        return link
+    cpu = rates.trip
     for one in mine:
         cpu += rates.expert + one.tokens * (rates.token + rates.row)
-    return max(link, cpu)
+    return rates.own + max(link, cpu)
 
 
 @given(missing=LAYERS, rates=RATES, waiting=WAITING)
@@ -83,6 +88,17 @@ def test_copies_under_way_speak_for_the_cpu() -> None:
     assert choose("auto", [Missing(0, 1)], rates) == []
     assert choose("auto", [Missing(0, 1)], rates, waiting=1.5) == []
     assert choose("auto", [Missing(0, 1)], rates, waiting=2.0) == [0]
+
+
+def test_where_all_wait_for_the_disk_nothing_is_gained() -> None:
+    missing = [Missing(expert, 1, hosted=expert > 1) for expert in range(6)]
+    assert choose("auto", missing, Rates(copy=1.0, expert=0.25, token=0.0, read=4.0)) == []
+    assert choose("auto", missing, Rates(copy=1.0, expert=0.25, token=0.0, read=1.0)) == [5, 4, 3]
+
+
+def test_a_gain_that_the_decision_itself_eats_up_is_none() -> None:
+    assert choose("auto", [Missing(0, 1)], Rates(copy=1.0, expert=0.5, token=0.0, own=0.375)) == [0]
+    assert choose("auto", [Missing(0, 1)], Rates(copy=1.0, expert=0.5, token=0.0, own=0.5)) == []
 
 
 def test_off_is_off() -> None:
