@@ -64,7 +64,7 @@ class Library:
         self.select.argtypes = [_INT, *(_INT64,) * 6, _INT, _FLOAT, _DOUBLE, _INT64, *(_POINTER,) * 7]
         self.select.restype = _INT64
         self.rank = library.dmoe_rank
-        self.rank.argtypes = [_INT64, _POINTER, _INT64, _INT64, *(_POINTER,) * 3]
+        self.rank.argtypes = [_INT64, _POINTER, _INT64, _INT64, _POINTER, _INT64, *(_POINTER,) * 3]
         self.rank.restype = _INT64
         self.variants: dict[str, int] = {}
         """Variants that this CPU can run, fastest first, with their numbers."""
