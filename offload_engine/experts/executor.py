@@ -258,6 +258,34 @@ class OffloadedExperts:
         with self._changed:
             return [key.expert for key in self.scheduler.cache.held(keys)]
 
+    def resize(self, slots: int) -> None:
+        """Have `slots` slots, at least one; not during a forward. Experts that still have a place stay.
+
+        Raises what the arena's `resize` raises; the cache then has the slots it had.
+        """
+        with self._changed:
+            self.scheduler.stop()
+        if self._half_done:
+            self._start_over()
+        self.idle()
+        self.wait_warm()
+        self.wait_for_slots()
+        if slots > self.arena.slots:
+            self.arena.resize(slots)
+        self._half_done = True
+        with self._changed:
+            moves = self.scheduler.resize(slots)
+        for source, target in moves:
+            self.arena.slab(target).copy_(self.arena.slab(source))
+        self._half_done = False
+        if slots < self.arena.slots:
+            try:
+                self.arena.resize(slots)
+            except BaseException:
+                with self._changed:
+                    self.scheduler.resize(self.arena.slots)
+                raise
+
     def close(self) -> None:
         """Join the driver's threads and free the slots. Idempotent."""
         with self._changed:

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import random
+
 from offload_engine.core import BlockPass, ExpertKey, ForwardInfo, Phase
 from offload_engine.experts.cache import ExpertCache
 from offload_engine.experts.eviction import EvictionPolicy, make_eviction
