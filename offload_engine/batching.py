@@ -76,7 +76,7 @@ class Batcher:
         self._seconds: deque[float] = deque(maxlen=RECENT_ANSWERS)
         """What the latest answers took."""
         self._owning = ExitStack()
-        self._session = self._owning.enter_context(engine.session(turn_blocks=TURN_BLOCKS))
+        self._session = self._owning.enter_context(engine.session(turn_blocks=TURN_BLOCKS, reuse=True))
         self._thread = threading.Thread(target=self._work, name="batcher", daemon=True)
         try:
             self._thread.start()

@@ -345,15 +345,19 @@ class Engine:
                     yield number, outcome
 
     @contextmanager
-    def session(self, lanes: int | None = None, turn_blocks: int | None = None) -> Iterator[Session]:
+    def session(
+        self, lanes: int | None = None, turn_blocks: int | None = None, reuse: bool = False
+    ) -> Iterator[Session]:
         """The engine to oneself, to enter requests and take steps by hand; `generate` and `Batcher` are made of it.
 
-        At most `lanes` requests at a time; `turn_blocks`: see `Turns`. Raises `UsageError` when the engine is busy.
+        At most `lanes` requests at a time; `turn_blocks`: see `Turns`; `reuse`: see `Batch`, but the config's
+        `prefix_reuse` goes first. Raises `UsageError` when the engine is busy.
         """
         with self._access.call():
+            reuse = {"on": True, "off": False}.get(self.config.prefix_reuse, reuse)
             try:
                 yield Session(
-                    lambda: Batch(self._decoder, lanes, turn_blocks),
+                    lambda: Batch(self._decoder, lanes, turn_blocks, reuse),
                     self._access,
                     self.tokenizer,
                     self.stats,
