@@ -334,15 +334,24 @@ class Engine(EngineFacts):
                     yield number, outcome
 
     @contextmanager
-    def session(self, lanes: int | None = None, turn_blocks: int | None = None) -> Iterator[Session]:
+    def session(
+        self, lanes: int | None = None, turn_blocks: int | None = None, reuse: bool = False
+    ) -> Iterator[Session]:
         """The engine to oneself, to enter requests and take steps by hand; `generate` and `Batcher` are made of it.
 
-        At most `lanes` requests at a time; `turn_blocks`: see `Turns`. Raises `UsageError` when the engine is busy.
+        At most `lanes` requests at a time; `turn_blocks`: see `Turns`; `reuse`: see `Batch`, but the config's
+        `prefix_reuse` goes first. Raises `UsageError` when the engine is busy.
         """
         with self._access.call():
-            batch = Batch(self._decoder, lanes, turn_blocks)
+            reuse = {"on": True, "off": False}.get(self.config.prefix_reuse, reuse)
             try:
-                yield Session(batch, self._access, self.tokenizer, self.stats, self._conclude)
+                yield Session(
+                    lambda: Batch(self._decoder, lanes, turn_blocks, reuse),
+                    self._access,
+                    self.tokenizer,
+                    self.stats,
+                    self._conclude,
+                )
             finally:
                 if self._recorder is not None:
                     self._recorder.end_sequence()
