@@ -16,7 +16,11 @@ from offload_engine.errors import InternalError
 from offload_engine.experts.device.executor import DeviceExperts
 from offload_engine.experts.eviction import EVICTION
 from offload_engine.experts.transfer.cuda import CudaTransfers
+from offload_engine.kernels import cuda_selection
+from offload_engine.kernels.build import BuildError
+from offload_engine.kernels.cuda import CudaLibrary
 from tests.experts.test_executor import KINDS, Model
+from tests.kernels.cuda_emulation import emulate
 from tests.streams.engines import on_device
 from tests.streams.planted import MISDEEDS, PLANTED, FaultyDevice
 from tests.streams.simulator import SimulatedDevice, StreamError
@@ -88,6 +92,33 @@ def test_the_engine_on_streams_equals_the_resident_one_in_every_order(
     if experts.transfers.host is not None:
         held = experts.transfers.host.occupancy()
         assert (held.loading, held.pinned) == (0, 0)
+
+
+@pytest.fixture(scope="session")
+def emulated_selection(tmp_path_factory: pytest.TempPathFactory) -> CudaLibrary:
+    try:
+        return emulate(tmp_path_factory.mktemp("cuda") / "libdmoe_cuda_emulated.so")
+    except BuildError as error:
+        pytest.skip(str(error))
+
+
+@pytest.mark.parametrize("order", [[0], [1, 0, 2], [7]])
+@pytest.mark.parametrize("routing", ["original", "dmoe"])
+def test_the_engine_with_emulated_kernels_equals_the_resident_one(
+    model: Model, emulated_selection: CudaLibrary, monkeypatch: pytest.MonkeyPatch, routing: str, order: list[int]
+) -> None:
+    monkeypatch.setattr(cuda_selection, "library_for", lambda _device: emulated_selection)
+    device = SimulatedDevice(order)
+    experts = on_device(device, model.store, 40, host_slots=60, predictor="combined", emulated=True)
+    try:
+        for step in range(3):
+            ids = torch.arange(12) + 5 * step
+            expected = model.hidden(model.resident, routing, ids, step)
+            assert torch.equal(model.hidden(experts, routing, ids, step), expected)
+        experts.idle()
+    finally:
+        experts.close()
+    device.check()
 
 
 def fetch_some(experts: DeviceExperts) -> None:
