@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from offload_engine.core import RoutingDecision
 from offload_engine.kernels.cuda import CudaLibrary, SelectionCall, status
 from offload_engine.kernels.selection import Router
 
@@ -95,7 +94,7 @@ def count_blocks(block_ids: Tensor) -> int:
     return int(_counted[block_ids])
 
 
-def decide(rule: SelectionRule, logits: Tensor, bias: Tensor | None, block_ids: Tensor) -> RoutingDecision | None:
+def decide(rule: SelectionRule, logits: Tensor, bias: Tensor | None, block_ids: Tensor) -> Routed | None:
     """As a `RoutingPolicy`, by the kernel; None where there is none, it doesn't serve these or a gradient is wanted."""
     library = library_for(logits.device)
     if library is None or not rule.fits(logits.shape[1]) or logits.dtype != torch.float32:
@@ -103,8 +102,7 @@ def decide(rule: SelectionRule, logits: Tensor, bias: Tensor | None, block_ids: 
     if (bias is not None and bias.dtype != torch.float32) or (torch.is_grad_enabled() and logits.requires_grad):
         return None
     blocks = count_blocks(block_ids)
-    routed = route_logits(library, rule, logits.contiguous(), bias, block_ids.contiguous(), blocks)
-    return RoutingDecision(routed.experts, routed.weights, routed.coreset, routed.block_scores)
+    return route_logits(library, rule, logits.contiguous(), bias, block_ids.contiguous(), blocks)
 
 
 def route_logits(
