@@ -19,7 +19,17 @@ FLOORS: list[tuple[str, ...]] = [
     ("experts",),
     ("decode", "simulate"),
     ("placement",),
-    ("engine", "assembly"),
+    (
+        "engine",
+        "adjusting",
+        "assembly",
+        "asynchronous",
+        "dropping",
+        "engine_facts",
+        "engine_options",
+        "extending",
+        "routing_notices",
+    ),
     ("server", "evaluate", "bench", "doctor", "tune"),
     ("cli",),
 ]

@@ -87,7 +87,7 @@ def test_watchers_see_decisions_on_the_host_after_the_layer_ran(model: Model, em
 
 
 def test_a_compute_from_another_slot_than_the_tables_is_a_defect(model: Model) -> None:
-    experts = on_device(SimulatedDevice(), model.store, 40, emulated=True)
+    experts = on_device(SimulatedDevice(), model.store, 96, emulated=True)
     forwards(model, experts, 2)
     ahead = experts._ahead
     assert ahead is not None
