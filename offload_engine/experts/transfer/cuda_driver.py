@@ -98,7 +98,11 @@ class CudaDriver:
 
     def fetch(self, stream: Stream, source: Tensor, target: Tensor) -> None:
         """See `StreamDriver`."""
-        self.copy(stream, source, target)
+
+        def bring() -> None:
+            target.copy_(source, non_blocking=True)
+
+        self.launch(stream, bring, [], [])
 
     def launch(self, stream: Stream, fn: Callable[[], None], reads: Sequence[Tensor], writes: Sequence[Tensor]) -> None:  # noqa: ARG002
         """See `StreamDriver`."""
