@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import torch
 
+from offload_engine import kernels
 from offload_engine.config import EngineConfig
 from offload_engine.errors import DeviceError, MemoryBudgetError
 from offload_engine.experts.arena import DeviceArena
@@ -17,6 +18,7 @@ from offload_engine.experts.transfer.cuda import CudaTransfers
 from offload_engine.experts.transfer.cuda_driver import CudaDriver
 from offload_engine.experts.transfer.driver import StreamDriver
 from offload_engine.experts.transfer.host_tier import HostTier
+from offload_engine.kernels import grouped
 from offload_engine.memory.plan import RUNTIME_BYTES, MemoryPlan
 
 
@@ -106,6 +108,15 @@ def _why_none() -> str:
     if not torch.backends.cuda.is_built():
         return "install a build of torch with CUDA"
     return "install an NVIDIA driver new enough for this torch, and see that CUDA_VISIBLE_DEVICES is not empty"
+
+
+def without_kernels(dtype: torch.dtype, gpu: Gpu | None) -> list[str]:
+    """What to tell where torch computes the experts and a kernel of ours could."""
+    if gpu is not None:
+        reason = grouped.why_not(gpu.device)
+    else:
+        reason = kernels.status().reason if dtype == torch.bfloat16 and kernels.status().variant is None else None
+    return [] if reason is None else [f"torch computes the experts, more slowly than our kernel would: {reason}"]
 
 
 class Moving(NamedTuple):

@@ -28,6 +28,7 @@ from offload_engine.model.moe import (
     ExpertSum,
     ExpertTokens,
     ExpertWork,
+    LayerOutputs,
     Preview,
     tokens_by_expert,
 )
@@ -143,7 +144,7 @@ class OffloadedExperts:
         self.predictor.observe(layer, ranked.experts, ranked.scores, learned)
         if self.predictor.generating:
             self.hot.use(layer, learned.experts)
-        outputs = ExpertOutputs(hidden, decision)
+        outputs = self._outputs(layer, hidden, decision)
         self._half_done = True
         try:
             with self._changed:
@@ -210,6 +211,10 @@ class OffloadedExperts:
         self.transfers.synchronize()
         return total.sum
 
+    def _outputs(self, layer: int, hidden: Tensor, decision: RoutingDecision) -> LayerOutputs:  # noqa: ARG002
+        """What computes the experts of one layer in one forward."""
+        return ExpertOutputs(hidden, decision)
+
     def _launch(self, computes: Sequence[Compute], work: Callable[[Sequence[ExpertWork]], None]) -> None:
         """Have `work` done with the experts' weights, and give their slots free for what comes next."""
         todo = [self._work(compute) for compute in computes]
@@ -222,7 +227,8 @@ class OffloadedExperts:
         key, slot = compute
         kept = self._works.get(slot)
         if kept is None or kept[0] != key:  # asking store and arena for every use costs 1 % of a step
-            kept = self._works[slot] = key, ExpertWork(key.expert, self.arena.weights(slot, self.store.layout(key)))
+            weights = self.arena.weights(slot, self.store.layout(key))
+            kept = self._works[slot] = key, ExpertWork(key.expert, weights, slot)
         return kept[1]
 
     def idle(self, timeout: float = 60.0) -> None:

@@ -123,6 +123,12 @@ class ExpertScheduler:
         """Event: the layer under way will `want` these after what it wants next; those that are here should stay."""
         self.cache.expect(keys)
 
+    def lend(self, layer: int) -> None:
+        """Event: work is enqueued on whatever of `layer` is resident, before it is known what of it will be wanted.
+        Nothing of it is evicted until `want` says so.
+        """
+        self.cache.lend(layer)
+
     def want(
         self, layer: int, experts: Sequence[int], scores: Sequence[float], outlook: Outlook | None = None
     ) -> list[Command]:
@@ -141,6 +147,7 @@ class ExpertScheduler:
         self._demand.extend(key for key, state, _slot in claims if state is SlotState.FREE)
         computes = [Compute(key, slot) for key, state, slot in claims if state is SlotState.RESIDENT]
         self._computing.update(compute.key for compute in computes)
+        self.cache.lend(None)  # what is wanted of it is pinned now
         if self._prefetch:
             self._prefetch = deque(key for key in self._prefetch if key.layer != layer)  # too late to be early
         return [*self._start_transfers(), *computes]
@@ -190,6 +197,7 @@ class ExpertScheduler:
         for key in self._computing:
             self.cache.unpin(key)
         self.cache.expect(())
+        self.cache.lend(None)
         self._computing.clear()
         self._wanted.clear()
         self._routed.clear()

@@ -31,6 +31,10 @@ class CudaEvent:
         """See `Event`."""
         self._event.synchronize()
 
+    def done(self) -> bool:
+        """See `Event`."""
+        return bool(self._event.query())
+
     def close(self) -> None:
         """See `Event`."""
         self._event = None
@@ -91,6 +95,14 @@ class CudaDriver:
         """See `StreamDriver`."""
         with torch.cuda.stream(self._streams[stream]):
             target.copy_(source, non_blocking=True)
+
+    def fetch(self, stream: Stream, source: Tensor, target: Tensor) -> None:
+        """See `StreamDriver`."""
+
+        def bring() -> None:
+            target.copy_(source, non_blocking=True)
+
+        self.launch(stream, bring, [], [])
 
     def launch(self, stream: Stream, fn: Callable[[], None], reads: Sequence[Tensor], writes: Sequence[Tensor]) -> None:  # noqa: ARG002
         """See `StreamDriver`."""
