@@ -17,7 +17,7 @@ from offload_engine.experts.cache import Occupancy
 from offload_engine.experts.hot_set import HotSet
 from offload_engine.experts.predictor import ExpertPredictor
 from offload_engine.experts.prefetch import PREDICTION_SHARE, RECENT_RUNS, prefetch_order
-from offload_engine.experts.ranked import going_on, outlook_of, ranked_experts
+from offload_engine.experts.ranked import ranked_experts, standing
 from offload_engine.experts.scheduler import LAUNCH_EXPERTS, Command, Compute, ExpertScheduler, Load
 from offload_engine.experts.store import ExpertStore
 from offload_engine.experts.transfer.base import Stream, TransferBackend, TransferTicket
@@ -134,9 +134,7 @@ class OffloadedExperts:
 
     def run(self, layer: int, hidden: Tensor, decision: RoutingDecision) -> Tensor:
         """See `ExpertExecutor`."""
-        ranked = ranked_experts(decision)
-        learned = going_on(ranked, decision, self._info)
-        outlook = outlook_of(learned.experts, decision.block_scores, self._info)
+        ranked, learned, outlook = standing(decision, self._info)
         self.predictor.observe(layer, ranked.experts, ranked.scores, learned)
         if self.predictor.generating:
             self.hot.use(layer, learned.experts)
