@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,8 +13,9 @@ from offload_engine import kernels
 from offload_engine.config import EngineConfig
 from offload_engine.decode.warm_up import warm_up
 from offload_engine.errors import CheckpointError, MemoryBudgetError, TokenizerError
-from offload_engine.experts.arena import SlotArena, Slots
+from offload_engine.experts.arena import SlotArena
 from offload_engine.experts.cache import ExpertCache
+from offload_engine.experts.device.executor import DeviceExperts
 from offload_engine.experts.eviction import make_eviction
 from offload_engine.experts.executor import OffloadedExperts
 from offload_engine.experts.hot_set import HotSet, recall, remember
@@ -23,7 +23,6 @@ from offload_engine.experts.opening import open_store
 from offload_engine.experts.predictor import make_predictor
 from offload_engine.experts.scheduler import ExpertScheduler
 from offload_engine.experts.store import ExpertStore
-from offload_engine.experts.transfer.base import TransferBackend
 from offload_engine.experts.transfer.cpu import CpuTransfers
 from offload_engine.extending import Custom
 from offload_engine.memory import MemoryPlan, Setup, auto_budget, available_memory, plan_memory
@@ -32,11 +31,11 @@ from offload_engine.memory.refusal import check_still_there
 from offload_engine.metrics import EngineStats, reset_peak
 from offload_engine.model.checkpoint import Checkpoint
 from offload_engine.model.config import ModelConfig
-from offload_engine.model.hub import resolve_model
+from offload_engine.model.hub import Progress, resolve_model
 from offload_engine.model.llada2 import LLaDA2Model
 from offload_engine.model.quantized import ExpertFormat
 from offload_engine.model.weights import load_resident, unexpected_tensors
-from offload_engine.placement import Gpu, find_gpu, ignored, moving, shared_tokens, sharing
+from offload_engine.placement import Gpu, find_gpu, ignored, moving, share_with_cpu, shared_tokens, without_kernels
 from offload_engine.routing import RoutingOptions, RoutingPolicy, SituatedCoreset, make_policy
 from offload_engine.routing_notices import routing_notices
 from offload_engine.text import Tokenizer, load_tokenizer
@@ -58,9 +57,6 @@ SMALL_MATRIX = 2**18
 
 RUNTIME_STEP = 8 * 2**20
 """What the process takes is rounded up to this: no two runs measure the same."""
-
-Progress = Callable[[str, int, int], None]
-"""Told what is being done, how much of it is done and how much there is, in bytes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,9 +104,9 @@ class Parts:
             self.store.close()
 
 
-def find_source(config: EngineConfig) -> Source:
-    """Locate the model and read what describes it. Raises `ModelError`s."""
-    directory = BUILT_IN if config.model is None else resolve_model(config.model)
+def find_source(config: EngineConfig, progress: Progress | None = None) -> Source:
+    """Locate the model, download it if need be, and read what describes it. Raises `ModelError`s."""
+    directory = BUILT_IN if config.model is None else resolve_model(config.model, progress=progress)
     model_config = ModelConfig.from_file(directory / "config.json")
     tokenizer = load_tokenizer(directory, model_config.vocab_size)
     return Source(
@@ -273,7 +269,7 @@ def assemble(
     gpu = find_gpu(config)
     if gpu is None:
         reset_peak()  # what was before this engine, such as a larger one closed by now, is no business of its plan
-    source = find_source(config)
+    source = find_source(config, progress)
     model_config = source.config
     custom = custom or Custom()
     own = custom.make_routing(model_config.router)
@@ -292,8 +288,7 @@ def assemble(
         store = open_store(model_config, checkpoint, verify=config.verify)
         undo.callback(store.close)
         dtype = compute_dtype(config, model_config, store.format.dtype, gpu)
-        if gpu is None and dtype == torch.bfloat16 and kernels.status().variant is None:
-            notices.append(f"torch computes the experts, more slowly than our kernel would: {kernels.status().reason}")
+        notices += without_kernels(dtype, gpu)
         device = torch.device("cpu") if gpu is None else gpu.device
         warm_up(dtype, device)
         if gpu is not None:
@@ -313,7 +308,7 @@ def assemble(
         experts, slower = _executor(config, custom, store, plan, stats, remembered.hot if remembered else None, gpu)
         notices += slower
         undo.callback(experts.close)  # before the store: its threads read from there
-        experts.cpu = sharing(gpu, config, model_config, setup, dtype, experts)
+        share_with_cpu(config, model_config, setup, dtype, experts)
         if isinstance(policy, SituatedCoreset):
             policy = replace(policy, residents=experts.residents)
         threads = compute_threads(config, model_config)
@@ -344,27 +339,22 @@ def _executor(
     """The executor, and what the user should know of how it moves experts."""
     check_still_there(plan, available_memory() if gpu is None else gpu.free())
     notices: tuple[str, ...] = ()
+    cache = ExpertCache(plan.slots, custom.make_eviction(lambda: make_eviction(config.eviction)))
+    scheduler = ExpertScheduler(cache, config.transfers_in_flight)
+    predictor = custom.make_predictor(lambda: make_predictor(config.predictor))
+    policies = (scheduler, predictor, stats, config.prefetch_depth, hot)
+    experts: OffloadedExperts
     with ExitStack() as undo:
-        arena: Slots
-        transfers: TransferBackend
         if gpu is None:
             arena = SlotArena(plan.slots, store.slab_bytes)
             undo.callback(arena.close)
             transfers = CpuTransfers(store, arena, config.reader_threads)
+            undo.callback(transfers.close)
+            experts = OffloadedExperts(store, arena, transfers, *policies)
         else:
-            arena, transfers, notices = moving(gpu, config, store, plan)
-            undo.callback(arena.close)
-        undo.callback(transfers.close)
-        cache = ExpertCache(plan.slots, custom.make_eviction(lambda: make_eviction(config.eviction)))
-        experts = OffloadedExperts(
-            store=store,
-            arena=arena,
-            transfers=transfers,
-            scheduler=ExpertScheduler(cache, config.transfers_in_flight),
-            predictor=custom.make_predictor(lambda: make_predictor(config.predictor)),
-            stats=stats,
-            prefetch_depth=config.prefetch_depth,
-            hot=hot,
-        )
+            slots, copies, notices = moving(gpu, config, store, plan)
+            undo.callback(slots.close)
+            undo.callback(copies.close)
+            experts = DeviceExperts(store, slots, copies, *policies)
         undo.pop_all()
     return experts, notices

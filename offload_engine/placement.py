@@ -9,12 +9,14 @@ from typing import NamedTuple
 
 import torch
 
+from offload_engine import kernels
 from offload_engine.config import EngineConfig
 from offload_engine.errors import DeviceError, MemoryBudgetError
 from offload_engine.experts.arena import DeviceArena
 from offload_engine.experts.calibration import measure_rates
 from offload_engine.experts.cpu_experts import ForwardShape, HostExperts
 from offload_engine.experts.cpu_rates import LearnedRates
+from offload_engine.experts.device.executor import DeviceExperts
 from offload_engine.experts.executor import OffloadedExperts
 from offload_engine.experts.sharing import Rates
 from offload_engine.experts.store import ExpertStore
@@ -22,6 +24,7 @@ from offload_engine.experts.transfer.cuda import CudaTransfers
 from offload_engine.experts.transfer.cuda_driver import CudaDriver
 from offload_engine.experts.transfer.driver import StreamDriver
 from offload_engine.experts.transfer.host_tier import HostTier
+from offload_engine.kernels import grouped
 from offload_engine.memory.plan import MIN_BLOCK, RUNTIME_BYTES, MemoryPlan, Setup
 from offload_engine.model.config import ModelConfig
 
@@ -114,6 +117,15 @@ def _why_none() -> str:
     return "install an NVIDIA driver new enough for this torch, and see that CUDA_VISIBLE_DEVICES is not empty"
 
 
+def without_kernels(dtype: torch.dtype, gpu: Gpu | None) -> list[str]:
+    """What to tell where torch computes the experts and a kernel of ours could."""
+    if gpu is not None:
+        reason = grouped.why_not(gpu.device)
+    else:
+        reason = kernels.status().reason if dtype == torch.bfloat16 and kernels.status().variant is None else None
+    return [] if reason is None else [f"torch computes the experts, more slowly than our kernel would: {reason}"]
+
+
 class Moving(NamedTuple):
     """The slots of a GPU and what fills them."""
 
@@ -144,26 +156,23 @@ def shared_tokens(config: EngineConfig, gpu: Gpu | None) -> int:
     return 2 * config.batch_size * MIN_BLOCK
 
 
-def sharing(
-    gpu: Gpu | None,
-    config: EngineConfig,
-    model: ModelConfig,
-    setup: Setup,
-    dtype: torch.dtype,
-    experts: OffloadedExperts,
-) -> HostExperts | None:
-    """What computes some of the missing experts on the CPU beside `experts`, whose slots nobody uses yet; None where
-    that isn't wanted or there is no host tier. Raises `MemoryBudgetError`, `TransferError`.
+def share_with_cpu(
+    config: EngineConfig, model: ModelConfig, setup: Setup, dtype: torch.dtype, experts: OffloadedExperts
+) -> None:
+    """Have the CPU compute some of the missing `experts`, whose slots nobody uses yet, if that is wanted and there is a
+    host tier. Raises `MemoryBudgetError`, `TransferError`.
     """
     transfers = experts.transfers
-    if gpu is None or not setup.shared_tokens or not isinstance(transfers, CudaTransfers) or transfers.host is None:
-        return None
+    if not setup.shared_tokens or not isinstance(experts, DeviceExperts) or not isinstance(transfers, CudaTransfers):
+        return
+    driver, host = transfers.driver, transfers.host
+    if host is None:
+        return
     choices = model.num_experts_per_tok if setup.choices is None else setup.choices
     shape = ForwardShape(setup.shared_tokens, choices, model.hidden_size, setup.itemsize)
-    rates = Rates.unknown()
-    if config.cpu_experts == "auto":
-        rates = measure_rates(gpu.driver, experts.store, experts.arena.slab(0), dtype)
-    return HostExperts(gpu.driver, transfers.host, experts.store, shape, config.cpu_experts, LearnedRates(rates))
+    auto = config.cpu_experts == "auto"
+    rates = measure_rates(driver, experts.store, experts.arena.slab(0), dtype) if auto else Rates.unknown()
+    experts.cpu = HostExperts(driver, host, experts.store, shape, config.cpu_experts, LearnedRates(rates))
 
 
 def moving(gpu: Gpu, config: EngineConfig, store: ExpertStore, plan: MemoryPlan) -> Moving:

@@ -15,7 +15,7 @@ from offload_engine.assembly import compute_dtype
 from offload_engine.config import EngineConfig
 from offload_engine.errors import DeviceError
 from offload_engine.model.config import ModelConfig
-from offload_engine.placement import Gpu, find_gpu
+from offload_engine.placement import Gpu, find_gpu, without_kernels
 from tests.checkpoints import tiny_config
 
 
@@ -146,3 +146,12 @@ def test_memory_is_what_torch_holds_and_the_context_by_nvml_or_by_estimate(
     assert gpu.free() == 1300
     assert gpu.peak() == 700 + beside
     assert nvml.open == 0
+
+
+def test_a_gpu_without_the_grouped_kernels_is_told_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = Gpu(Driver(torch.device("cuda", 0)))  # type: ignore[arg-type]
+    monkeypatch.setattr(placement.grouped, "why_not", lambda _device: None)
+    assert without_kernels(torch.float16, gpu) == []
+    monkeypatch.setattr(placement.grouped, "why_not", lambda device: f"no Triton for {device}")
+    told = "torch computes the experts, more slowly than our kernel would: no Triton for cuda:0"
+    assert without_kernels(torch.float16, gpu) == [told]

@@ -24,6 +24,7 @@ FLOORS: list[tuple[str, ...]] = [
         "adjusting",
         "assembly",
         "asynchronous",
+        "batching",
         "dropping",
         "engine_facts",
         "engine_options",
@@ -50,7 +51,7 @@ TORCH_FREE = ["core", "errors", "metrics", "trace", "config", "memory", "simulat
         "sharing",
     )
 ]
-TORCH_FREE += ["decode.grouping", "decode.turns"]
+TORCH_FREE += ["decode.grouping", "decode.reuse", "decode.turns"]
 SIMULATED = {"core", "metrics", "trace", "errors"}
 SIMULATED_EXPERTS = (
     "cache",

@@ -2,8 +2,8 @@
 
 Which work waits for which:
 
-- Activations are copied down on the compute stream, and the worker waits for a mark behind that copy. By then the last
-  results have gone up as well, which went over the same stream: one wait serves both buffers.
+- Activations are copied down on the compute stream, and the worker waits for a mark behind that copy alone. By then the
+  last results have gone up as well, which went over the same stream: one wait serves both buffers.
 - Results are copied up on the compute stream once the worker is through, and put at their places by a launch behind.
 - The worker is through with one layer before the next layer's activations are copied over this one's.
 """
@@ -14,7 +14,6 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -31,16 +30,9 @@ from offload_engine.experts.transfer.driver import StreamDriver
 from offload_engine.experts.transfer.host_tier import HostTier
 from offload_engine.experts.transfer.worker import Job, Worker
 from offload_engine.memory.footprint import shared_activation_bytes, shared_result_bytes
-from offload_engine.model.moe import ExpertOutputs, ExpertWeights, ExpertWork
+from offload_engine.model.moe import ExpertOutputs, ExpertWeights, ExpertWork, LayerOutputs
 
 PLACE_BYTES = torch.int64.itemsize
-
-
-class Outputs(Protocol):
-    """Where outputs go, whoever computes the rest of them."""
-
-    def put(self, places: Tensor, rows: Tensor) -> None:
-        """See `ExpertOutputs`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +78,7 @@ class Errand:
         except Exception as error:
             raise InternalError(f"experts on the CPU: {type(error).__name__}: {error}") from error
 
-    def deliver(self, outputs: Outputs) -> None:
+    def deliver(self, outputs: LayerOutputs) -> None:
         """Have the results taken up and put where they belong."""
 
 
@@ -124,7 +116,7 @@ class _Layer(Errand):
             places.copy_(self._places)
         self._beside = owner.clock() - self._taken - self._computing
 
-    def deliver(self, outputs: Outputs) -> None:
+    def deliver(self, outputs: LayerOutputs) -> None:
         """See `Errand`."""
         owner, began = self._owner, self._owner.clock()
         rows, places = self._parts(owner.staging)
@@ -177,18 +169,31 @@ class HostExperts:
         try:
             self._spare.wait_touched()
             self._buffers.wait_touched()
-            self.staging = driver.allocate(shape.up)
-            """On the device: results on their way to their places."""
+            device = driver.allocate(shape.down + shape.up)
         except BaseException:
             self._free()
             raise
         memory = self._buffers.whole()
         self._pinned = driver.pin(memory) is None
         """Where the system refuses, these copies keep the host waiting, and nothing else changes."""
+        self._leaving, self.staging = device[: shape.down], device[shape.down :]
+        """On the device: activations on their way down, results on their way to their places."""
         self.activations, self.results = memory[: shape.down], memory[shape.down :]
         self._arrived = driver.event()
+        self._brought: Tensor | None = None
+        """Whose activations are on their way to the host."""
+        self._shared: set[int] = set()
+        """Layers that had something for the CPU the last time."""
         self.worker = Worker("cpu-experts")
         self._closed = False
+
+    def bring(self, layer: int, hidden: Tensor) -> None:
+        """Have `layer`'s activations on their way already, ahead of work that is enqueued before it is known
+        what is missing, if it had something for the CPU the last time. Else `take` does it.
+        """
+        if layer in self._shared and hidden.shape[0] <= self.shape.tokens:
+            self._copy_down(hidden)
+            self._brought = hidden
 
     def take(
         self, layer: int, absent: Sequence[int], hidden: Tensor, decision: RoutingDecision, waiting: float
@@ -197,6 +202,7 @@ class HostExperts:
 
         `waiting`: copies that come before the layer's. What was taken before must have been delivered or withdrawn.
         """
+        brought, self._brought = self._brought, None
         tokens, choices = decision.experts.shape
         if not absent or tokens > self.shape.tokens or choices > self.shape.choices:
             return NO_ERRAND
@@ -206,13 +212,21 @@ class HostExperts:
         missing = [Missing(one, counts[one + 1], here) for one, here in zip(absent, hosted, strict=True)]
         experts = choose(self.mode, missing, self.rates.now, waiting)
         if not experts:
+            self._shared.discard(layer)
             return NO_ERRAND
+        self._shared.add(layer)
         errand = _Layer(self, layer, hidden, chosen, experts)
-        source = hidden.contiguous().view(-1).view(torch.uint8)
-        self.driver.fetch(Stream.COMPUTE, source, self.activations[: source.numel()])
-        self._arrived.record(Stream.COMPUTE)
+        if brought is not hidden:
+            self._copy_down(hidden)
         errand.job = self.worker.begin(errand.compute)
         return errand
+
+    def _copy_down(self, hidden: Tensor) -> None:
+        nbytes = hidden.numel() * hidden.element_size()
+        leaving = self._leaving[:nbytes]
+        self.driver.launch(Stream.COMPUTE, partial(_pack, hidden, leaving), [], [leaving])
+        self.driver.fetch(Stream.COMPUTE, leaving, self.activations[:nbytes])
+        self._arrived.record(Stream.COMPUTE)
 
     def withdraw(self) -> None:
         """Wait until the worker is idle: what was taken won't be delivered."""
@@ -226,7 +240,7 @@ class HostExperts:
         self._closed = True
         self.driver.finish()
         self._arrived.close()
-        del self.activations, self.results, self.staging
+        del self.activations, self.results, self.staging, self._leaving
         self._free()
 
     def _free(self) -> None:
@@ -266,3 +280,8 @@ class HostExperts:
         if kept is None or kept[0] is not layout:
             kept = self._views[slab.data_ptr()] = (layout, layout.weights(slab))
         return kept[1]
+
+
+def _pack(hidden: Tensor, target: Tensor) -> None:
+    """`hidden`'s numbers into as many bytes."""
+    target.view(hidden.dtype).view(hidden.shape).copy_(hidden)

@@ -7,6 +7,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import islice
 
 from torch import Tensor
 
@@ -14,7 +15,7 @@ from offload_engine.core import ExpertKey, ForwardInfo, Phase, RoutingDecision
 from offload_engine.errors import InternalError, OffloadError, TransferError
 from offload_engine.experts.arena import Slots
 from offload_engine.experts.cache import Occupancy
-from offload_engine.experts.cpu_experts import NO_ERRAND, Errand, HostExperts
+from offload_engine.experts.cpu_experts import NO_ERRAND, Errand
 from offload_engine.experts.hot_set import HotSet
 from offload_engine.experts.predictor import ExpertPredictor
 from offload_engine.experts.prefetch import PREDICTION_SHARE, RECENT_RUNS, prefetch_order
@@ -28,6 +29,7 @@ from offload_engine.model.moe import (
     ExpertSum,
     ExpertTokens,
     ExpertWork,
+    LayerOutputs,
     Preview,
     tokens_by_expert,
 )
@@ -46,8 +48,8 @@ class OffloadedExperts:
     """An `ExpertExecutor` that brings experts into the slots of an arena as they are needed.
 
     Results equal `ResidentExperts` bit for bit: only *when* an expert runs depends on the cache, never what it computes
-    or how its output is summed. With `cpu` it also depends *where*, and equal is within rounding. Raises the transfer's
-    error when an expert that is needed can't be read; the engine stays usable.
+    or how its output is summed. Raises the transfer's error when an expert that is needed can't be read; the engine
+    stays usable.
     """
 
     def __init__(
@@ -60,7 +62,6 @@ class OffloadedExperts:
         stats: EngineStats,
         prefetch_depth: int = 1,
         hot: HotSet | None = None,
-        cpu: HostExperts | None = None,
     ) -> None:
         self.store = store
         self.arena = arena
@@ -71,8 +72,6 @@ class OffloadedExperts:
         self.prefetch_depth = prefetch_depth
         self.hot = HotSet() if hot is None else hot
         """What was used most, so far and in earlier runs; prefills, which use nearly everything, left out."""
-        self.cpu = cpu
-        """What computes some of the missing experts while others are copied."""
         self._keys_of_layer: dict[int, list[ExpertKey]] = {}
         for key in store.keys():  # noqa: SIM118 (a store is no mapping)
             self._keys_of_layer.setdefault(key.layer, []).append(key)
@@ -83,6 +82,8 @@ class OffloadedExperts:
         which an interrupt can leave locked."""
         self._arrival = threading.Condition(self._changed)
         self._ready: deque[Compute] = deque()
+        self._works: dict[int, tuple[ExpertKey, ExpertWork]] = {}
+        """By slot, what was last computed from it."""
         self._failure: OffloadError | None = None
         self._half_done = False
         """Whether the books are being changed for a layer; between layers, that something stopped it half way."""
@@ -114,6 +115,8 @@ class OffloadedExperts:
             predicted = self._keys_of_layer[layer][: self.scheduler.cache.probation_limit]
         else:
             predicted = self._predicted(layer, preview)
+        if not predicted:
+            return
         self._half_done = True
         try:
             with self._changed:
@@ -142,7 +145,7 @@ class OffloadedExperts:
         self.predictor.observe(layer, ranked.experts, ranked.scores, learned)
         if self.predictor.generating:
             self.hot.use(layer, learned.experts)
-        outputs = ExpertOutputs(hidden, decision)
+        outputs = self._outputs(layer, hidden, decision)
         self._half_done = True
         try:
             with self._changed:
@@ -165,25 +168,19 @@ class OffloadedExperts:
             self._abandon(error)
             raise
         with self._changed:
+            self.stats.bytes_read += errand.bytes_read
             self._count()
         self.transfers.synchronize()
         return outputs.combine()
 
-    def _errand(self, layer: int, experts: Sequence[int], hidden: Tensor, decision: RoutingDecision) -> Errand:
-        """What the CPU computes of a layer's experts, already under way. Nothing of a forward that only scores: what
-        that says must not depend on what happens to be resident.
-        """
-        if self.cpu is None or self._info.phase not in (Phase.DENOISE, Phase.COMMIT):
-            return NO_ERRAND
-        absent = self.scheduler.absent(layer, experts)
-        return self.cpu.take(layer, absent, hidden, decision, waiting=max(0.0, self.scheduler.loads_begun - 0.5))
+    def _errand(self, layer: int, experts: Sequence[int], hidden: Tensor, decision: RoutingDecision) -> Errand:  # noqa: ARG002
+        """What is computed elsewhere than from slots, already under way."""
+        return NO_ERRAND
 
-    def _fetch_results(self, errand: Errand, outputs: ExpertOutputs) -> None:
+    def _fetch_results(self, errand: Errand, outputs: LayerOutputs) -> None:
         with self.stats.phase("stall"):
             errand.wait()
         errand.deliver(outputs)
-        with self._changed:
-            self.stats.bytes_read += errand.bytes_read
 
     def warm_up(self) -> None:
         """Begin to fill free slots with what was hot in earlier runs. Returns at once; demands go first."""
@@ -228,13 +225,25 @@ class OffloadedExperts:
         self.transfers.synchronize()
         return total.sum
 
+    def _outputs(self, layer: int, hidden: Tensor, decision: RoutingDecision) -> LayerOutputs:  # noqa: ARG002
+        """What computes the experts of one layer in one forward."""
+        return ExpertOutputs(hidden, decision)
+
     def _launch(self, computes: Sequence[Compute], work: Callable[[Sequence[ExpertWork]], None]) -> None:
         """Have `work` done with the experts' weights, and give their slots free for what comes next."""
-        weights, layout = self.arena.weights, self.store.layout
-        todo = [ExpertWork(one.key.expert, weights(one.slot, layout(one.key))) for one in computes]
+        todo = [self._work(compute) for compute in computes]
         self.transfers.launch(Stream.COMPUTE, partial(work, todo), reads=[compute.slot for compute in computes])
         with self._changed:
-            self._carry_out(self.scheduler.computed(*(compute.key for compute in computes)))
+            self._carry_out(self.scheduler.computed(*[compute.key for compute in computes]))
+
+    def _work(self, compute: Compute) -> ExpertWork:
+        """An expert that is in its slot, as views of it."""
+        key, slot = compute
+        kept = self._works.get(slot)
+        if kept is None or kept[0] != key:  # asking store and arena for every use costs 1 % of a step
+            weights = self.arena.weights(slot, self.store.layout(key))
+            kept = self._works[slot] = key, ExpertWork(key.expert, weights, slot)
+        return kept[1]
 
     def idle(self, timeout: float = 60.0) -> None:
         """Wait until no transfer is under way but those of `warm_up`, then check that the cache conserves its slots.
@@ -301,9 +310,8 @@ class OffloadedExperts:
         """Join the driver's threads and free the slots. Idempotent."""
         with self._changed:
             self.scheduler.stop()
-        if self.cpu is not None:
-            self.cpu.close()
         self.transfers.close()
+        self._works.clear()
         self.arena.close()
 
     def _next_computes(self) -> list[Compute]:
@@ -317,15 +325,14 @@ class OffloadedExperts:
                 self.stats.stall_seconds += time.perf_counter() - began
             if self._failure is not None:
                 raise self._failure
-            return [self._ready.popleft() for _ in range(min(len(self._ready), LAUNCH_EXPERTS))]
+            ready, self._ready = self._ready, deque(islice(self._ready, LAUNCH_EXPERTS, None))
+            return list(islice(ready, LAUNCH_EXPERTS))
 
     def _abandon(self, error: BaseException) -> None:
         """Leave the layer half done: the cache is consistent again, and the next forward may begin."""
         if not isinstance(error, TransferError):  # that one is a report, and the books allow for it
             self._start_over()
             return
-        if self.cpu is not None:
-            self.cpu.withdraw()
         with self._changed:
             self.scheduler.abandon()
             self._ready.clear()
@@ -337,8 +344,6 @@ class OffloadedExperts:
 
         What the driver has begun is still written to its slot and reported; everything else is forgotten.
         """
-        if self.cpu is not None:
-            self.cpu.withdraw()
         with self._changed:
             begun = [ticket for ticket in self.transfers.withdraw() if not ticket.reported]
             self.scheduler.reset({ticket.key: ticket.slot for ticket in begun})

@@ -105,9 +105,9 @@ class ExpertScheduler:
         return len(self._in_flight) - (self._warming is not None) + len(self._prefetch)
 
     @property
-    def loads_begun(self) -> int:
-        """Loads issued and not yet reported."""
-        return len(self._in_flight)
+    def copies_ahead(self) -> float:
+        """Copies that a load issued now would wait for: those under way, the first of them half done."""
+        return max(0.0, len(self._in_flight) - 0.5)
 
     @property
     def warming(self) -> bool:
@@ -139,6 +139,12 @@ class ExpertScheduler:
         """Those of a layer's experts that are neither here nor on their way, in their order."""
         return [expert for expert in experts if self.cache.state(ExpertKey(layer, expert)) is SlotState.FREE]
 
+    def lend(self, layer: int) -> None:
+        """Event: work is enqueued on whatever of `layer` is resident, before it is known what of it will be wanted.
+        Nothing of it is evicted until `want` says so.
+        """
+        self.cache.lend(layer)
+
     def want(
         self,
         layer: int,
@@ -156,22 +162,21 @@ class ExpertScheduler:
         if self._wanted:
             raise InternalError(f"layer {layer} was routed while {len(self._wanted)} experts were still to be computed")
         self.cache.route(layer, experts, outlook or Outlook(experts))
-        computes: list[Command] = []
-        for expert, score in zip(experts, scores, strict=True):
-            if expert in elsewhere:
-                self.counters.elsewhere += 1
-                continue
-            key = ExpertKey(layer, expert)
-            self._wanted[key] = score
-            state = self.cache.state(key)
+        self._wanted = {
+            ExpertKey(layer, expert): score
+            for expert, score in zip(experts, scores, strict=True)
+            if expert not in elsewhere
+        }
+        self.counters.elsewhere += len(experts) - len(self._wanted)
+        claims = [(key, *self.cache.claim(key)) for key in self._wanted]
+        for key, state, _slot in claims:
             self._count_request(key, state)
-            if state is SlotState.FREE:
-                self._demand.append(key)
-                continue
-            self.cache.promote(key)  # at once: what waits for its turn must not take the place of further prefetches
-            if state is SlotState.RESIDENT:
-                computes.append(self._compute(key))
-        self._prefetch = deque(key for key in self._prefetch if key.layer != layer)  # too late to be early
+        self._demand.extend(key for key, state, _slot in claims if state is SlotState.FREE)
+        computes = [Compute(key, slot) for key, state, slot in claims if state is SlotState.RESIDENT]
+        self._computing.update(compute.key for compute in computes)
+        self.cache.lend(None)  # what is wanted of it is pinned now
+        if self._prefetch:
+            self._prefetch = deque(key for key in self._prefetch if key.layer != layer)  # too late to be early
         return [*self._start_transfers(), *computes]
 
     def predict(self, keys: Iterable[ExpertKey], *, routed: bool = False) -> list[Command]:
@@ -207,9 +212,8 @@ class ExpertScheduler:
     def computed(self, *keys: ExpertKey) -> list[Command]:
         """Event: the last reader of each of `keys` in this layer has finished with its slot."""
         for key in keys:
-            self.cache.use(key, self._wanted.pop(key))
-            self._computing.remove(key)
-            self.cache.unpin(key)
+            self.cache.release(key, self._wanted.pop(key))
+        self._computing.difference_update(keys)
         return self._start_transfers()
 
     def abandon(self) -> None:
@@ -220,6 +224,7 @@ class ExpertScheduler:
         for key in self._computing:
             self.cache.unpin(key)
         self.cache.expect(())
+        self.cache.lend(None)
         self._computing.clear()
         self._wanted.clear()
         self._routed.clear()

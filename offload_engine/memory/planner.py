@@ -189,7 +189,7 @@ def _sharing(config: ModelConfig, setup: Setup, slab: int) -> tuple[int, int]:
     choices = config.num_experts_per_tok if setup.choices is None else setup.choices
     down = footprint.shared_activation_bytes(setup.shared_tokens, config.hidden_size, setup.itemsize)
     up = footprint.shared_result_bytes(setup.shared_tokens * choices, config.hidden_size, setup.itemsize)
-    return up, down + up + slab
+    return down + up, down + up + slab
 
 
 def _with_host_tier(config: ModelConfig, setup: Setup, plan: MemoryPlan, host_mem: int) -> MemoryPlan:

@@ -71,8 +71,8 @@ class DecoderLayer(nn.Module):
 
     def forward(self, hidden: Tensor, angles: tuple[Tensor, Tensor], forward: Forward) -> Tensor:
         """[.., T, H] -> [.., T, H]."""
-        hidden = hidden + self.attend(hidden, angles, forward.key_values)
-        return hidden + self.feed_forward(hidden, forward)
+        hidden = self.attend(hidden, angles, forward.key_values).add_(hidden)  # fresh memory costs more than to add
+        return self.feed_forward(hidden, forward).add_(hidden)
 
     def preview(self, hidden: Tensor, forward: Forward) -> RoutingDecision:
         """How this layer would route `hidden` [.., T, H] as it stands (the cross-layer gate of REFERENCE §3)."""

@@ -233,8 +233,7 @@ class Replay:
             return Shared()
         absent = self.scheduler.absent(run.layer, run.experts)
         hosted = self.transfers.hosted(ExpertKey(run.layer, expert) for expert in absent)
-        waiting = max(0.0, self.scheduler.loads_begun - 0.5)
-        shared = self.sharing.share(forward, run, absent, hosted, waiting)
+        shared = self.sharing.share(forward, run, absent, hosted, self.scheduler.copies_ahead)
         self.transfers.computed(ExpertKey(run.layer, expert) for expert in absent if expert in shared.experts)
         return shared
 

@@ -39,6 +39,9 @@ class FakeEvent:
         self.recorded: list[Any] = []
         self.synchronized = 0
 
+    def query(self) -> bool:
+        return self.synchronized > 0
+
     def record(self, stream: Any) -> None:
         self.recorded.append(stream)
 
@@ -125,6 +128,10 @@ def test_copies_go_to_their_stream_and_launches_to_the_callers(monkeypatch: pyte
     assert torch.equal(source, target)
     driver.launch(Stream.COMPUTE, lambda: seen.entered.append("work"), [target], [])
     assert seen.entered == [copying, None, computing, "work", None]
+    found = torch.zeros(8, dtype=torch.uint8)
+    driver.fetch(Stream.COMPUTE, target, found)
+    assert torch.equal(found, target)
+    assert seen.entered[-2:] == [computing, None]
     driver.join(Stream.COMPUTE)
     assert not copying.waited
     assert not computing.waited
@@ -151,7 +158,9 @@ def test_an_event_marks_one_stream_and_holds_up_another(monkeypatch: pytest.Monk
     inner = event._event
     event.record(Stream.COPY)
     event.before(Stream.COMPUTE)
+    assert not event.done()
     event.wait()
+    assert event.done()
     event.close()
     assert inner.recorded == [driver.stream(Stream.COPY)]
     assert driver.stream(Stream.COMPUTE).waited == [inner]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,13 +12,15 @@ import torch
 
 from offload_engine.core import ExpertKey, ForwardInfo, Phase, RoutingDecision, SamplingParams
 from offload_engine.engine import Engine
+from offload_engine.errors import InternalError
 from offload_engine.experts import arena as arenas
 from offload_engine.experts.cache import ExpertCache
 from offload_engine.experts.conversion import Kind, convert
 from offload_engine.experts.cpu_experts import ForwardShape, HostExperts
 from offload_engine.experts.cpu_rates import LearnedRates
+from offload_engine.experts.device.executor import DeviceExperts
 from offload_engine.experts.eviction import EVICTION, make_eviction
-from offload_engine.experts.executor import OffloadedExperts
+from offload_engine.experts.observe import ObservedExperts
 from offload_engine.experts.opening import open_store
 from offload_engine.experts.predictor import make_predictor
 from offload_engine.experts.scheduler import ExpertScheduler
@@ -30,6 +33,7 @@ from offload_engine.model.checkpoint import Checkpoint
 from offload_engine.model.config import ModelConfig
 from offload_engine.model.moe import ExpertWeights, ResidentExperts
 from tests.checkpoints import tiny_config, write_checkpoint
+from tests.gpu.conftest import never_waiting
 from tests.grouped_layers import EPSILON, random_decision, to_device
 
 transfers = pytest.importorskip("offload_engine.experts.transfer.cuda")
@@ -109,24 +113,26 @@ class Layers:
         }
         self.resident = ResidentExperts(lambda layer, expert: kept[ExpertKey(layer, expert)])
 
-    def offloaded(self, slots: int, eviction: str, share: float = 0.0) -> OffloadedExperts:
-        """`share`: of missing experts, those that the CPU computes, from a host tier that holds everything."""
+    def offloaded(self, slots: int, eviction: str, host: HostTier | None = None) -> DeviceExperts:
         driver = drivers.CudaDriver(self.device)
         arena = arenas.DeviceArena(slots, self.store.slab_bytes, driver.allocate)
-        host = HostTier(driver, 96, self.store.slab_bytes) if share else None
-        cpu = None
-        if host is not None:
-            shape = ForwardShape(tokens=20, choices=4, hidden=64, itemsize=self.dtype.itemsize)
-            cpu = HostExperts(driver, host, self.store, shape, share, LearnedRates(Rates.unknown()))
-        return OffloadedExperts(
+        return DeviceExperts(
             store=self.store,
             arena=arena,
             transfers=transfers.CudaTransfers(self.store, arena, driver, host=host),
-            cpu=cpu,
             scheduler=ExpertScheduler(ExpertCache(slots, make_eviction(eviction)), 2),
             predictor=make_predictor("previous-step"),
             stats=EngineStats(),
         )
+
+    def shared(self, slots: int, share: float) -> DeviceExperts:
+        """The CPU computes this share of the missing experts, from a host tier that holds everything."""
+        driver = drivers.CudaDriver(self.device)
+        host = HostTier(driver, 96, self.store.slab_bytes)
+        experts = self.offloaded(slots, "lru", host)
+        shape = ForwardShape(tokens=20, choices=4, hidden=64, itemsize=self.dtype.itemsize)
+        experts.cpu = HostExperts(driver, host, self.store, shape, share, LearnedRates(Rates.unknown()))
+        return experts
 
     def steps(self, count: int) -> Iterator[tuple[int, int, torch.Tensor, RoutingDecision]]:
         """Step, layer, tokens and where they go."""
@@ -141,6 +147,45 @@ class Layers:
                     hidden,
                     RoutingDecision(decision.experts.to(self.device), decision.weights.to(self.device)),
                 )
+
+
+def test_a_layer_that_is_here_makes_the_host_wait_for_its_record_alone(checkpoint: Path, cuda: torch.device) -> None:
+    """Whatever else waits for the device is an error; the record's event is not among what torch looks out for."""
+    if grouped.why_not(cuda) is not None:
+        pytest.skip(str(grouped.why_not(cuda)))
+    layers = Layers(checkpoint, cuda)
+    experts = layers.offloaded(96, "lru")
+    watched = ObservedExperts(experts, [lambda _info, _layer, decision: decision.experts.unique()])
+    rounds = list(layers.steps(3))
+    with torch.inference_mode():
+        for waiting in (contextlib.nullcontext(), never_waiting()):  # first everything is fetched, and compiled
+            with waiting:
+                for step, layer, hidden, decision in rounds:
+                    if layer == 1:
+                        watched.begin(ForwardInfo(Phase.DENOISE, 0, step))
+                    watched.prepare(layer, lambda _layer, decision=decision: decision)  # type: ignore[misc]
+                    watched.run(layer, hidden, decision)
+            experts.idle()
+    assert experts.stats.misses < experts.stats.expert_requests / 2
+    experts.close()
+
+
+def test_a_slot_table_that_lies_is_found_out(checkpoint: Path, cuda: torch.device) -> None:
+    if grouped.why_not(cuda) is not None:
+        pytest.skip(str(grouped.why_not(cuda)))
+    layers = Layers(checkpoint, cuda)
+    experts = layers.offloaded(96, "lru")
+    step, layer, hidden, decision = next(iter(layers.steps(1)))
+    with torch.inference_mode():
+        experts.begin(ForwardInfo(Phase.DENOISE, 0, step))
+        wanted = experts.run(layer, hidden, decision)
+        experts.idle()
+        assert torch.equal(experts.run(layer, hidden, decision), wanted)
+        experts.table.on_device(layer).fill_(0)
+        with pytest.raises(InternalError, match="but the slot table on the device said 0"):
+            experts.run(layer, hidden, decision)
+        assert torch.equal(experts.run(layer, hidden, decision), wanted)
+    experts.close()
 
 
 @pytest.mark.parametrize("eviction", sorted(EVICTION))
@@ -168,15 +213,17 @@ def test_layers_equal_the_oracle(checkpoint: Path, slots: int, eviction: str, cu
         experts.close()
 
 
-def test_layers_whose_misses_the_cpu_shares_agree_with_the_oracle(checkpoint: Path, cuda: torch.device) -> None:
+def test_layers_whose_misses_the_cpu_shares_agree_with_the_oracle(
+    checkpoint: Path, cuda: torch.device, kernels: str
+) -> None:
     """Within the tolerance that docs/streams.md states."""
     layers = Layers(checkpoint, cuda)
-    shared = layers.offloaded(7, "lru", share=0.5)
+    shared = layers.shared(7, 0.5)
     with torch.inference_mode():
         for step, layer, hidden, decision in layers.steps(6):
             if layer == 1:
                 shared.begin(ForwardInfo(Phase.DENOISE, 0, step))
-            shared.prepare(layer, lambda _layer, decision=decision: decision)
+            shared.prepare(layer, lambda _layer, decision=decision: decision)  # type: ignore[misc]
             found, wanted = shared.run(layer, hidden, decision), layers.resident.run(layer, hidden, decision)
             assert (found.double() - wanted.double()).norm() < 6 * EPSILON[layers.dtype] * wanted.double().norm()
     assert shared.stats.computed_on_cpu > 50

@@ -1,19 +1,25 @@
-"""Defects to plant in `CudaTransfers` and `HostExperts`: each thing that they ask of the device, left out."""
+"""Defects to plant: each thing that `CudaTransfers` asks of the device, left out; and what `DeviceExperts` does."""
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from torch import Tensor
 
+from offload_engine.experts.cpu_experts import Errand, HostExperts
+from offload_engine.experts.device.executor import DeviceExperts
 from offload_engine.experts.transfer.base import Stream
+from offload_engine.model.moe import ExpertOutputs, LayerOutputs
 from tests.streams.order import Fault
 from tests.streams.simulator import SimulatedDevice, SimulatedEvent
 
 
 @dataclass(frozen=True)
 class Planted:
-    """A call to the driver that is left out, or a wait of the host for the host that comes too late."""
+    """A call to the driver that is left out."""
 
     call: str
     stream: Stream | None
@@ -27,32 +33,140 @@ PLANTED = {
     "a copy does not wait for the last launch": Planted("before", Stream.COPY, (Fault.OVERWRITE,)),
     "a copy is not marked": Planted("record", Stream.COPY, (Fault.READ_UNORDERED, Fault.STAGING)),
     "a launch is not marked": Planted("record", Stream.COMPUTE, (Fault.OVERWRITE,)),
-    "the host does not wait before it fills a buffer": Planted("wait", Stream.COPY, (Fault.STAGING,)),
+    "the host does not wait before it fills a buffer": Planted("wait", None, (Fault.STAGING,)),
     "what is launched is not joined": Planted("join", Stream.COMPUTE, ()),
     "close does not wait": Planted("finish", None, (Fault.FREED, Fault.CLOSED, Fault.LOST)),
     "events are not closed": Planted("close", None, (Fault.LEAK,)),
 }
 """By what is wrong then. What joins nothing shows in the results alone."""
 
-SHARING = {
-    "the CPU does not wait for its activations": Planted("wait", Stream.COMPUTE, (Fault.HOST_READ, Fault.STAGING)),
-    "activations are not marked": Planted("record", Stream.COMPUTE, (Fault.HOST_READ, Fault.STAGING, Fault.OVERWRITE)),
-    "activations are not copied down": Planted("fetch", Stream.COMPUTE, ()),
-    "results go up before the CPU is through": Planted("wait for the worker", None, (Fault.STAGING,)),
-    "results are not copied up": Planted("copy", Stream.COMPUTE, ()),
+
+def table_names_what_has_not_landed(experts: DeviceExperts) -> None:
+    transfers = experts.transfers
+
+    def unasked(slot: int) -> bool:
+        with transfers._books:  # type: ignore[attr-defined]
+            transfers._marks.drop(transfers._copied.pop(slot, None))  # type: ignore[attr-defined]
+        return True
+
+    experts._landed = unasked
+
+
+def read_back_is_not_waited_for(experts: DeviceExperts) -> None:
+    experts.exchange._event.wait = lambda: None  # type: ignore[method-assign]
+
+
+def work_does_not_say_what_it_reads(experts: DeviceExperts) -> None:
+    launch = experts.transfers.launch
+
+    def silent(stream: Stream, fn: Callable[[], None], reads: Sequence[int], writes: Sequence[int] = ()) -> None:
+        launch(stream, fn, [] if getattr(fn, "__name__", "") == "compute_found" else reads, writes)
+
+    experts.transfers.launch = silent  # type: ignore[method-assign]
+
+
+def entry_is_not_cleared(experts: DeviceExperts) -> None:
+    experts.table.clear = lambda _slot: None  # type: ignore[method-assign]
+
+
+def stale_row_is_not_sent(experts: DeviceExperts) -> None:
+    experts.table.is_stale = lambda _layer: False  # type: ignore[method-assign]
+
+
+class Misdeed(NamedTuple):
+    """A defect of the slot table, of the work enqueued by it, of the read-back, or of what is shared with the CPU."""
+
+    plant: Callable[[DeviceExperts], None]
+    left_out: str
+    fault: Fault | None
+    """What it shows; None: the books disagree, and the run ends with an error that says so."""
+
+
+MISDEEDS = {
+    "the slot table names an expert whose copy has not landed": Misdeed(
+        table_names_what_has_not_landed, "`landed(slot)`", Fault.READ_UNORDERED
+    ),
+    "what is read back is used before its event": Misdeed(
+        read_back_is_not_waited_for, "`take`'s `event.wait()`", Fault.HOST_READ
+    ),
+    "a slot is evicted while enqueued work still reads it": Misdeed(
+        work_does_not_say_what_it_reads, "the `reads` of the launch", Fault.UNDECLARED
+    ),
+    "an entry is not cleared before its slot is overwritten": Misdeed(entry_is_not_cleared, "`SlotTable.clear`", None),
+    "a row of the slot table is not sent": Misdeed(stale_row_is_not_sent, "`Exchange.send`", None),
 }
-"""The same of experts computed on the CPU."""
+"""By what is wrong then."""
+
+
+def activations_are_not_waited_for(experts: DeviceExperts) -> None:
+    _cpu(experts)._arrived.wait = lambda: None  # type: ignore[method-assign]
+
+
+def activations_are_not_marked(experts: DeviceExperts) -> None:
+    _cpu(experts)._arrived.record = lambda _stream: None  # type: ignore[method-assign]
+
+
+def activations_are_not_copied_down(experts: DeviceExperts) -> None:
+    cpu = _cpu(experts)
+    cpu._copy_down = lambda _hidden: cpu._arrived.record(Stream.COMPUTE)  # type: ignore[method-assign]
+
+
+def results_go_up_too_early(experts: DeviceExperts) -> None:
+    """They are asked for before the worker has begun with them, and it is waited for only then."""
+    cpu, asked = _cpu(experts), threading.Event()
+    compute = cpu.compute
+
+    def later(layer: int, chosen: Sequence[int], outputs: ExpertOutputs) -> int:
+        assert asked.wait(20)
+        asked.clear()
+        return compute(layer, chosen, outputs)
+
+    def at_once(errand: Errand, outputs: LayerOutputs) -> None:
+        errand.deliver(outputs)
+        asked.set()
+        errand.wait()
+
+    cpu.compute = later  # type: ignore[method-assign]
+    experts._fetch_results = at_once  # type: ignore[method-assign]
+
+
+def results_are_not_copied_up(experts: DeviceExperts) -> None:
+    cpu = _cpu(experts)
+
+    class Deaf:
+        def copy(self, stream: Stream, source: Tensor, target: Tensor) -> None: ...
+
+        def __getattr__(self, name: str) -> object:
+            return getattr(driver, name)
+
+    driver, cpu.driver = cpu.driver, Deaf()  # type: ignore[assignment]
+
+
+def _cpu(experts: DeviceExperts) -> HostExperts:
+    assert experts.cpu is not None
+    return experts.cpu
+
+
+SHARING = {
+    "the CPU does not wait for its activations": Misdeed(
+        activations_are_not_waited_for, "the worker's `event.wait()`", Fault.HOST_READ
+    ),
+    "activations are not marked": Misdeed(activations_are_not_marked, "`event.record(compute)`", Fault.HOST_READ),
+    "activations are not copied down": Misdeed(activations_are_not_copied_down, "`fetch(compute)`", None),
+    "results go up before the CPU is through": Misdeed(
+        results_go_up_too_early, "the wait for the worker", Fault.STAGING
+    ),
+    "results are not copied up": Misdeed(results_are_not_copied_up, "`copy(compute)`", Fault.READ_EMPTY),
+}
+"""The same of experts that the CPU computes. Without a fault, the outputs are not those of the oracle."""
 
 
 class FaultyEvent(SimulatedEvent):
     """An event of a device on which something is left out."""
 
     device: FaultyDevice
-    stream: Stream | None = None
-    """Of what it marks."""
 
     def record(self, stream: Stream) -> None:
-        self.stream = stream
         if not self.device.left_out("record", stream):
             super().record(stream)
 
@@ -61,7 +175,7 @@ class FaultyEvent(SimulatedEvent):
             super().before(stream)
 
     def wait(self) -> None:
-        if not self.device.left_out("wait", self.stream):
+        if not self.device.left_out("wait"):
             super().wait()
 
     def close(self) -> None:
@@ -87,14 +201,6 @@ class FaultyDevice(SimulatedDevice):
         event = FaultyEvent(self)
         self.events.append(event)
         return event
-
-    def copy(self, stream: Stream, source: Tensor, target: Tensor) -> None:
-        if not self.left_out("copy", stream):
-            super().copy(stream, source, target)
-
-    def fetch(self, stream: Stream, source: Tensor, target: Tensor) -> None:
-        if not self.left_out("fetch", stream):
-            super().fetch(stream, source, target)
 
     def join(self, stream: Stream) -> None:
         if not self.left_out("join", stream):

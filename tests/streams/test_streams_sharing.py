@@ -7,6 +7,7 @@ device rounds differently is for `tests/gpu`.
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -15,17 +16,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from offload_engine.core import ForwardInfo, Phase, RoutingDecision
-from offload_engine.errors import EngineClosedError, InternalError, TransferError
-from offload_engine.experts.cpu_experts import Errand
+from offload_engine.errors import EngineClosedError, InternalError, MemoryBudgetError, TransferError
+from offload_engine.experts.cpu_experts import ForwardShape, HostExperts
+from offload_engine.experts.cpu_rates import LearnedRates
+from offload_engine.experts.device.executor import DeviceExperts
 from offload_engine.experts.executor import OffloadedExperts
 from offload_engine.experts.sharing import Rates, ShareMode
 from offload_engine.experts.transfer.cuda import CudaTransfers
-from offload_engine.model.moe import ExpertOutputs
+from offload_engine.experts.transfer.host_tier import HostTier
 from tests.experts.test_executor import KINDS, Faulty, Model
 from tests.experts.test_interrupted_executor import interrupted_everywhere
-from tests.streams.engines import WatchedHostExperts, on_device
+from tests.streams.engines import on_device
 from tests.streams.order import Fault
-from tests.streams.planted import SHARING, FaultyDevice
+from tests.streams.planted import SHARING
 from tests.streams.simulator import SimulatedDevice, StreamError
 
 ORDERS = st.lists(st.integers(0, 7), min_size=1, max_size=24)
@@ -63,6 +66,7 @@ def filled(device: SimulatedDevice, model: Model, slots: int, host_slots: int, s
     host_slots=st.integers(2, 100),
     share=st.sampled_from(["auto", 0.3, 1.0]),
     pinned=st.booleans(),
+    emulated=st.booleans(),
     seed=st.integers(0, 100),
 )
 def test_sharing_with_the_cpu_equals_the_resident_engine_in_every_order(
@@ -74,10 +78,11 @@ def test_sharing_with_the_cpu_equals_the_resident_engine_in_every_order(
     host_slots: int,
     share: ShareMode,
     pinned: bool,
+    emulated: bool,
     seed: int,
 ) -> None:
     device = SimulatedDevice(order, None if pinned else "no pages left to lock")
-    experts = filled(device, model, slots, host_slots, share, in_flight=in_flight)
+    experts = filled(device, model, slots, host_slots, share, in_flight=in_flight, emulated=emulated)
     generator = torch.Generator().manual_seed(seed)
     try:
         for step in range(3):
@@ -190,10 +195,16 @@ def test_what_goes_wrong_on_the_worker_is_raised_and_the_engine_stays_usable(mod
     device.check()
 
 
-def run(model: Model, device: SimulatedDevice) -> bool:
+def run(
+    model: Model,
+    device: SimulatedDevice,
+    emulated: bool,
+    plant: Callable[[DeviceExperts], None] = lambda _experts: None,
+) -> bool:
     """Some forwards of which the CPU computes half; whether all outputs were those of the oracle."""
-    experts = filled(device, model, 6, 100, 0.5)
+    experts = filled(device, model, 6, 100, 0.5, emulated=emulated)
     try:
+        plant(experts)
         equal = True
         for step in range(3):
             ids = torch.arange(12) + 7 * step
@@ -205,50 +216,62 @@ def run(model: Model, device: SimulatedDevice) -> bool:
         experts.close()
 
 
-def wait_too_late(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Have results asked for before the worker has begun with them, and the worker waited for only then."""
-    asked, compute = threading.Event(), WatchedHostExperts.compute
-
-    def later(self: WatchedHostExperts, *arguments: Any) -> int:
-        assert asked.wait(20)
-        asked.clear()
-        return compute(self, *arguments)
-
-    def at_once(_self: OffloadedExperts, errand: Errand, outputs: ExpertOutputs) -> None:
-        errand.deliver(outputs)
-        asked.set()
-        errand.wait()
-
-    monkeypatch.setattr(WatchedHostExperts, "compute", later)
-    monkeypatch.setattr(OffloadedExperts, "_fetch_results", at_once)
-
-
+@pytest.mark.parametrize("emulated", [False, True])
 @pytest.mark.parametrize("order", [[0], [1, 0, 2], [7]])
-def test_without_a_planted_defect_nothing_is_reported_of_sharing(model: Model, order: list[int]) -> None:
+def test_without_a_planted_defect_nothing_is_reported_of_sharing(
+    model: Model, order: list[int], emulated: bool
+) -> None:
     device = SimulatedDevice(order)
-    assert run(model, device)
+    assert run(model, device, emulated)
     device.check()
 
 
-@pytest.mark.parametrize("every", [1, 3])
+@pytest.mark.parametrize("emulated", [False, True])
 @pytest.mark.parametrize("name", SHARING)
-def test_a_planted_defect_of_sharing_is_caught(
-    model: Model, monkeypatch: pytest.MonkeyPatch, name: str, every: int
-) -> None:
-    planted = SHARING[name]
-    device = FaultyDevice(planted, [0], every)
-    if planted.call == "wait for the worker":
-        wait_too_late(monkeypatch)
+def test_a_planted_defect_of_sharing_is_caught(model: Model, name: str, emulated: bool) -> None:
+    misdeed, device = SHARING[name], SimulatedDevice([0])
     try:
-        equal = run(model, device)
+        equal = run(model, device, emulated, misdeed.plant)
     except (StreamError, IndexError):  # what is not copied up may name no place at all
         equal = False
-    if not planted.faults:
+    if misdeed.fault is None:
         assert not equal
         return
     with pytest.raises(StreamError):
         device.check()
-    assert set(device.faults) & set(planted.faults), device.faults
+    assert misdeed.fault in device.faults
+
+
+def test_activations_leave_ahead_of_what_is_enqueued_before_misses_are_known(model: Model) -> None:
+    """From the second forward on, of a layer that had something for the CPU in the first."""
+    device = SimulatedDevice()
+    experts = filled(device, model, 8, 100, 0.5, emulated=True, predictor="none")
+    order: list[str] = []
+    copy_down, present = experts.cpu._copy_down, experts._launch_present
+    experts.cpu._copy_down = lambda hidden: (order.append("activations"), copy_down(hidden))
+    experts._launch_present = lambda *arguments: (order.append("product"), present(*arguments))[1]
+    for step in range(2):
+        order.clear()
+        model.hidden(experts, "original", torch.arange(12), step)
+        pairs = ["product", "activations"] if step == 0 else ["activations", "product"]
+        assert order == 3 * pairs
+    experts.close()
+    device.check()
+
+
+def test_a_device_without_memory_for_it_refuses_and_nothing_is_left_behind(model: Model) -> None:
+    device, before = SimulatedDevice(), threading.active_count()
+    host = HostTier(device, 4, model.store.slab_bytes)
+
+    def refuse(_nbytes: int) -> torch.Tensor:
+        raise MemoryBudgetError("no room for results")
+
+    device.allocate = refuse  # type: ignore[method-assign]
+    with pytest.raises(MemoryBudgetError, match="no room for results"):
+        HostExperts(device, host, model.store, ForwardShape(16, 8, 64, 4), 0.5, LearnedRates(Rates.unknown()))
+    assert threading.active_count() == before
+    host.close()
+    device.check()
 
 
 @pytest.mark.parametrize("order", [[0], [2, 0, 1]])

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from offload_engine import Engine, SamplingParams, assembly, placement
 from offload_engine.errors import DeviceError, MemoryBudgetError
-from tests.streams.engines import WatchedHostExperts
+from offload_engine.experts.device import executor
+from tests.streams.engines import EmulatedSlots, WatchedExchange, WatchedHostExperts
 from tests.streams.simulator import SimulatedDevice, WatchedStore
 
 PROMPT = "Anna has 37 apples. Tom gives her 58 more. How many apples does Anna have now?"
@@ -54,11 +55,14 @@ def on_cpu() -> dict[str, list[int]]:
 
 
 def on_gpu(monkeypatch: pytest.MonkeyPatch, device: SimulatedDevice, **options: Any) -> Engine:
-    size = options.pop("size", SimulatedGpu.size)
+    size, emulated = options.pop("size", SimulatedGpu.size), options.pop("emulated", False)
     opened = assembly.open_store
     monkeypatch.setattr(assembly, "find_gpu", lambda _config: SimulatedGpu(device, size=size))
     monkeypatch.setattr(assembly, "open_store", lambda *given, **named: WatchedStore(opened(*given, **named), device))
     monkeypatch.setattr(placement, "HostExperts", WatchedHostExperts)
+    monkeypatch.setattr(executor, "Exchange", lambda _driver: WatchedExchange(device))
+    if emulated:
+        monkeypatch.setattr(executor, "SlotExperts", lambda store, arena: EmulatedSlots(store, arena, device))
     settings = {"gpu_mem": "1GB", "dtype": "float32", "expert_mem": "4MB"} | options
     return Engine.from_pretrained(device="cuda", **settings)
 
@@ -69,6 +73,7 @@ def on_gpu(monkeypatch: pytest.MonkeyPatch, device: SimulatedDevice, **options: 
     expert_mem=st.sampled_from([100_000, 1_000_000, 4_000_000]),
     host_mem=st.sampled_from(["none", "auto", 12_000_000]),
     routing=st.sampled_from(["original", "dmoe"]),
+    emulated=st.booleans(),
     cpu_experts=st.sampled_from(["off", "auto", 0.5]),
 )
 def test_answers_are_those_of_the_cpu_in_every_order(
@@ -77,11 +82,13 @@ def test_answers_are_those_of_the_cpu_in_every_order(
     expert_mem: int,
     host_mem: str | int,
     routing: str,
+    emulated: bool,
     cpu_experts: str | float,
 ) -> None:
     device = SimulatedDevice(order)
     with pytest.MonkeyPatch.context() as patch:
-        options = {"expert_mem": expert_mem, "host_mem": host_mem, "routing": routing, "cpu_experts": cpu_experts}
+        options = {"expert_mem": expert_mem, "host_mem": host_mem, "routing": routing, "emulated": emulated}
+        options["cpu_experts"] = cpu_experts
         with on_gpu(patch, device, **options) as engine:
             plan = engine.plan
             assert plan.device == "cuda"
@@ -94,20 +101,21 @@ def test_answers_are_those_of_the_cpu_in_every_order(
     device.check()
 
 
+@pytest.mark.parametrize("emulated", [False, True])
 @pytest.mark.parametrize("routing", ["original", "dmoe"])
 def test_experts_that_miss_are_computed_on_the_cpu(
-    monkeypatch: pytest.MonkeyPatch, on_cpu: dict[str, list[int]], routing: str
+    monkeypatch: pytest.MonkeyPatch, on_cpu: dict[str, list[int]], routing: str, emulated: bool
 ) -> None:
     device = SimulatedDevice([1, 0])
-    options = {"expert_mem": 100_000, "routing": routing, "predictor": "none"}
+    options = {"expert_mem": 100_000, "routing": routing, "predictor": "none", "emulated": emulated}
     with (
         on_gpu(monkeypatch, device, **options, cpu_experts=0.5) as engine,
         on_gpu(monkeypatch, device, **options) as plain,
     ):
         plan, without = engine.plan, plain.plan
         hidden, choices = engine.model_config.hidden_size, engine.model_config.num_experts_per_tok
-        assert plan.staging - without.staging >= 64 * choices * (hidden * 4 + 8), "room for results on the device"
-        assert plan.host_staging - without.host_staging >= plan.staging - without.staging + 64 * hidden * 4
+        assert plan.staging - without.staging >= 64 * (hidden * 4 + choices * (hidden * 4 + 8)), "room on the device"
+        assert plan.host_staging - without.host_staging >= plan.staging - without.staging + plan.slab_bytes
         assert engine.generate(PROMPT, PARAMS).token_ids == on_cpu[routing]
         first = engine.stats.computed_on_cpu
         assert first > 0

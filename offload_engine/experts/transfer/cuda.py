@@ -105,6 +105,17 @@ class CudaTransfers(ReaderThreads):
         finally:  # a part of it may be enqueued whatever went wrong
             self._mark_used({*reads, *writes})
 
+    def landed(self, slot: int) -> bool:
+        """Whether the last copy into `slot`, once it is enqueued, has run: launches that read it wait for nothing."""
+        with self._books:
+            copied = self._copied.get(slot)
+            if copied is None:
+                return True
+            if not copied.event.done():
+                return False
+            self._marks.drop(self._copied.pop(slot))
+            return True
+
     def synchronize(self) -> None:
         """See `TransferBackend`."""
         self.driver.join(Stream.COMPUTE)

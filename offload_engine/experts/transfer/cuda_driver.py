@@ -31,6 +31,10 @@ class CudaEvent:
         """See `Event`."""
         self._event.synchronize()
 
+    def done(self) -> bool:
+        """See `Event`."""
+        return bool(self._event.query())
+
     def close(self) -> None:
         """See `Event`."""
         self._event = None

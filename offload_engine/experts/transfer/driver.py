@@ -33,6 +33,9 @@ class Event(Protocol):
     def wait(self) -> None:
         """Have the host wait until what it marks has run. Holds no interpreter lock."""
 
+    def done(self) -> bool:
+        """Whether what it marks has run. Once it has, that is as if `wait` had been called."""
+
     def close(self) -> None:
         """Give it back. Nobody may wait for it any more."""
 
@@ -63,7 +66,8 @@ class StreamDriver(Protocol):
 
     def fetch(self, stream: Stream, source: Tensor, target: Tensor) -> None:
         """Enqueue the copy of device bytes to host memory of the same size. `source` may be what the caller has just
-        computed: it runs after that, on whatever stream it was.
+        computed: it runs after that, on whatever stream it was. Unless `target` is pinned, it has run when the call
+        returns.
         """
 
     def launch(self, stream: Stream, fn: Callable[[], None], reads: Sequence[Tensor], writes: Sequence[Tensor]) -> None:
