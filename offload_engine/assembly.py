@@ -35,7 +35,7 @@ from offload_engine.model.hub import resolve_model
 from offload_engine.model.llada2 import LLaDA2Model
 from offload_engine.model.quantized import ExpertFormat
 from offload_engine.model.weights import load_resident, unexpected_tensors
-from offload_engine.placement import Gpu, find_gpu, moving
+from offload_engine.placement import Gpu, choice_notice, find_gpu, moving
 from offload_engine.routing import RoutingOptions, RoutingPolicy, SituatedCoreset, make_policy
 from offload_engine.text import Tokenizer, load_tokenizer
 
@@ -307,6 +307,8 @@ def assemble(config: EngineConfig, stats: EngineStats, progress: Progress | None
     source = find_source(config)
     model_config = source.config
     policy, notices = choose_policy(config, model_config)
+    chosen = choice_notice(config, gpu)
+    notices += [] if chosen is None else [chosen]
     if gpu is None and isinstance(config.host_mem, int):
         notices.append("host_mem is ignored: on the CPU there is no host tier, gpu_mem is RAM already")
     ends = model_config.eos_token_id

@@ -50,8 +50,6 @@ class Engine:
         self.config = config
         self.stats = stats
         """Counted since the engine was made; each `Completion` carries its own share."""
-        self.notices = parts.notices
-        """What the user should know: the routing chosen, warnings of the plan."""
         self._parts = parts
         self._recorder: TraceRecorder | None = None
         self._access = Access()
@@ -110,6 +108,13 @@ class Engine:
     def plan(self) -> MemoryPlan:
         """How the budget is divided."""
         return self._parts.plan
+
+    @property
+    def notices(self) -> tuple[str, ...]:
+        """What the user should know: the routing chosen, warnings of the plan; and as it comes up in use, what makes
+        copies slower than they could be.
+        """
+        return (*self._parts.notices, *self._parts.experts.transfers.notices)
 
     @property
     def model_config(self) -> ModelConfig:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 
@@ -18,6 +19,8 @@ from offload_engine.experts.transfer.cuda_driver import CudaDriver
 from offload_engine.experts.transfer.driver import StreamDriver
 from offload_engine.experts.transfer.host_tier import HostTier
 from offload_engine.memory.plan import RUNTIME_BYTES, MemoryPlan
+
+Answer = TypeVar("Answer")
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +68,41 @@ class Gpu:
 
 def _used_by_this_process(device: torch.device) -> int | None:
     """Bytes of the GPU that the driver charges to this process; None where it can't tell."""
+    uuid = f"GPU-{torch.cuda.get_device_properties(device).uuid}"  # NVML numbers GPUs that CUDA is not shown
+
+    def ask(nvml: Any) -> int | None:
+        running = nvml.nvmlDeviceGetComputeRunningProcesses(nvml.nvmlDeviceGetHandleByUUID(uuid))
+        found = next((process.usedGpuMemory for process in running if process.pid == os.getpid()), None)
+        return None if found is None else int(found)
+
+    return _nvml(ask)
+
+
+class Driver(NamedTuple):
+    """NVIDIA's driver, as NVML tells of it."""
+
+    version: str
+    cuda: tuple[int, int]
+    """Newest version of CUDA that it runs."""
+    card: str
+    """The first GPU."""
+
+
+def _driver() -> Driver | None:
+    """None where there is none, or no card."""
+
+    def ask(nvml: Any) -> Driver | None:
+        if not nvml.nvmlDeviceGetCount():
+            return None
+        newest = nvml.nvmlSystemGetCudaDriverVersion_v2()
+        card = nvml.nvmlDeviceGetName(nvml.nvmlDeviceGetHandleByIndex(0))
+        return Driver(str(nvml.nvmlSystemGetDriverVersion()), (newest // 1000, newest % 1000 // 10), str(card))
+
+    return _nvml(ask)
+
+
+def _nvml(ask: Callable[[Any], Answer | None]) -> Answer | None:
+    """What NVML answers; None where it doesn't."""
     import pynvml
 
     try:
@@ -72,14 +110,11 @@ def _used_by_this_process(device: torch.device) -> int | None:
     except pynvml.NVMLError:
         return None
     try:
-        uuid = f"GPU-{torch.cuda.get_device_properties(device).uuid}"  # NVML numbers GPUs that CUDA is not shown
-        running = pynvml.nvmlDeviceGetComputeRunningProcesses(pynvml.nvmlDeviceGetHandleByUUID(uuid))
+        return ask(pynvml)
     except pynvml.NVMLError:
         return None
     finally:
         pynvml.nvmlShutdown()
-    found = next((process.usedGpuMemory for process in running if process.pid == os.getpid()), None)
-    return None if found is None else int(found)
 
 
 def find_gpu(config: EngineConfig) -> Gpu | None:
@@ -101,10 +136,37 @@ def find_gpu(config: EngineConfig) -> Gpu | None:
     return Gpu(CudaDriver(torch.device("cuda", index)))
 
 
+def choice_notice(config: EngineConfig, gpu: Gpu | None) -> str | None:
+    """What the user should know of the choice that `find_gpu` made unasked: of several GPUs one is used; or none is,
+    for torch can't use the one that is there. None where there was nothing to choose.
+    """
+    if gpu is None:
+        driver = _driver() if config.device == "auto" and not _hidden() else None
+        if driver is None:
+            return None
+        return f"there is a GPU, {driver.card}, that torch can't use, so the model runs on the CPU; {_why_none()}"
+    count = torch.cuda.device_count() if ":" not in config.device else 1
+    if count < 2:
+        return None
+    return f"of {count} GPUs {gpu.device} is used, and no other; device cuda:N (--device) chooses one"
+
+
+def _hidden() -> bool:
+    """Whether somebody keeps every GPU from us."""
+    return os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
+
+
 def _why_none() -> str:
     """What to do for a GPU to be found."""
     if not torch.backends.cuda.is_built():
         return "install a build of torch with CUDA"
+    built_for, driver = torch.version.cuda, _driver()
+    if driver is not None and built_for is not None and int(built_for.partition(".")[0]) > driver.cuda[0]:
+        newest = ".".join(map(str, driver.cuda))
+        return (
+            f"install a newer driver, for {driver.version} runs CUDA {newest} at most and this torch wants "
+            f"{built_for}, or install a build of torch for an older CUDA"
+        )
     return "install an NVIDIA driver new enough for this torch, and see that CUDA_VISIBLE_DEVICES is not empty"
 
 
@@ -114,7 +176,7 @@ class Moving(NamedTuple):
     arena: DeviceArena
     transfers: CudaTransfers
     notices: tuple[str, ...]
-    """What the user should know: whatever makes copies slower than they could be."""
+    """What the user should know, beside what the transfers tell of themselves."""
 
 
 def moving(gpu: Gpu, config: EngineConfig, store: ExpertStore, plan: MemoryPlan) -> Moving:
@@ -141,7 +203,5 @@ def moving(gpu: Gpu, config: EngineConfig, store: ExpertStore, plan: MemoryPlan)
             in_flight=config.transfers_in_flight,
             host=host,
         )
-        if transfers.notice is not None:
-            notices.append(transfers.notice)
         undo.pop_all()
     return Moving(arena, transfers, tuple(notices))

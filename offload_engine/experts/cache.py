@@ -68,6 +68,7 @@ class ExpertCache:
         self.slots = slots
         self.policy = policy
         self._blank_policy = copy.deepcopy(policy)
+        self._probation_share = probation_share
         self.probation_limit = int(slots * probation_share)
         self._keys: list[ExpertKey | None] = [None] * slots
         self._slot_of: dict[ExpertKey, int] = {}
@@ -192,6 +193,15 @@ class ExpertCache:
         self._free = [slot for slot in reversed(range(self.slots)) if slot not in key_of]
         self._pins = {}
         self._probation = OrderedDict()
+
+    def shrink(self, slots: int) -> None:
+        """Do with the first `slots` slots from now on. Those behind them must be FREE, else `InternalError`."""
+        if any(key is not None for key in self._keys[slots:]):
+            raise InternalError(f"a cache is to shrink to {slots} slots, but holds experts behind them")
+        del self._keys[slots:]
+        self._free = [slot for slot in self._free if slot < slots]
+        self.slots = len(self._keys)
+        self.probation_limit = int(self.slots * self._probation_share)
 
     def occupancy(self) -> Occupancy:
         """How many slots are in each state."""

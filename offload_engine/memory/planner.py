@@ -197,18 +197,19 @@ def _with_host_tier(config: ModelConfig, setup: Setup, plan: MemoryPlan, host_me
 
 def _held_by_machine(config: ModelConfig, setup: Setup, plan: MemoryPlan, least: int, limit: int) -> MemoryPlan:
     """`plan` with a warning if its budget exceeds what the machine can give; refused if its total does."""
+    holder = "this GPU" if setup.device == "cuda" else "this machine"
     if plan.total > limit:
         if least > limit:
             way_out = f"this model needs at least {_exact(least)}: free memory, or use a larger machine"
         else:
             way_out = f"set gpu_mem to at most {limit} bytes, or free memory"
         raise MemoryBudgetError(
-            f"gpu_mem is {format_bytes(plan.budget)} and allows a peak of {format_bytes(plan.total)}, but this machine "
+            f"gpu_mem is {format_bytes(plan.budget)} and allows a peak of {format_bytes(plan.total)}, but {holder} "
             f"has only {format_bytes(limit)} to give; {way_out}{_table(config, setup, plan)}"
         )
     if plan.budget > limit:
         warning = (
-            f"gpu_mem is {format_bytes(plan.budget)}, but this machine has only {format_bytes(limit)} to give; "
+            f"gpu_mem is {format_bytes(plan.budget)}, but {holder} has only {format_bytes(limit)} to give; "
             f"this model's plan needs no more than {format_bytes(plan.total)}"
         )
         return replace(plan, warnings=(*plan.warnings, warning))

@@ -10,8 +10,10 @@ import pytest
 import torch
 
 from offload_engine.errors import MemoryBudgetError
+from offload_engine.experts.transfer import pinned
 from offload_engine.experts.transfer.base import Stream
 from offload_engine.experts.transfer.cuda_driver import CudaDriver
+from offload_engine.experts.transfer.pinned import PinnedSlabs
 
 CUDA = torch.device("cuda", 0)
 
@@ -47,15 +49,17 @@ class FakeEvent:
 
 
 class FakeRuntime:
-    """The calls of the CUDA runtime that we use; the first registrations are refused."""
+    """The calls of the CUDA runtime that we use; registrations are refused after some that are granted."""
 
-    def __init__(self, refuses: int = 0) -> None:
-        self.refuses = refuses
+    def __init__(self, refuses: int = 0, grants: int = 0) -> None:
+        self.refuses, self.grants = refuses, grants
         self.held: dict[int, int] = {}
 
     def cudaHostRegister(self, address: int, nbytes: int, flags: int) -> int:  # noqa: N802 (its name)
         assert flags == 0
-        if self.refuses:
+        if self.grants:
+            self.grants -= 1
+        elif self.refuses:
             self.refuses -= 1
             return 2
         self.held[address] = nbytes
@@ -112,6 +116,43 @@ def test_memory_is_registered_as_it_is_and_a_refusal_leaves_no_error_behind(
     assert runtime.held == {memory.data_ptr(): 3 * 4096}
     driver.unpin(memory)
     assert not runtime.held
+
+
+@pytest.mark.parametrize("grants", [0, 1, 2, 3])
+def test_chunks_are_registered_once_filled_and_what_is_refused_stays_pageable(
+    monkeypatch: pytest.MonkeyPatch, grants: int
+) -> None:
+    slab = 2 * 4096
+    monkeypatch.setattr(pinned, "CHUNK_BYTES", 2 * slab)
+    runtime = FakeRuntime(refuses=9, grants=grants)
+    seen = Torch(monkeypatch, runtime)
+    slabs, registered = PinnedSlabs(CudaDriver(CUDA), 5, slab), []
+    for number in range(5):
+        assert slabs.have(number)
+        slabs.slabs[number].data[:] = bytes([number]) * slab
+        chunk = slabs.filled(number)
+        assert (chunk is None) == (number in (0, 2)), "a chunk is pinned with the last of its slabs"
+        if chunk is not None:
+            slabs.pin(chunk)
+        assert slabs.filled(number) is None, "filled again"
+        registered.append(sorted(runtime.held.values()))
+    whole = [2 * slab, 2 * slab, slab]
+    assert registered == [sorted(whole[: min(grants, done)]) for done in (0, 1, 1, 2, 3)]
+    assert list(runtime.held) == [slabs.slabs[number].tensor.data_ptr() for number in (0, 2, 4)][:grants]
+    assert all(address % 4096 == 0 for address in runtime.held)
+    assert [one.pinned for one in slabs.slabs] == [number < 2 * grants for number in range(5)]
+    assert slabs.pinned == min(2 * grants, 5)
+    assert seen.forgotten == (grants < 3), "one refusal is enough"
+    assert slabs.refusal == (None if grants == 3 else f"cudaHostRegister of {whole[grants]} bytes: out of memory")
+    slabs.close()
+    assert not runtime.held
+
+
+def test_host_memory_is_copied_by_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    Torch(monkeypatch, FakeRuntime())
+    source, target = torch.arange(8, dtype=torch.uint8), torch.zeros(8, dtype=torch.uint8)
+    CudaDriver(CUDA).move(source, target)
+    assert torch.equal(source, target)
 
 
 def test_copies_go_to_their_stream_and_launches_to_the_callers(monkeypatch: pytest.MonkeyPatch) -> None:

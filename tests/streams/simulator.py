@@ -114,6 +114,13 @@ class SimulatedDevice:
             if any(memory.data_ptr() <= source < end and not copy.done for source, copy in self._copies):
                 self.report(Fault.FREED)
 
+    def move(self, source: Tensor, target: Tensor) -> None:
+        with self.lock:
+            moment = self._host_moment()
+            self._check(self._accesses(source).read(moment))
+            self._check(self._accesses(target).write(moment))
+            target.copy_(source)
+
     def event(self) -> SimulatedEvent:
         event = SimulatedEvent(self)
         self.events.append(event)

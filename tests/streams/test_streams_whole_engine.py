@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from offload_engine import Engine, SamplingParams, assembly, placement
 from offload_engine.errors import DeviceError, MemoryBudgetError
+from offload_engine.experts.transfer import pinned
 from tests.streams.simulator import SimulatedDevice, WatchedStore
 
 PROMPT = "Anna has 37 apples. Tom gives her 58 more. How many apples does Anna have now?"
@@ -93,8 +94,20 @@ def test_a_refusal_to_pin_is_a_notice_of_the_engine(monkeypatch: pytest.MonkeyPa
     device.check()
 
 
+def test_what_comes_up_in_use_joins_the_notices(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pinned, "CHUNK_BYTES", 10**6)
+    device = SimulatedDevice()
+    with on_gpu(monkeypatch, device) as engine:
+        before = engine.notices
+        device.pinning = "code 2"
+        engine.generate(PROMPT, PARAMS)
+        (late,) = [notice for notice in engine.notices if notice not in before]
+        assert "then refused (code 2)" in late
+    device.check()
+
+
 def test_a_card_smaller_than_asked_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(MemoryBudgetError, match="this machine has only"):
+    with pytest.raises(MemoryBudgetError, match="this GPU has only"):
         on_gpu(monkeypatch, SimulatedDevice(), size=310 * 10**6)
 
 

@@ -44,6 +44,10 @@ OnComplete = Callable[[TransferTicket], None]
 class TransferBackend(Protocol):
     """Copies experts into slots and launches work on them."""
 
+    @property
+    def notices(self) -> tuple[str, ...]:
+        """What the user should know so far: whatever makes copies slower than they could be."""
+
     def start(self, on_complete: OnComplete) -> None:
         """Begin to serve. `on_complete` is called once per copy, from any thread, never from within `copy`, once a
         launch may read the slot: on a device that is when the copy is enqueued, for the launch will wait for it there.

@@ -24,16 +24,17 @@ from offload_engine.experts.transfer.base import Stream, TransferTicket
 from offload_engine.experts.transfer.driver import StreamDriver
 from offload_engine.experts.transfer.host_tier import Held, HostTier
 from offload_engine.experts.transfer.marks import Mark, Marks
-from offload_engine.experts.transfer.pinned import HostSlab, PinnedSlabs
+from offload_engine.experts.transfer.pinned import HostSlab, bounce_buffers
 from offload_engine.experts.transfer.readers import ReaderThreads
 
 
 class CudaTransfers(ReaderThreads):
     """A `TransferBackend` over a device's streams. At most `in_flight` copies are enqueued and not finished.
 
-    An expert comes from the host tier, where there is one: what isn't there is read from the store into it first. Else
-    it comes through one of `in_flight` bounce buffers. Raises `MemoryBudgetError` when the memory for these can't be
-    had. `close` closes the tier as well; the slots' memory must outlive it.
+    An expert comes from the host tier, where there is one: what isn't there is read from the store into it first. It
+    goes through one of `in_flight` bounce buffers where there is no tier, or its slab isn't pinned. Raises
+    `MemoryBudgetError` when the memory for these can't be had. `close` closes the tier as well; the slots' memory must
+    outlive it.
     """
 
     def __init__(
@@ -58,7 +59,7 @@ class CudaTransfers(ReaderThreads):
         """By slot, the copy into it that the compute stream has not waited for yet."""
         self._used: dict[int, Mark] = {}
         """By slot, the last launch that used it, if no copy has waited for that yet."""
-        self._staging = PinnedSlabs(driver, in_flight, arena.slab_bytes)
+        self._staging = bounce_buffers(driver, in_flight, arena.slab_bytes)
         self._passages: queue.SimpleQueue[HostSlab] = queue.SimpleQueue()
         """The bounce buffers: who wants to enqueue a copy holds one, used or not, and their marks are those of the last
         copies. The oldest comes first.
@@ -68,13 +69,15 @@ class CudaTransfers(ReaderThreads):
         self._finished = False
 
     @property
-    def notice(self) -> str | None:
-        """What the user should know about the copies; None where they are as fast as they can be."""
+    def notices(self) -> tuple[str, ...]:
+        """See `TransferBackend`."""
+        told = () if self.host is None else self.host.notices
         if self._staging.refusal is None:
-            return None if self.host is None else self.host.notice
+            return told
         return (
             f"the system refused to pin host memory ({self._staging.refusal}): experts are copied from pageable "
-            "memory, more slowly and without overlap; raise the limit of locked memory (ulimit -l)"
+            "memory, more slowly and without overlap; raise the limit of locked memory (ulimit -l)",
+            *told,
         )
 
     def withdraw(self) -> Collection[TransferTicket]:
@@ -145,7 +148,11 @@ class CudaTransfers(ReaderThreads):
                 self._wait_for_copy(held.slab)
                 ticket.bytes_read = self.store.read(ticket.key, held.slab.data)
                 filled = True
-            self._enqueue(held.slab, ticket.slot, passage, held.slab)
+            if held.slab.pinned or not passage.pinned:
+                self._enqueue(held.slab, ticket.slot, passage, held.slab)
+            else:  # the driver would copy it just so, but keep this thread, and who waits for the books, until it can
+                self.driver.move(held.slab.tensor, passage.tensor)
+                self._enqueue(passage, ticket.slot, passage)
         finally:
             host.release(ticket.key, held, filled=filled)
 

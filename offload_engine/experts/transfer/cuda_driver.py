@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -82,6 +83,10 @@ class CudaDriver:
         """See `StreamDriver`."""
         with torch.cuda.device(self._device):
             torch.cuda.cudart().cudaHostUnregister(memory.data_ptr())
+
+    def move(self, source: Tensor, target: Tensor) -> None:
+        """See `StreamDriver`."""
+        ctypes.memmove(target.data_ptr(), source.data_ptr(), source.numel())  # torch would begin threads of its own
 
     def event(self) -> CudaEvent:
         """See `StreamDriver`."""

@@ -55,6 +55,9 @@ class StreamDriver(Protocol):
     def unpin(self, memory: Tensor) -> None:
         """Undo `pin`, once every copy from there has run, and before the memory is freed."""
 
+    def move(self, source: Tensor, target: Tensor) -> None:
+        """Copy host bytes to host memory of the same size, before this returns. Holds no interpreter lock."""
+
     def event(self) -> Event:
         """A new one, marking nothing. To be closed."""
 

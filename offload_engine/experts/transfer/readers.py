@@ -30,6 +30,11 @@ class ReaderThreads:
         """No job may be queued behind the marks that end the readers."""
         self._closed = False
 
+    @property
+    def notices(self) -> tuple[str, ...]:
+        """See `TransferBackend`."""
+        return ()
+
     def _bring(self, ticket: TransferTicket) -> None:
         """Carry out a copy, on a reader's thread; whatever it raises is put into the ticket."""
         raise NotImplementedError
