@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -226,6 +225,7 @@ class OffloadedExperts:
                     f"{self.scheduler.transfers_under_way} transfers did not end within {timeout:.0f} s"
                 )
             self.scheduler.cache.check()
+            self.stats.stall_seconds += self.transfers.stalled()
 
     def wait_warm(self, timeout: float = 60.0) -> None:
         """Wait until `warm_up` has filled what slots it can. Raises `InternalError` after `timeout` seconds."""
@@ -261,12 +261,16 @@ class OffloadedExperts:
         """
         with self._changed:
             if not self._ready and self._failure is None:
-                began = time.perf_counter()
-                self._arrival.wait_for(lambda: bool(self._ready) or self._failure is not None)
-                self.stats.stall_seconds += time.perf_counter() - began
-            if self._failure is not None:
-                raise self._failure
+                with self.transfers.waiting():
+                    self._arrival.wait_for(lambda: bool(self._ready) or self._failure is not None)
+                    self._raise_failure()
+                self.stats.stall_seconds += self.transfers.stalled()
+            self._raise_failure()
             return [self._ready.popleft() for _ in range(min(len(self._ready), LAUNCH_EXPERTS))]
+
+    def _raise_failure(self) -> None:
+        if self._failure is not None:
+            raise self._failure
 
     def _abandon(self, error: BaseException) -> None:
         """Leave the layer half done: the cache is consistent again, and the next forward may begin."""

@@ -36,8 +36,9 @@ class FakeStream:
 
 
 class FakeEvent:
-    def __init__(self, *, blocking: bool) -> None:
+    def __init__(self, *, blocking: bool, enable_timing: bool) -> None:
         assert blocking, "a host that waits must not spin"
+        self.timed = enable_timing
         self.recorded: list[Any] = []
         self.synchronized = 0
 
@@ -46,6 +47,14 @@ class FakeEvent:
 
     def synchronize(self) -> None:
         self.synchronized += 1
+
+    def query(self) -> bool:
+        return self.synchronized > 0
+
+    def elapsed_time(self, later: FakeEvent) -> float:
+        assert self.timed
+        assert later.timed
+        return 2500.0
 
 
 class FakeRuntime:
@@ -190,14 +199,24 @@ def test_an_event_marks_one_stream_and_holds_up_another(monkeypatch: pytest.Monk
     driver = CudaDriver(CUDA)
     event = driver.event()
     inner = event._event
+    assert not inner.timed, "keeping the time costs time"
     event.record(Stream.COPY)
     event.before(Stream.COMPUTE)
+    assert not event.passed()
     event.wait()
+    assert event.passed()
     event.close()
     assert inner.recorded == [driver.stream(Stream.COPY)]
     assert driver.stream(Stream.COMPUTE).waited == [inner]
     assert inner.synchronized == 1
     assert event._event is None
+
+
+def test_the_devices_milliseconds_are_our_thousandths_of_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
+    Torch(monkeypatch, FakeRuntime())
+    driver = CudaDriver(CUDA)
+    earlier, later = driver.event(timed=True), driver.event(timed=True)
+    assert later.seconds_since(earlier) == 2.5
 
 
 def test_a_card_without_room_is_a_budget_error(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -78,7 +78,7 @@ class TestCudaTransfers:
         assert self.program(store, device)
         device.check()
         assert device.most_copies == (2 if order == [0] else device.most_copies)
-        assert len(device.events) <= 4
+        assert len([event for event in device.events if not event.timed]) <= 4
 
     @pytest.mark.parametrize("host_slots", [None, 3])
     @pytest.mark.parametrize("name", PLANTED)

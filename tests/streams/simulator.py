@@ -19,6 +19,7 @@ from torch import Tensor
 from offload_engine.core import ExpertKey
 from offload_engine.experts.store import ExpertStore
 from offload_engine.experts.transfer.base import Stream
+from offload_engine.experts.transfer.driver import Event
 from tests.streams.order import HOST, Accesses, Clock, Fault, Moment, join
 
 PAGE = 4096
@@ -38,13 +39,15 @@ class Operation:
     steps: deque[Callable[[], None]] = field(default_factory=deque)
     requires: list[Operation] = field(default_factory=list)
     done: bool = False
+    ended: float = 0.0
+    """When a device whose work takes as long as `SimulatedDevice.takes` says would be done with it."""
 
 
 class SimulatedEvent:
     """See `Event`."""
 
-    def __init__(self, device: SimulatedDevice) -> None:
-        self.device = device
+    def __init__(self, device: SimulatedDevice, timed: bool = False) -> None:
+        self.device, self.timed = device, timed
         self.marked: Operation | None = None
         self.closed = False
 
@@ -62,6 +65,18 @@ class SimulatedEvent:
         with self.device.lock:
             if self.marked is not None:
                 self.device.host_waits(self.marked)
+
+    def passed(self) -> bool:
+        return self.marked is None or self.marked.done
+
+    def seconds_since(self, earlier: Event) -> float:
+        assert isinstance(earlier, SimulatedEvent)
+        assert self.timed
+        assert earlier.timed
+        assert self.marked is not None
+        assert earlier.marked is not None
+        assert self.marked.done
+        return self.marked.ended - earlier.marked.ended
 
     def close(self) -> None:
         with self.device.lock:
@@ -83,8 +98,14 @@ class SimulatedDevice:
         self.executed = 0
         self.most_copies = 0
         """Copies enqueued and not executed at once."""
+        self.takes = 0.0, 0.0
+        """Seconds of a copy and of a launch; the order in which they are executed is another matter."""
+        self.now = 0.0
+        """The host's clock, which only waiting for the device moves, and tests."""
         self._order, self._drawn = list(order) or [0], 0
         self._queues: dict[Stream, deque[Operation]] = {stream: deque() for stream in Stream}
+        self._ended = dict.fromkeys(Stream, 0.0)
+        """When the last operation of each ends."""
         self._clocks: dict[Stream, Clock] = {stream: {} for stream in Stream}
         self._host: Clock = {}
         self._memory: dict[int, Accesses] = {}
@@ -121,8 +142,8 @@ class SimulatedDevice:
             self._check(self._accesses(target).write(moment))
             target.copy_(source)
 
-    def event(self) -> SimulatedEvent:
-        event = SimulatedEvent(self)
+    def event(self, *, timed: bool = False) -> SimulatedEvent:
+        event = SimulatedEvent(self, timed)
         self.events.append(event)
         return event
 
@@ -133,7 +154,7 @@ class SimulatedDevice:
             if not pinned:  # read before the call returns
                 self._check(self._accesses(source).read(self._host_moment()))
                 source = source.clone()
-            copy = self.enqueue(stream, [lambda: _fill(target), lambda: _bring(source, target)])
+            copy = self.enqueue(stream, [lambda: _fill(target), lambda: _bring(source, target)], takes=self.takes[0])
             if pinned:
                 self._check(self._accesses(source).read(copy.moment))
             self._copies = [(start, one) for start, one in self._copies if not one.done]
@@ -143,7 +164,7 @@ class SimulatedDevice:
 
     def launch(self, stream: Stream, fn: Callable[[], None], reads: Sequence[Tensor], writes: Sequence[Tensor]) -> None:
         with self.lock:
-            work = self.enqueue(stream, [lambda: self._run(fn)])
+            work = self.enqueue(stream, [lambda: self._run(fn)], takes=self.takes[1])
             for slab in reads:
                 self._check(self._accesses(slab).read(work.moment))
             for slab in writes:
@@ -194,7 +215,11 @@ class SimulatedDevice:
         self.faults.append(fault)
 
     def enqueue(
-        self, stream: Stream, steps: Sequence[Callable[[], None]] = (), requires: Sequence[Operation] = ()
+        self,
+        stream: Stream,
+        steps: Sequence[Callable[[], None]] = (),
+        requires: Sequence[Operation] = (),
+        takes: float = 0.0,
     ) -> Operation:
         """Put an operation at the end of a stream; an event is one without steps."""
         clock = self._clocks[stream]
@@ -203,6 +228,8 @@ class SimulatedDevice:
             join(clock, operation.moment.clock)
         clock[stream] = clock.get(stream, 0) + 1
         operation = Operation(Moment(stream, clock[stream], dict(clock)), deque(steps), list(requires))
+        begins = max([self.now, self._ended[stream], *(one.ended for one in requires)])
+        operation.ended = self._ended[stream] = begins + takes
         self._queues[stream].append(operation)
         for _ in range(self._draw() % 4):
             if self._ready():
@@ -212,6 +239,7 @@ class SimulatedDevice:
     def host_waits(self, operation: Operation) -> None:
         while not operation.done:
             self._step()
+        self.now = max(self.now, operation.ended)
         join(self._host, operation.moment.clock)
 
     def _step(self) -> None:

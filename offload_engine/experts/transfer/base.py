@@ -9,6 +9,7 @@ which nobody may rely.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
+from contextlib import AbstractContextManager
 from enum import StrEnum
 from typing import Protocol
 
@@ -64,6 +65,16 @@ class TransferBackend(Protocol):
 
     def launch(self, stream: Stream, fn: Callable[[], None], reads: Sequence[int], writes: Sequence[int] = ()) -> None:
         """Enqueue `fn`, which reads and writes these slots and no others."""
+
+    def waiting(self) -> AbstractContextManager[None]:
+        """To be entered while the caller, who has launched all it can, waits for a copy to be reported. If it is left
+        with an error the copy is waited for no more.
+        """
+
+    def stalled(self) -> float:
+        """Seconds for which compute stood still for want of an expert, those not told of before; on a device those that
+        it has got past by now.
+        """
 
     def synchronize(self) -> None:
         """Order what the caller does next after everything launched on the compute stream."""

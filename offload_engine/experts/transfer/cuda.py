@@ -15,7 +15,8 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
 
 from offload_engine.errors import InternalError
 from offload_engine.experts.arena import Slots
@@ -26,6 +27,7 @@ from offload_engine.experts.transfer.host_tier import Held, HostTier
 from offload_engine.experts.transfer.marks import Mark, Marks
 from offload_engine.experts.transfer.pinned import HostSlab, bounce_buffers
 from offload_engine.experts.transfer.readers import ReaderThreads
+from offload_engine.experts.transfer.stalls import DeviceStalls
 
 
 class CudaTransfers(ReaderThreads):
@@ -55,6 +57,7 @@ class CudaTransfers(ReaderThreads):
         self._books = threading.Lock()
         """Guards the marks, and that what is enqueued is enqueued together with them."""
         self._marks = Marks(driver)
+        self.stalls = DeviceStalls(driver)
         self._copied: dict[int, Mark] = {}
         """By slot, the copy into it that the compute stream has not waited for yet."""
         self._used: dict[int, Mark] = {}
@@ -86,10 +89,28 @@ class CudaTransfers(ReaderThreads):
         """
         begun = super().withdraw()
         with self._books:
+            self.stalls.forget()
             mark = self._marks.record(Stream.COMPUTE, holders=1)
             mark.event.before(Stream.COPY)
             self._marks.drop(mark)
         return begun
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """See `TransferBackend`. The device stalls once it has done what was launched before."""
+        with self._books:
+            self.stalls.begin()
+        try:
+            yield
+        except BaseException:
+            with self._books:
+                self.stalls.forget()
+            raise
+
+    def stalled(self) -> float:
+        """See `TransferBackend`."""
+        with self._books:
+            return self.stalls.seconds()
 
     def launch(self, stream: Stream, fn: Callable[[], None], reads: Sequence[int], writes: Sequence[int] = ()) -> None:
         """See `TransferBackend`. Copies into these slots may be asked for again once it has returned."""
@@ -99,8 +120,11 @@ class CudaTransfers(ReaderThreads):
             for slot in (*reads, *writes):
                 copied = self._copied.get(slot)
                 if copied is not None:
+                    if not copied.event.passed():
+                        self.stalls.begin()
                     copied.event.before(Stream.COMPUTE)
                     self._marks.drop(self._copied.pop(slot))
+            self.stalls.end()
         try:
             self.driver.launch(
                 stream, fn, [self.arena.slab(slot) for slot in reads], [self.arena.slab(slot) for slot in writes]
@@ -122,6 +146,7 @@ class CudaTransfers(ReaderThreads):
             self.driver.finish()
         finally:
             self._marks.close()
+            self.stalls.close()
             while not self._passages.empty():
                 self._passages.get_nowait()
             self._staging.close()

@@ -33,6 +33,12 @@ class Event(Protocol):
     def wait(self) -> None:
         """Have the host wait until what it marks has run. Holds no interpreter lock."""
 
+    def passed(self) -> bool:
+        """Whether what it marks has run; so it is where it marks nothing. The host doesn't wait."""
+
+    def seconds_since(self, earlier: Event) -> float:
+        """By the device's clock, between what the two mark, both passed and both `timed`."""
+
     def close(self) -> None:
         """Give it back. Nobody may wait for it any more."""
 
@@ -58,8 +64,8 @@ class StreamDriver(Protocol):
     def move(self, source: Tensor, target: Tensor) -> None:
         """Copy host bytes to host memory of the same size, before this returns. Holds no interpreter lock."""
 
-    def event(self) -> Event:
-        """A new one, marking nothing. To be closed."""
+    def event(self, *, timed: bool = False) -> Event:
+        """A new one, marking nothing; `timed`: it keeps the time. To be closed."""
 
     def copy(self, stream: Stream, source: Tensor, target: Tensor) -> None:
         """Enqueue the copy of host bytes to device memory of the same size."""
