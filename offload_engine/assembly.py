@@ -13,7 +13,7 @@ import torch
 from offload_engine import kernels
 from offload_engine.config import EngineConfig
 from offload_engine.decode.warm_up import warm_up
-from offload_engine.errors import CheckpointError, MemoryBudgetError, TokenizerError
+from offload_engine.errors import CheckpointError, TokenizerError
 from offload_engine.experts.arena import SlotArena, Slots
 from offload_engine.experts.cache import ExpertCache
 from offload_engine.experts.eviction import make_eviction
@@ -25,7 +25,8 @@ from offload_engine.experts.scheduler import ExpertScheduler
 from offload_engine.experts.store import ExpertStore
 from offload_engine.experts.transfer.base import TransferBackend
 from offload_engine.experts.transfer.cpu import CpuTransfers
-from offload_engine.memory import MemoryPlan, Setup, auto_budget, available_memory, plan_memory
+from offload_engine.learned import Learned, device_name, recall_tuning, routing_settings
+from offload_engine.memory import MemoryPlan, Setup, available_memory
 from offload_engine.memory.footprint import round_up
 from offload_engine.memory.refusal import check_still_there
 from offload_engine.metrics import EngineStats, reset_peak
@@ -36,6 +37,7 @@ from offload_engine.model.llada2 import LLaDA2Model
 from offload_engine.model.quantized import ExpertFormat
 from offload_engine.model.weights import load_resident, unexpected_tensors
 from offload_engine.placement import Gpu, choice_notice, find_gpu, moving
+from offload_engine.planning import RUNTIME_STEP, plan_for
 from offload_engine.routing import RoutingOptions, RoutingPolicy, SituatedCoreset, make_policy
 from offload_engine.text import Tokenizer, load_tokenizer
 
@@ -53,9 +55,6 @@ EXPERT_SHAPES_MARGIN = 8 * 2**20
 
 SMALL_MATRIX = 2**18
 """Weights of the largest matrix of a layer, below which a model counts as small."""
-
-RUNTIME_STEP = 8 * 2**20
-"""What the process takes is rounded up to this: no two runs measure the same."""
 
 Progress = Callable[[str, int, int], None]
 """Told what is being done, how much of it is done and how much there is, in bytes."""
@@ -255,48 +254,14 @@ def setup_for(
     )
 
 
-def plan_for(config: EngineConfig, model: ModelConfig, setup: Setup, gpu: Gpu | None = None) -> MemoryPlan:
-    """Divide the budget, or what the machine has. Raises `MemoryBudgetError`."""
-    reachable = gpu.reachable() if gpu is not None else psutil.Process().memory_info().rss + available_memory()
-    budget = auto_budget(reachable, setup.device) if config.gpu_mem == "auto" else config.gpu_mem
-
-    def plan(setup: Setup) -> MemoryPlan:
-        return plan_memory(
-            model,
-            setup,
-            budget,
-            max_context=config.max_context,
-            expert_mem=config.expert_mem,
-            host_mem=None if gpu is None else host_budget(config),
-            machine_limit=reachable,
-        )
-
-    if gpu is not None:
-        return _held_by_host(plan(setup))
-    try:
-        return plan(setup)
-    except MemoryBudgetError as error:
-        refusal = error
-    # The next process may measure itself larger: nearly 60 MB where the libraries were not in the page cache when this
-    # one touched them. The budget that the refusal names must do for it too, and be the only one that it names.
-    plan(replace(setup, runtime_bytes=(setup.runtime_bytes or 0) + 8 * RUNTIME_STEP))
-    raise refusal
-
-
-def host_budget(config: EngineConfig) -> int | None:
-    """Bytes of the host tier; None: there is none."""
-    return auto_budget(available_memory(), "host") if config.host_mem == "auto" else config.host_mem
-
-
-def _held_by_host(plan: MemoryPlan) -> MemoryPlan:
-    """`plan`, if this machine has the RAM that it takes: pages of it can't be swapped. Raises `MemoryBudgetError`."""
-    left = available_memory()
-    if plan.host_total > left:
-        raise MemoryBudgetError(
-            f"host tier, its buffers and embedding table take {plan.host_total} bytes, but this machine has only "
-            f"{left} to give; set host_mem to at most that, or to none to read experts from disk\n\n{plan.table()}"
-        )
-    return plan
+def learned_for(config: EngineConfig, source: Source, policy: RoutingPolicy, gpu: Gpu | None) -> Learned | None:
+    """What `dmoe tune` found for such a run; None if nothing, or nobody wants it."""
+    if config.tuned == "off" or config.model is None or config.gpu_mem != "auto":
+        return None
+    device = device_name(None if gpu is None else gpu.name)
+    settings = routing_settings(policy.name, routing_options(config, source.config))
+    found = recall_tuning(source.directory)
+    return next((one for one in found if one.serves(config, device, settings)), None)
 
 
 def assemble(config: EngineConfig, stats: EngineStats, progress: Progress | None = None) -> Parts:
@@ -323,6 +288,8 @@ def assemble(config: EngineConfig, stats: EngineStats, progress: Progress | None
     with ExitStack() as undo:
         store = open_store(model_config, checkpoint, verify=config.verify)
         undo.callback(store.close)
+        learned, given = learned_for(config, source, policy, gpu), config
+        config = config if learned is None else learned.applied(config)
         dtype = compute_dtype(config, model_config, store.format.dtype, gpu)
         if gpu is None and dtype == torch.bfloat16 and kernels.status().variant is None:
             notices.append(f"torch computes the experts, more slowly than our kernel would: {kernels.status().reason}")
@@ -331,7 +298,8 @@ def assemble(config: EngineConfig, stats: EngineStats, progress: Progress | None
         if gpu is not None:
             gpu.reset_peak()
         setup = setup_for(config, model_config, dtype=dtype, stored=store.format, slab_bytes=store.slab_bytes, gpu=gpu)
-        plan = plan_for(config, model_config, setup, gpu)
+        plan = plan_for(config, model_config, setup, gpu, None if learned is None else learned.slots)
+        notices += [] if learned is None else [learned.notice(plan.slots, plan.total, given)]
         model = load_resident(
             model_config,
             checkpoint,

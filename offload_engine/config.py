@@ -159,6 +159,10 @@ class EngineConfig(BaseModel):
     """Whether the experts used most are remembered with the checkpoint, to fill free slots at the next start; the
     built-in model, which is small, does without.
     """
+    tuned: Literal["on", "off"] = "on"
+    """Whether a `gpu_mem` of "auto", and options that move experts and were left alone, follow what `dmoe tune` found
+    for this model on this device.
+    """
     transfers_in_flight: Annotated[int, Field(ge=1, le=2)] = 2
     """Transfers started and not finished; more would only delay a demand load that comes after them."""
     reader_threads: Annotated[int, Field(ge=1, le=64)] = 2
@@ -200,7 +204,7 @@ class EngineConfig(BaseModel):
             raise ValueError("wanted a directory or a hub id")
         return text
 
-    @field_validator("device", "dtype", "routing", "eviction", "predictor", "hot_set", "verify", mode="before")
+    @field_validator("device", "dtype", "routing", "eviction", "predictor", "hot_set", "tuned", "verify", mode="before")
     @classmethod
     def _spelling(cls, value: Any) -> Any:
         """Case and underscores don't matter: Top_K and topk are top-k."""

@@ -35,6 +35,11 @@ class Gpu:
         return self.driver.device
 
     @property
+    def name(self) -> str:
+        """The card's, as the driver has it."""
+        return str(torch.cuda.get_device_name(self.device))
+
+    @property
     def has_bfloat16(self) -> bool:
         """Whether it computes in bf16 itself; older ones only pretend to, slowly."""
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))

@@ -18,8 +18,8 @@ FLOORS: list[tuple[str, ...]] = [
     ("memory",),
     ("experts",),
     ("decode", "simulate"),
-    ("placement",),
-    ("engine", "assembly"),
+    ("placement", "learned"),
+    ("engine", "assembly", "planning"),
     ("server", "evaluate", "bench", "doctor", "tune"),
     ("cli",),
 ]

@@ -43,6 +43,7 @@ ENGINE_HELP: Final = {
     "predictor": "What guesses a layer's experts before its router has spoken.",
     "prefetch_depth": "MoE layers to prefetch ahead; 0: none.",
     "hot_set": "Remember the experts used most, and start with them.",
+    "tuned": "Whether --gpu-mem auto follows what dmoe tune found.",
     "transfers_in_flight": "Transfers started and not finished, 1 or 2.",
     "reader_threads": "Threads that read experts from disk.",
     "verify": "When a converted checkpoint's experts are held against their checksums.",

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from offload_engine import Engine, SamplingParams, assembly, placement
+from offload_engine import Engine, SamplingParams, assembly, placement, planning
 from offload_engine.errors import DeviceError, MemoryBudgetError
 from offload_engine.experts.transfer import pinned
 from tests.streams.simulator import SimulatedDevice, WatchedStore
@@ -27,6 +27,7 @@ class SimulatedGpu:
     has_bfloat16: bool = True
     size: int = 8 * 10**9
     device = torch.device("cpu")
+    name = "NVIDIA Simulated"
 
     def context_bytes(self) -> int:
         return 300 * 10**6
@@ -112,7 +113,7 @@ def test_a_card_smaller_than_asked_is_refused(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_ram_that_does_not_hold_the_host_tier_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(assembly, "available_memory", lambda: 10**6)
+    monkeypatch.setattr(planning, "available_memory", lambda: 10**6)
     with pytest.raises(MemoryBudgetError, match=r"this machine has only 1000000 to give; set host_mem to at most that"):
         on_gpu(monkeypatch, SimulatedDevice(), host_mem="1GB")
 
