@@ -202,9 +202,9 @@ def test_an_event_marks_one_stream_and_holds_up_another(monkeypatch: pytest.Monk
     assert not inner.timed, "keeping the time costs time"
     event.record(Stream.COPY)
     event.before(Stream.COMPUTE)
-    assert not event.passed()
+    assert not event.done()
     event.wait()
-    assert event.passed()
+    assert event.done()
     event.close()
     assert inner.recorded == [driver.stream(Stream.COPY)]
     assert driver.stream(Stream.COMPUTE).waited == [inner]

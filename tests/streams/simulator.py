@@ -66,7 +66,7 @@ class SimulatedEvent:
             if self.marked is not None:
                 self.device.host_waits(self.marked)
 
-    def passed(self) -> bool:
+    def done(self) -> bool:
         return self.marked is None or self.marked.done
 
     def seconds_since(self, earlier: Event) -> float:

@@ -120,7 +120,7 @@ class CudaTransfers(ReaderThreads):
             for slot in (*reads, *writes):
                 copied = self._copied.get(slot)
                 if copied is not None:
-                    if not copied.event.passed():
+                    if not copied.event.done():
                         self.stalls.begin()
                     copied.event.before(Stream.COMPUTE)
                     self._marks.drop(self._copied.pop(slot))

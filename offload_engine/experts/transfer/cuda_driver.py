@@ -33,7 +33,7 @@ class CudaEvent:
         """See `Event`."""
         self._event.synchronize()
 
-    def passed(self) -> bool:
+    def done(self) -> bool:
         """See `Event`."""
         return bool(self._event.query())
 

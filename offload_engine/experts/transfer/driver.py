@@ -33,11 +33,11 @@ class Event(Protocol):
     def wait(self) -> None:
         """Have the host wait until what it marks has run. Holds no interpreter lock."""
 
-    def passed(self) -> bool:
-        """Whether what it marks has run; so it is where it marks nothing. The host doesn't wait."""
+    def done(self) -> bool:
+        """Whether what it marks has run. Once it has, that is as if `wait` had been called."""
 
     def seconds_since(self, earlier: Event) -> float:
-        """By the device's clock, between what the two mark, both passed and both `timed`."""
+        """By the device's clock, between what the two mark, both done and both `timed`."""
 
     def close(self) -> None:
         """Give it back. Nobody may wait for it any more."""

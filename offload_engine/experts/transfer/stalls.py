@@ -84,7 +84,7 @@ class DeviceStalls:
     def _over(self) -> float:
         """Seconds of the stalls that the device has got past; their events are free again."""
         total = 0.0
-        while self._ended and self._ended[0][1].passed():
+        while self._ended and self._ended[0][1].done():
             began, ended = self._ended.popleft()
             total += ended.seconds_since(began)
             self._free += (began, ended)
