@@ -32,11 +32,12 @@ from offload_engine.memory.refusal import check_still_there
 from offload_engine.metrics import EngineStats, reset_peak
 from offload_engine.model.checkpoint import Checkpoint
 from offload_engine.model.config import ModelConfig
+from offload_engine.model.graphs import LayerGraphs
 from offload_engine.model.hub import resolve_model
 from offload_engine.model.llada2 import LLaDA2Model
 from offload_engine.model.quantized import ExpertFormat
 from offload_engine.model.weights import load_resident, unexpected_tensors
-from offload_engine.placement import Gpu, choice_notice, find_gpu, moving
+from offload_engine.placement import Gpu, choice_notice, find_gpu, layer_graphs, moving
 from offload_engine.planning import RUNTIME_STEP, plan_for
 from offload_engine.routing import RoutingOptions, RoutingPolicy, SituatedCoreset, make_policy
 from offload_engine.text import Tokenizer, load_tokenizer
@@ -87,6 +88,8 @@ class Parts:
     dtype: torch.dtype
     gpu: Gpu | None
     """None: everything runs on the CPU."""
+    graphs: LayerGraphs | None
+    """Of what layers do ahead of their experts; None: nothing is recorded."""
     threads: int | None
     """Compute threads; None: torch's choice."""
     notices: tuple[str, ...]
@@ -97,12 +100,23 @@ class Parts:
         """Where the layers run."""
         return torch.device("cpu") if self.gpu is None else self.gpu.device
 
+    def notices_in_use(self) -> tuple[str, ...]:
+        """What came up since."""
+        return (*self.experts.transfers.notices, *(() if self.graphs is None else self.graphs.notices))
+
     def close(self) -> None:
         """Join all threads, free the slots, close every file. Idempotent."""
         try:
             self.experts.close()
         finally:
             self.store.close()
+
+    def unload(self) -> None:
+        """Close every file and free the weights, once nobody computes with them."""
+        if self.graphs is not None:
+            self.graphs.close()
+        self.store.close()
+        self.model.to("meta")
 
 
 def find_source(config: EngineConfig) -> Source:
@@ -251,6 +265,7 @@ def setup_for(
         choices=max(config.top_k_experts, model.num_experts_per_tok) if config.routing == "top-k" else None,
         runtime_bytes=process if gpu is None else gpu.context_bytes(),
         transfers_in_flight=config.transfers_in_flight,
+        step_graphs=gpu is not None and config.cuda_graphs != "off",
     )
 
 
@@ -274,8 +289,7 @@ def assemble(config: EngineConfig, stats: EngineStats, progress: Progress | None
     policy, notices = choose_policy(config, model_config)
     chosen = choice_notice(config, gpu)
     notices += [] if chosen is None else [chosen]
-    if gpu is None and isinstance(config.host_mem, int):
-        notices.append("host_mem is ignored: on the CPU there is no host tier, gpu_mem is RAM already")
+    notices += [] if gpu is not None else _ignored_on_cpu(config)
     ends = model_config.eos_token_id
     if isinstance(ends, list) and len(ends) > 1 and source.eos_token_id == ends[0]:
         notices.append(f"config.json names {len(ends)} eos ids; answers end with the first, {ends[0]}, alone")
@@ -315,9 +329,20 @@ def assemble(config: EngineConfig, stats: EngineStats, progress: Progress | None
         undo.callback(experts.close)  # before the store: its threads read from there
         if isinstance(policy, SituatedCoreset):
             policy = replace(policy, residents=experts.residents)
-        threads = compute_threads(config, model_config)
+        threads, graphs = compute_threads(config, model_config), layer_graphs(config, gpu)
         undo.pop_all()
-    return Parts(source, setup, plan, policy, model, experts, store, dtype, gpu, threads, (*notices, *plan.warnings))
+    notices += plan.warnings
+    return Parts(source, setup, plan, policy, model, experts, store, dtype, gpu, graphs, threads, tuple(notices))
+
+
+def _ignored_on_cpu(config: EngineConfig) -> list[str]:
+    """What was asked for and only a GPU has."""
+    told = []
+    if isinstance(config.host_mem, int):
+        told.append("host_mem is ignored: on the CPU there is no host tier, gpu_mem is RAM already")
+    if config.cuda_graphs == "on":
+        told.append("cuda_graphs is ignored: the CPU has none")
+    return told
 
 
 def keeps_hot_set(config: EngineConfig) -> bool:

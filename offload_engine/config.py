@@ -92,6 +92,8 @@ def _unit(suffix: str) -> int:
     return int(1024**power if "i" in suffix else 1000**power)
 
 
+_WORDS = ["device", "dtype", "routing", "eviction", "predictor", "hot_set", "tuned", "cuda_graphs", "verify"]
+"""Fields that are words, whose case doesn't matter."""
 _ALIASES = {
     "topk": "top-k",
     "des-s": "des-seq",
@@ -169,6 +171,10 @@ class EngineConfig(BaseModel):
     """Threads that read experts from disk."""
     verify: Literal["first", "always", "never"] = "first"
     """When an expert of a converted checkpoint is held against its checksum: when read first, always, or never."""
+    cuda_graphs: Literal["auto", "on", "off"] = "auto"
+    """Whether a GPU replays attention and routers of a block's denoising steps as recorded in one of them. auto: until
+    CUDA refuses, or what was recorded differs in one bit; on: that is an error.
+    """
     prefill_chunk: Annotated[int, Field(ge=1, le=2**20)] = 512
     """Prompt tokens that attend together in a prefill; rounded to whole blocks by the engine."""
     batch_size: Annotated[int, Field(ge=1, le=4096)] = 1
@@ -213,7 +219,18 @@ class EngineConfig(BaseModel):
         word = value.strip().lower() if isinstance(value, str) else value
         return int(word) if isinstance(word, str) and word.isdecimal() else word
 
-    @field_validator("device", "dtype", "routing", "eviction", "predictor", "hot_set", "tuned", "verify", mode="before")
+    @field_validator(
+        "device",
+        "dtype",
+        "routing",
+        "eviction",
+        "predictor",
+        "hot_set",
+        "tuned",
+        "cuda_graphs",
+        "verify",
+        mode="before",
+    )
     @classmethod
     def _spelling(cls, value: Any) -> Any:
         """Case and underscores don't matter: Top_K and topk are top-k."""

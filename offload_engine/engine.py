@@ -72,6 +72,7 @@ class Engine:
             context=plan.context,
             fused_commit=config.fused_commit,
             forward_tokens=plan.forward_tokens,
+            graphs=parts.graphs,
             grouping=None if plan.sequences == 1 else Grouping(lambda: stats.slots_per_layer, config.lanes_together),
         )
         stats.planned_peak_bytes, stats.limit_bytes = plan.total, plan.budget
@@ -117,7 +118,7 @@ class Engine:
         """What the user should know: the routing chosen, warnings of the plan; and as it comes up in use, what makes
         copies slower than they could be.
         """
-        return (*self._parts.notices, *self._parts.experts.transfers.notices)
+        return (*self._parts.notices, *self._parts.notices_in_use())
 
     @property
     def model_config(self) -> ModelConfig:
@@ -303,8 +304,7 @@ class Engine:
             self._access.wait()
             keep_hot_set(self.config, self._parts)
         finally:
-            self._parts.store.close()
-            self._parts.model.to("meta")
+            self._parts.unload()
             for cache in self._decoder.caches:
                 cache.release()
             self.close_trace()

@@ -19,6 +19,8 @@ from offload_engine.experts.transfer.cuda_driver import CudaDriver
 from offload_engine.experts.transfer.driver import StreamDriver
 from offload_engine.experts.transfer.host_tier import HostTier
 from offload_engine.memory.plan import RUNTIME_BYTES, MemoryPlan
+from offload_engine.model.cuda_graphs import CudaRecorder
+from offload_engine.model.graphs import LayerGraphs, Recorder
 
 Answer = TypeVar("Answer")
 
@@ -43,6 +45,10 @@ class Gpu:
     def has_bfloat16(self) -> bool:
         """Whether it computes in bf16 itself; older ones only pretend to, slowly."""
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+
+    def recorder(self) -> Recorder:
+        """A new one."""
+        return CudaRecorder(self.device)
 
     def context_bytes(self) -> int:
         """What this process takes beside torch's allocations: driver context, code, library handles. As NVML tells, or
@@ -173,6 +179,13 @@ def _why_none() -> str:
             f"{built_for}, or install a build of torch for an older CUDA"
         )
     return "install an NVIDIA driver new enough for this torch, and see that CUDA_VISIBLE_DEVICES is not empty"
+
+
+def layer_graphs(config: EngineConfig, gpu: Gpu | None) -> LayerGraphs | None:
+    """What replays attention and routers; None where there is no GPU, or nobody wants it."""
+    if gpu is None or config.cuda_graphs == "off":
+        return None
+    return LayerGraphs(gpu.recorder(), required=config.cuda_graphs == "on")
 
 
 class Moving(NamedTuple):

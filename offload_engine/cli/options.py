@@ -47,6 +47,7 @@ ENGINE_HELP: Final = {
     "transfers_in_flight": "Transfers started and not finished, 1 or 2.",
     "reader_threads": "Threads that read experts from disk.",
     "verify": "When a converted checkpoint's experts are held against their checksums.",
+    "cuda_graphs": "Whether a GPU replays attention and routers from CUDA graphs.",
     "prefill_chunk": "Prompt tokens that attend together in a prefill.",
     "batch_size": "Prompts answered together; each takes a KV cache.",
     "lanes_together": "Of these, how many share forwards.",

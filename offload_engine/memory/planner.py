@@ -150,6 +150,8 @@ def _without_slots(config: ModelConfig, setup: Setup, context: int, budget: int)
     tokens = max(min(positions, setup.chunk), min(setup.sequences * positions, setup.step_tokens))
     prompt = positions if positions > setup.chunk else 0
     forward = _forward(config, setup, tokens, positions, setup.block, prompt)
+    step = _forward(config, setup, setup.block, positions, setup.block, prompt=0)
+    graphs = footprint.step_graph_bytes(config, step) if setup.step_graphs else 0
     vocabulary = footprint.embedding_bytes(config, item)
     slab = setup.slab_bytes or footprint.estimated_slab_bytes(config, setup.stored_itemsize)
     hosted = cuda and not config.tie_word_embeddings  # a tied table is the lm head, which the device needs
@@ -159,7 +161,7 @@ def _without_slots(config: ModelConfig, setup: Setup, context: int, budget: int)
         budget=budget,
         weights=footprint.resident_bytes(config, item) + tables * vocabulary,
         kv_cache=setup.sequences * footprint.kv_bytes_per_position(config, item) * positions,
-        workspace=footprint.workspace_bytes(config, forward, setup.device),
+        workspace=footprint.workspace_bytes(config, forward, setup.device) + graphs,
         staging=tokens * config.hidden_size * item if hosted else 0,
         runtime=RUNTIME_BYTES[setup.device] if setup.runtime_bytes is None else setup.runtime_bytes,
         slab_bytes=slab,

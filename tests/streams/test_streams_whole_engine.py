@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from offload_engine import Engine, SamplingParams, assembly, placement, planning
 from offload_engine.errors import DeviceError, MemoryBudgetError
 from offload_engine.experts.transfer import pinned
+from tests.model.graph_recorder import FakeRecorder
 from tests.streams.simulator import SimulatedDevice, WatchedStore
 
 PROMPT = "Anna has 37 apples. Tom gives her 58 more. How many apples does Anna have now?"
@@ -28,6 +29,10 @@ class SimulatedGpu:
     size: int = 8 * 10**9
     device = torch.device("cpu")
     name = "NVIDIA Simulated"
+    graphs: FakeRecorder = field(default_factory=FakeRecorder)
+
+    def recorder(self) -> FakeRecorder:
+        return self.graphs
 
     def context_bytes(self) -> int:
         return 300 * 10**6
@@ -86,6 +91,36 @@ def test_answers_are_those_of_the_cpu_in_every_order(
             assert engine.stats.misses > 0
             assert engine.stats.measured_peak_bytes == 12345
     device.check()
+
+
+def test_attention_is_replayed_unless_nobody_wants_it(
+    monkeypatch: pytest.MonkeyPatch, on_cpu: dict[str, list[int]]
+) -> None:
+    recorded = {}
+    params = SamplingParams(max_new_tokens=64, threshold=0.9999)
+    for choice in ("auto", "off"):
+        device = SimulatedDevice([2, 0, 1])
+        with on_gpu(monkeypatch, device, routing="original", cuda_graphs=choice) as engine:
+            assert engine.generate(PROMPT, PARAMS).token_ids == on_cpu["original"]
+            engine.generate(PROMPT, params)
+            graphs, plan = engine._parts.graphs, engine.plan
+            recorded[choice] = graphs is not None and graphs._recorder.replays, plan.workspace  # type: ignore[attr-defined]
+        device.check()
+    assert recorded["auto"][0] > 0
+    assert recorded["off"][0] is False
+    assert recorded["auto"][1] > recorded["off"][1], "recordings take memory"
+
+
+def test_a_refusal_to_record_is_a_notice_or_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    params = SamplingParams(max_new_tokens=64, threshold=0.9999)
+    monkeypatch.setattr(SimulatedGpu, "recorder", lambda _gpu: FakeRecorder(most=0))
+    with on_gpu(monkeypatch, SimulatedDevice()) as engine:
+        engine.generate(PROMPT, params)
+        assert any("CUDA refuses to record it" in notice for notice in engine.notices)
+    with on_gpu(monkeypatch, SimulatedDevice(), cuda_graphs="on") as engine:
+        with pytest.raises(DeviceError, match="cuda_graphs is on, but CUDA refuses"):
+            engine.generate(PROMPT, params)
+        engine.generate(PROMPT, params)  # plainly, from then on
 
 
 def test_a_refusal_to_pin_is_a_notice_of_the_engine(monkeypatch: pytest.MonkeyPatch) -> None:
