@@ -3,19 +3,40 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import cast
 
 from offload_engine.core import SamplingParams
 from offload_engine.errors import PromptError, UsageError
 from offload_engine.memory import MemoryPlan
+from offload_engine.text import Message, Tokenizer
 
-Prompt = str | Sequence[int]
-"""Text, or token ids."""
+Prompt = str | Sequence[int] | Sequence[Message]
+"""Text, token ids, or a conversation whose next turn is wanted."""
 
 
 def is_prompt(one: object) -> bool:
     """Whether an item of a list is a prompt of its own, rather than a token id."""
     return isinstance(one, Sequence) or getattr(one, "ndim", 0) > 0
+
+
+def encoded(prompt: Prompt, tokenizer: Tokenizer | None, vocab_size: int, *, raw: bool) -> list[int]:
+    """The token ids of a prompt: a string goes through the chat template unless `raw`, a conversation always.
+
+    Raises `PromptError` for what can't be encoded, `UsageError` for a conversation that is to be raw.
+    """
+    talks = not isinstance(prompt, str) and len(prompt) > 0 and isinstance(prompt[0], Mapping)
+    if not talks and not isinstance(prompt, str):
+        return checked_ids(cast("Sequence[int]", prompt), vocab_size)
+    if tokenizer is None:
+        raise PromptError("the checkpoint has no tokenizer.json, so prompts must be token ids, not text")
+    if not isinstance(prompt, str):
+        if raw:
+            raise UsageError("raw leaves the chat template out, but a conversation needs one; pass text or token ids")
+        return tokenizer.encode_chat(cast("Sequence[Message]", prompt))
+    if raw:
+        return tokenizer.encode_text(prompt)
+    return tokenizer.encode_chat([Message(role="user", content=prompt)])
 
 
 def checked_ids(prompt: Sequence[int], vocab_size: int) -> list[int]:
