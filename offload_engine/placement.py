@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -143,6 +144,11 @@ def find_gpu(config: EngineConfig) -> Gpu | None:
         raise DeviceError(
             f"device is {name!r}, but torch finds {count} here, cuda:0 to cuda:{count - 1}; use one of these"
         )
+    unserved = _unserved(index)
+    if unserved is not None and name == "auto":
+        return None
+    if unserved is not None:
+        raise DeviceError(f"device is {name!r}, but {unserved}; use device cpu or auto, or {_OTHER_BUILD}")
     torch.cuda.set_device(index)  # what doesn't say where it computes computes there
     return Gpu(CudaDriver(torch.device("cuda", index)))
 
@@ -167,8 +173,26 @@ def _hidden() -> bool:
     return os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
 
 
+def _unserved(index: int) -> str | None:
+    """Why this torch has no code for the GPU with this number, None if it has: machine code of the same generation, not
+    newer, or an older intermediate one to translate.
+    """
+    major, minor = torch.cuda.get_device_capability(index)
+    builds = torch.cuda.get_arch_list()
+    for kind, number in re.findall(r"(sm|compute)_(\d+)", " ".join(builds)):
+        generation, version = divmod(int(number), 10)
+        if (generation, version) <= (major, minor) and (kind == "compute" or generation == major):
+            return None
+    return f"it has compute capability {major}.{minor}, and this torch code for {', '.join(builds)} alone"
+
+
+_OTHER_BUILD = "install a build of torch that has code for it"
+
+
 def _why_none() -> str:
     """What to do for a GPU to be found."""
+    if torch.cuda.is_available():
+        return f"{_unserved(torch.cuda.current_device())}: {_OTHER_BUILD}"
     if not torch.backends.cuda.is_built():
         return "install a build of torch with CUDA"
     built_for, driver = torch.version.cuda, _driver()

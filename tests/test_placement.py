@@ -32,6 +32,8 @@ def two_gpus(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
     monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: [(6, 1), (8, 9)][index])
+    monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: ["sm_61", "sm_75", "sm_80"])
     monkeypatch.setattr(placement, "CudaDriver", Driver)
     return chosen
 
@@ -216,3 +218,33 @@ def test_one_gpu_alone_is_no_news(two_gpus: list[int], monkeypatch: pytest.Monke
     gpu = find_gpu(config)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     assert choice_notice(config, gpu) is None
+
+
+@pytest.mark.parametrize(
+    ("builds", "served"),
+    [
+        (["sm_75", "sm_80", "sm_86"], True),
+        (["sm_90a", "sm_89"], True),
+        (["sm_75", "sm_90"], False),
+        (["sm_90", "sm_120", "compute_120"], False),
+        (["sm_75", "compute_75"], True),
+        ([], False),
+    ],
+)
+def test_a_card_that_torch_has_no_code_for_is_left_alone_or_refused(
+    two_gpus: list[int], monkeypatch: pytest.MonkeyPatch, builds: list[str], served: bool
+) -> None:
+    nvml = Nvml(None)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setitem(sys.modules, "pynvml", nvml)  # type: ignore[arg-type]
+    monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: builds)
+    config = EngineConfig(device="auto")
+    gpu = find_gpu(config)
+    assert (gpu is not None) == bool(two_gpus) == served
+    if served:
+        return
+    notice = choice_notice(config, gpu)
+    assert notice is not None
+    assert f"compute capability 8.9, and this torch code for {', '.join(builds)} alone: install a build" in notice
+    with pytest.raises(DeviceError, match=r"device is 'cuda:1', but it has compute capability 8\.9"):
+        find_gpu(EngineConfig(device="cuda:1"))

@@ -40,8 +40,7 @@ class HostSlab:
 
 class PinnedSlabs:
     """Room for `count` slabs of `slab_bytes` bytes, of which a chunk is taken when the first slab in it is wanted, and
-    pinned when all of it has been filled: to take and pin 24 GB takes many seconds, in which a run can have begun, and
-    what is filled by direct reads is pinned without having been written twice.
+    pinned when all of it has been filled: to take and pin 24 GB takes many seconds, in which a run can have begun.
 
     Where the system refuses to pin, that chunk and the rest stay pageable: the same bytes, more slowly. Where a chunk
     isn't given, or RAM is short, `have` says so, and there are no more slabs than before. Raises `MemoryBudgetError`
