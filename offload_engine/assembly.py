@@ -14,8 +14,9 @@ from offload_engine import kernels
 from offload_engine.config import EngineConfig
 from offload_engine.decode.warm_up import warm_up
 from offload_engine.errors import CheckpointError, TokenizerError
-from offload_engine.experts.arena import SlotArena, Slots
+from offload_engine.experts.arena import SlotArena
 from offload_engine.experts.cache import ExpertCache
+from offload_engine.experts.device.executor import DeviceExperts
 from offload_engine.experts.eviction import make_eviction
 from offload_engine.experts.executor import OffloadedExperts
 from offload_engine.experts.hot_set import HotSet, recall, remember
@@ -23,7 +24,6 @@ from offload_engine.experts.opening import open_store
 from offload_engine.experts.predictor import make_predictor
 from offload_engine.experts.scheduler import ExpertScheduler
 from offload_engine.experts.store import ExpertStore
-from offload_engine.experts.transfer.base import TransferBackend
 from offload_engine.experts.transfer.cpu import CpuTransfers
 from offload_engine.extending import Custom
 from offload_engine.learned import Learned, device_name, recall_tuning, routing_settings
@@ -38,7 +38,7 @@ from offload_engine.model.hub import resolve_model
 from offload_engine.model.llada2 import LLaDA2Model
 from offload_engine.model.quantized import ExpertFormat
 from offload_engine.model.weights import load_resident, unexpected_tensors
-from offload_engine.placement import Gpu, choice_notice, find_gpu, layer_graphs, moving
+from offload_engine.placement import Gpu, choice_notice, find_gpu, layer_graphs, moving, without_kernels
 from offload_engine.planning import RUNTIME_STEP, plan_for
 from offload_engine.routing import RoutingOptions, RoutingPolicy, SituatedCoreset, make_policy
 from offload_engine.routing_notices import routing_notices
@@ -273,8 +273,7 @@ def assemble(
         learned, given = learned_for(config, source, policy, gpu), config
         config = config if learned is None else learned.applied(config)
         dtype = compute_dtype(config, model_config, store.format.dtype, gpu)
-        if gpu is None and dtype == torch.bfloat16 and kernels.status().variant is None:
-            notices.append(f"torch computes the experts, more slowly than our kernel would: {kernels.status().reason}")
+        notices += without_kernels(dtype, gpu)
         device = torch.device("cpu") if gpu is None else gpu.device
         warm_up(dtype, device)
         if gpu is not None:
@@ -337,27 +336,22 @@ def _executor(
     """The executor, and what the user should know of how it moves experts."""
     check_still_there(plan, available_memory() if gpu is None else gpu.free())
     notices: tuple[str, ...] = ()
+    cache = ExpertCache(plan.slots, custom.make_eviction(lambda: make_eviction(config.eviction)))
+    scheduler = ExpertScheduler(cache, config.transfers_in_flight)
+    predictor = custom.make_predictor(lambda: make_predictor(config.predictor))
+    policies = (scheduler, predictor, stats, config.prefetch_depth, hot)
+    experts: OffloadedExperts
     with ExitStack() as undo:
-        arena: Slots
-        transfers: TransferBackend
         if gpu is None:
             arena = SlotArena(plan.slots, store.slab_bytes)
             undo.callback(arena.close)
             transfers = CpuTransfers(store, arena, config.reader_threads)
+            undo.callback(transfers.close)
+            experts = OffloadedExperts(store, arena, transfers, *policies)
         else:
-            arena, transfers, notices = moving(gpu, config, store, plan)
-            undo.callback(arena.close)
-        undo.callback(transfers.close)
-        cache = ExpertCache(plan.slots, custom.make_eviction(lambda: make_eviction(config.eviction)))
-        experts = OffloadedExperts(
-            store=store,
-            arena=arena,
-            transfers=transfers,
-            scheduler=ExpertScheduler(cache, config.transfers_in_flight),
-            predictor=custom.make_predictor(lambda: make_predictor(config.predictor)),
-            stats=stats,
-            prefetch_depth=config.prefetch_depth,
-            hot=hot,
-        )
+            slots, copies, notices = moving(gpu, config, store, plan)
+            undo.callback(slots.close)
+            undo.callback(copies.close)
+            experts = DeviceExperts(store, slots, copies, *policies)
         undo.pop_all()
     return experts, notices

@@ -213,7 +213,8 @@ class Engine(EngineFacts):
         decisions: list[LayerRouting] = []
 
         def keep(_info: ForwardInfo, _layer: int, decision: RoutingDecision) -> None:
-            decisions.append(LayerRouting(decision.experts, decision.weights))
+            experts, weights = decision.experts, decision.weights
+            decisions.append(LayerRouting(experts.to(weights.device), weights))
 
         with self._access.call(), self._access.work(), torch.inference_mode():
             self._score(token_ids, block_length, ObservedExperts(self._parts.experts, [keep]))

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 
+from offload_engine import kernels
 from offload_engine.config import EngineConfig
 from offload_engine.errors import DeviceError, MemoryBudgetError
 from offload_engine.experts.arena import DeviceArena
@@ -19,6 +20,7 @@ from offload_engine.experts.transfer.cuda import CudaTransfers
 from offload_engine.experts.transfer.cuda_driver import CudaDriver
 from offload_engine.experts.transfer.driver import StreamDriver
 from offload_engine.experts.transfer.host_tier import HostTier
+from offload_engine.kernels import grouped
 from offload_engine.memory.plan import RUNTIME_BYTES, MemoryPlan
 from offload_engine.model.cuda_graphs import CudaRecorder
 from offload_engine.model.graphs import LayerGraphs, Recorder
@@ -210,6 +212,15 @@ def layer_graphs(config: EngineConfig, gpu: Gpu | None) -> LayerGraphs | None:
     if gpu is None or config.cuda_graphs == "off":
         return None
     return LayerGraphs(gpu.recorder(), required=config.cuda_graphs == "on")
+
+
+def without_kernels(dtype: torch.dtype, gpu: Gpu | None) -> list[str]:
+    """What to tell where torch computes the experts and a kernel of ours could."""
+    if gpu is not None:
+        reason = grouped.why_not(gpu.device)
+    else:
+        reason = kernels.status().reason if dtype == torch.bfloat16 and kernels.status().variant is None else None
+    return [] if reason is None else [f"torch computes the experts, more slowly than our kernel would: {reason}"]
 
 
 class Moving(NamedTuple):

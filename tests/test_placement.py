@@ -15,7 +15,7 @@ from offload_engine.assembly import compute_dtype
 from offload_engine.config import EngineConfig
 from offload_engine.errors import DeviceError
 from offload_engine.model.config import ModelConfig
-from offload_engine.placement import Gpu, choice_notice, find_gpu
+from offload_engine.placement import Gpu, choice_notice, find_gpu, without_kernels
 from tests.checkpoints import tiny_config
 
 
@@ -248,3 +248,12 @@ def test_a_card_that_torch_has_no_code_for_is_left_alone_or_refused(
     assert f"compute capability 8.9, and this torch code for {', '.join(builds)} alone: install a build" in notice
     with pytest.raises(DeviceError, match=r"device is 'cuda:1', but it has compute capability 8\.9"):
         find_gpu(EngineConfig(device="cuda:1"))
+
+
+def test_a_gpu_without_the_grouped_kernels_is_told_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = Gpu(Driver(torch.device("cuda", 0)))  # type: ignore[arg-type]
+    monkeypatch.setattr(placement.grouped, "why_not", lambda _device: None)
+    assert without_kernels(torch.float16, gpu) == []
+    monkeypatch.setattr(placement.grouped, "why_not", lambda device: f"no Triton for {device}")
+    told = "torch computes the experts, more slowly than our kernel would: no Triton for cuda:0"
+    assert without_kernels(torch.float16, gpu) == [told]

@@ -89,6 +89,8 @@ class ExpertCache:
         """By age of the prediction, oldest first."""
         self._expected: frozenset[ExpertKey] = frozenset()
         """What the layer under way has still to ask for."""
+        self._lent: int | None = None
+        """The layer of which nothing is evicted."""
 
     @property
     def probation_limit(self) -> int:
@@ -111,6 +113,10 @@ class ExpertCache:
     def expect(self, keys: Iterable[ExpertKey]) -> None:
         """These, which may have no slot, will be wanted by the layer under way; replaces what was expected before."""
         self._expected = frozenset(keys)
+
+    def lend(self, layer: int | None) -> None:
+        """From now on nothing of `layer` is evicted, as if all of it were pinned; None: of no layer."""
+        self._lent = layer
 
     def state(self, key: ExpertKey) -> SlotState:
         """Where `key` stands; FREE where it has no slot."""
@@ -205,6 +211,7 @@ class ExpertCache:
         self._keys = [key_of.get(slot) for slot in range(self.slots)]
         self._free = [slot for slot in reversed(range(self.slots)) if slot not in key_of]
         self._pins = {}
+        self._lent = None
         self._probation = OrderedDict()
 
     def shrink(self, slots: int) -> None:
@@ -296,10 +303,10 @@ class ExpertCache:
         return next((key for key in self._probation if key not in self._loading and evictable(key)), None)
 
     def _unpinned(self, key: ExpertKey) -> bool:
-        return key not in self._pins
+        return key not in self._pins and key.layer != self._lent
 
     def _spare(self, key: ExpertKey) -> bool:
-        return key not in self._pins and key not in self._expected
+        return key not in self._pins and key.layer != self._lent and key not in self._expected
 
     def _evict(self, key: ExpertKey) -> None:
         if key in self._probation:

@@ -26,6 +26,7 @@ from offload_engine.model.moe import (
     ExpertSum,
     ExpertTokens,
     ExpertWork,
+    LayerOutputs,
     Preview,
     tokens_by_expert,
 )
@@ -137,7 +138,7 @@ class OffloadedExperts:
         self.predictor.observe(layer, ranked.experts, ranked.scores, learned)
         if self.predictor.generating:
             self.hot.use(layer, learned.experts)
-        outputs = ExpertOutputs(hidden, decision)
+        outputs = self._outputs(layer, hidden, decision)
         self._half_done = True
         try:
             with self._changed:
@@ -204,10 +205,14 @@ class OffloadedExperts:
         self.transfers.synchronize()
         return total.sum
 
+    def _outputs(self, layer: int, hidden: Tensor, decision: RoutingDecision) -> LayerOutputs:  # noqa: ARG002
+        """What computes the experts of one layer in one forward."""
+        return ExpertOutputs(hidden, decision)
+
     def _launch(self, computes: Sequence[Compute], work: Callable[[Sequence[ExpertWork]], None]) -> None:
         """Have `work` done with the experts' weights, and give their slots free for what comes next."""
         weights, layout = self.arena.weights, self.store.layout
-        todo = [ExpertWork(one.key.expert, weights(one.slot, layout(one.key))) for one in computes]
+        todo = [ExpertWork(one.key.expert, weights(one.slot, layout(one.key)), one.slot) for one in computes]
         self.transfers.launch(Stream.COMPUTE, partial(work, todo), reads=[compute.slot for compute in computes])
         with self._changed:
             self._carry_out(self.scheduler.computed(*(compute.key for compute in computes)))

@@ -123,6 +123,12 @@ class ExpertScheduler:
         """Event: the layer under way will `want` these after what it wants next; those that are here should stay."""
         self.cache.expect(keys)
 
+    def lend(self, layer: int) -> None:
+        """Event: work is enqueued on whatever of `layer` is resident, before it is known what of it will be wanted.
+        Nothing of it is evicted until `want` says so.
+        """
+        self.cache.lend(layer)
+
     def want(
         self, layer: int, experts: Sequence[int], scores: Sequence[float], outlook: Outlook | None = None
     ) -> list[Command]:
@@ -146,6 +152,7 @@ class ExpertScheduler:
             self.cache.promote(key)  # at once: what waits for its turn must not take the place of further prefetches
             if state is SlotState.RESIDENT:
                 computes.append(self._compute(key))
+        self.cache.lend(None)  # what is wanted of it is pinned now
         self._prefetch = deque(key for key in self._prefetch if key.layer != layer)  # too late to be early
         return [*self._start_transfers(), *computes]
 
@@ -195,6 +202,7 @@ class ExpertScheduler:
         for key in self._computing:
             self.cache.unpin(key)
         self.cache.expect(())
+        self.cache.lend(None)
         self._computing.clear()
         self._wanted.clear()
         self._routed.clear()

@@ -94,6 +94,21 @@ def test_what_loads_or_is_pinned_stays() -> None:
     assert cache.reserve(C, prefetch=False) == Reservation(0, A)
 
 
+def test_of_a_layer_that_is_lent_nothing_is_evicted() -> None:
+    cache = make(2, share=1.0)
+    bring(cache, A, E)  # of layers 1 and 2
+    cache.lend(1)
+    assert bring(cache, F) == [E]
+    assert bring(cache, E, prefetch=True) == [F]
+    bring(cache, B)
+    for prefetch in (False, True):
+        assert cache.reserve(F, prefetch=prefetch) is None
+    cache.lend(2)
+    assert bring(cache, F) == [A]
+    cache.lend(None)
+    assert bring(cache, A) == [B]
+
+
 def test_a_demand_evicts_the_oldest_prediction_before_anything_used() -> None:
     cache = make(4)
     bring(cache, A)

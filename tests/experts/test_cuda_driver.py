@@ -175,6 +175,10 @@ def test_copies_go_to_their_stream_and_launches_to_the_callers(monkeypatch: pyte
     assert torch.equal(source, target)
     driver.launch(Stream.COMPUTE, lambda: seen.entered.append("work"), [target], [])
     assert seen.entered == [copying, None, computing, "work", None]
+    found = torch.zeros(8, dtype=torch.uint8)
+    driver.fetch(Stream.COMPUTE, target, found)
+    assert torch.equal(found, target)
+    assert seen.entered[-2:] == [computing, None]
     driver.join(Stream.COMPUTE)
     assert not copying.waited
     assert not computing.waited

@@ -12,8 +12,10 @@ from hypothesis import strategies as st
 
 from offload_engine import Engine, SamplingParams, assembly, placement, planning
 from offload_engine.errors import DeviceError, MemoryBudgetError
+from offload_engine.experts.device import executor
 from offload_engine.experts.transfer import pinned
 from tests.model.graph_recorder import FakeRecorder
+from tests.streams.engines import EmulatedSlots, WatchedExchange
 from tests.streams.simulator import SimulatedDevice, WatchedStore
 
 PROMPT = "Anna has 37 apples. Tom gives her 58 more. How many apples does Anna have now?"
@@ -60,10 +62,13 @@ def on_cpu() -> dict[str, list[int]]:
 
 
 def on_gpu(monkeypatch: pytest.MonkeyPatch, device: SimulatedDevice, **options: Any) -> Engine:
-    size = options.pop("size", SimulatedGpu.size)
+    size, emulated = options.pop("size", SimulatedGpu.size), options.pop("emulated", False)
     opened = assembly.open_store
     monkeypatch.setattr(assembly, "find_gpu", lambda _config: SimulatedGpu(device, size=size))
     monkeypatch.setattr(assembly, "open_store", lambda *given, **named: WatchedStore(opened(*given, **named), device))
+    monkeypatch.setattr(executor, "Exchange", lambda _driver: WatchedExchange(device))
+    if emulated:
+        monkeypatch.setattr(executor, "SlotExperts", lambda store, arena: EmulatedSlots(store, arena, device))
     settings = {"gpu_mem": "1GB", "dtype": "float32", "expert_mem": "4MB"} | options
     return Engine.from_pretrained(device="cuda", **settings)
 
@@ -74,13 +79,14 @@ def on_gpu(monkeypatch: pytest.MonkeyPatch, device: SimulatedDevice, **options: 
     expert_mem=st.sampled_from([100_000, 1_000_000, 4_000_000]),
     host_mem=st.sampled_from(["none", "auto", 12_000_000]),
     routing=st.sampled_from(["original", "dmoe"]),
+    emulated=st.booleans(),
 )
 def test_answers_are_those_of_the_cpu_in_every_order(
-    on_cpu: dict[str, list[int]], order: list[int], expert_mem: int, host_mem: str | int, routing: str
+    on_cpu: dict[str, list[int]], order: list[int], expert_mem: int, host_mem: str | int, routing: str, emulated: bool
 ) -> None:
     device = SimulatedDevice(order)
     with pytest.MonkeyPatch.context() as patch:
-        options = {"expert_mem": expert_mem, "host_mem": host_mem, "routing": routing}
+        options = {"expert_mem": expert_mem, "host_mem": host_mem, "routing": routing, "emulated": emulated}
         with on_gpu(patch, device, **options) as engine:
             plan = engine.plan
             assert plan.device == "cuda"

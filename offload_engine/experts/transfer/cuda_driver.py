@@ -108,6 +108,14 @@ class CudaDriver:
         with torch.cuda.stream(self._streams[stream]):
             target.copy_(source, non_blocking=True)
 
+    def fetch(self, stream: Stream, source: Tensor, target: Tensor) -> None:
+        """See `StreamDriver`."""
+
+        def bring() -> None:
+            target.copy_(source, non_blocking=True)
+
+        self.launch(stream, bring, [], [])
+
     def launch(self, stream: Stream, fn: Callable[[], None], reads: Sequence[Tensor], writes: Sequence[Tensor]) -> None:  # noqa: ARG002
         """See `StreamDriver`."""
         mine, theirs = torch.cuda.current_stream(self._device), self._streams[stream]

@@ -70,6 +70,12 @@ class StreamDriver(Protocol):
     def copy(self, stream: Stream, source: Tensor, target: Tensor) -> None:
         """Enqueue the copy of host bytes to device memory of the same size."""
 
+    def fetch(self, stream: Stream, source: Tensor, target: Tensor) -> None:
+        """Enqueue the copy of device bytes to host memory of the same size. `source` may be what the caller has just
+        computed: it runs after that, on whatever stream it was. Unless `target` is pinned, it has run when the call
+        returns.
+        """
+
     def launch(self, stream: Stream, fn: Callable[[], None], reads: Sequence[Tensor], writes: Sequence[Tensor]) -> None:
         """Enqueue the work of `fn`, which reads and writes these pieces of device memory. Called at once, or later;
         once.
