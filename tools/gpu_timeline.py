@@ -192,9 +192,34 @@ class Recorder:
 @contextmanager
 def watched(transfers: Any, model: Any, recorder: Recorder) -> Iterator[None]:
     """Record what `transfers` (`CudaTransfers`) ask of their driver, and the attention and forwards of `model`."""
-    driver, stalls = transfers.driver, transfers.stalls
+    driver = transfers.driver
     copy, launch, compute = driver.copy, driver.launch, driver.stream(Stream.COMPUTE)
-    begin, end, forget, began = stalls.begin, stalls.end, stalls.forget, []
+
+    def recorded_copy(stream: Stream, source: Any, target: Any) -> None:
+        with recorder.around("copy", driver.stream(stream), target.nbytes):
+            copy(stream, source, target)
+
+    def recorded_launch(stream: Stream, *work: Any) -> None:
+        with recorder.around("experts", driver.stream(stream)):
+            launch(stream, *work)
+
+    with ExitStack() as undo:
+        undo.enter_context(patch.object(driver, "copy", recorded_copy))
+        undo.enter_context(patch.object(driver, "launch", recorded_launch))
+        undo.enter_context(_stalls_watched(transfers.stalls, recorder, compute))
+        for module in model.modules():
+            if isinstance(module, Attention):
+                undo.enter_context(_hooked(module, lambda: recorder.around("attention", compute)))
+        undo.enter_context(_hooked(model, lambda: recorder.around(FORWARD, compute)))
+        recorder.begin(compute)
+        yield
+
+
+@contextmanager
+def _stalls_watched(stalls: Any, recorder: Recorder, compute: Any) -> Iterator[None]:
+    """Record what `stalls` (`DeviceStalls`) measure."""
+    begin, end, forget = stalls.begin, stalls.end, stalls.forget
+    began: list[Any] = []
 
     def recorded_begin() -> None:
         begin()
@@ -210,25 +235,11 @@ def watched(transfers: Any, model: Any, recorder: Recorder) -> Iterator[None]:
         forget()
         began.clear()
 
-    def recorded_copy(stream: Stream, source: Any, target: Any) -> None:
-        with recorder.around("copy", driver.stream(stream), target.nbytes):
-            copy(stream, source, target)
-
-    def recorded_launch(stream: Stream, *work: Any) -> None:
-        with recorder.around("experts", driver.stream(stream)):
-            launch(stream, *work)
-
-    with ExitStack() as undo:
-        undo.enter_context(patch.object(driver, "copy", recorded_copy))
-        undo.enter_context(patch.object(driver, "launch", recorded_launch))
-        undo.enter_context(patch.object(stalls, "begin", recorded_begin))
-        undo.enter_context(patch.object(stalls, "end", recorded_end))
-        undo.enter_context(patch.object(stalls, "forget", recorded_forget))
-        for module in model.modules():
-            if isinstance(module, Attention):
-                undo.enter_context(_hooked(module, lambda: recorder.around("attention", compute)))
-        undo.enter_context(_hooked(model, lambda: recorder.around(FORWARD, compute)))
-        recorder.begin(compute)
+    with (
+        patch.object(stalls, "begin", recorded_begin),
+        patch.object(stalls, "end", recorded_end),
+        patch.object(stalls, "forget", recorded_forget),
+    ):
         yield
 
 

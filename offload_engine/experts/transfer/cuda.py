@@ -25,7 +25,7 @@ from offload_engine.experts.transfer.base import Stream, TransferTicket
 from offload_engine.experts.transfer.driver import StreamDriver
 from offload_engine.experts.transfer.host_tier import Held, HostTier
 from offload_engine.experts.transfer.marks import Mark, Marks
-from offload_engine.experts.transfer.pinned import HostSlab, bounce_buffers
+from offload_engine.experts.transfer.pinned import HostSlab, pinned_buffers
 from offload_engine.experts.transfer.readers import ReaderThreads
 from offload_engine.experts.transfer.stalls import DeviceStalls
 
@@ -62,7 +62,7 @@ class CudaTransfers(ReaderThreads):
         """By slot, the copy into it that the compute stream has not waited for yet."""
         self._used: dict[int, Mark] = {}
         """By slot, the last launch that used it, if no copy has waited for that yet."""
-        self._staging = bounce_buffers(driver, in_flight, arena.slab_bytes)
+        self._staging = pinned_buffers(driver, in_flight, arena.slab_bytes)
         self._passages: queue.SimpleQueue[HostSlab] = queue.SimpleQueue()
         """The bounce buffers: who wants to enqueue a copy holds one, used or not, and their marks are those of the last
         copies. The oldest comes first.

@@ -125,8 +125,8 @@ class PinnedSlabs:
         return None
 
 
-def bounce_buffers(driver: StreamDriver, count: int, slab_bytes: int) -> PinnedSlabs:
-    """`count` slabs that are there and, unless the system refuses, pinned: for experts that don't stay.
+def pinned_buffers(driver: StreamDriver, count: int, slab_bytes: int) -> PinnedSlabs:
+    """`count` slabs that are there and, unless the system refuses, pinned: for what doesn't stay.
 
     Raises `MemoryBudgetError` when there is no memory for them.
     """
@@ -135,8 +135,8 @@ def bounce_buffers(driver: StreamDriver, count: int, slab_bytes: int) -> PinnedS
         for number in range(count):
             if not buffers.have(number):
                 raise MemoryBudgetError(
-                    f"{count} bounce buffers of {slab_bytes} bytes, through which experts go to the device, can't be "
-                    f"had: {buffers.shortage}; free memory, or lower host_mem"
+                    f"{count} buffers of {slab_bytes} bytes, between host and device, can't be had: "
+                    f"{buffers.shortage}; free memory, or lower host_mem"
                 )
             chunk = buffers.filled(number)
             if chunk is not None:
