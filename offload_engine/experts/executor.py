@@ -294,14 +294,10 @@ class OffloadedExperts:
             if not self._ready and self._failure is None:
                 with self.transfers.waiting():
                     self._arrival.wait_for(lambda: bool(self._ready) or self._failure is not None)
-                    self._raise_failure()
                 self.stats.stall_seconds += self.transfers.stalled()
-            self._raise_failure()
+            if self._failure is not None:
+                raise self._failure
             return [self._ready.popleft() for _ in range(min(len(self._ready), LAUNCH_EXPERTS))]
-
-    def _raise_failure(self) -> None:
-        if self._failure is not None:
-            raise self._failure
 
     def _abandon(self, error: BaseException) -> None:
         """Leave the layer half done: the cache is consistent again, and the next forward may begin."""
@@ -310,6 +306,7 @@ class OffloadedExperts:
             return
         with self._changed:
             self.scheduler.abandon()
+            self.transfers.abandon()
             self._ready.clear()
             self._failure = None
             self._half_done = False

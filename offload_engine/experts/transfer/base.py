@@ -67,9 +67,10 @@ class TransferBackend(Protocol):
         """Enqueue `fn`, which reads and writes these slots and no others."""
 
     def waiting(self) -> AbstractContextManager[None]:
-        """To be entered while the caller, who has launched all it can, waits for a copy to be reported. If it is left
-        with an error the copy is waited for no more.
-        """
+        """To be entered while the caller, who has launched all it can, waits for a copy to be reported."""
+
+    def abandon(self) -> None:
+        """No copy is waited for any more: what it was for will not be computed. Copies go on."""
 
     def stalled(self) -> float:
         """Seconds for which compute stood still for want of an expert, those not told of before; on a device those that

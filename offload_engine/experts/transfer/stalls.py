@@ -30,6 +30,9 @@ class HostStalls:
         finally:
             self._stalled += time.perf_counter() - began
 
+    def abandon(self) -> None:
+        """See `TransferBackend`: the time until then was lost all the same."""
+
     def stalled(self) -> float:
         """See `TransferBackend`."""
         seconds, self._stalled = self._stalled, 0.0
