@@ -276,6 +276,7 @@ class OffloadedExperts:
         self.idle()
         self.wait_warm()
         self.wait_for_slots()
+        self._works.clear()  # nobody may hold on to a slot
         if slots > self.arena.slots:
             self.arena.resize(slots)
         self._half_done = True
