@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -34,7 +33,7 @@ from offload_engine.metrics import EngineStats, reset_peak
 from offload_engine.model.checkpoint import Checkpoint
 from offload_engine.model.config import ModelConfig
 from offload_engine.model.graphs import LayerGraphs
-from offload_engine.model.hub import resolve_model
+from offload_engine.model.hub import Progress, resolve_model
 from offload_engine.model.llada2 import LLaDA2Model
 from offload_engine.model.quantized import ExpertFormat
 from offload_engine.model.weights import load_resident, unexpected_tensors
@@ -58,9 +57,6 @@ EXPERT_SHAPES_MARGIN = 8 * 2**20
 
 SMALL_MATRIX = 2**18
 """Weights of the largest matrix of a layer, below which a model counts as small."""
-
-Progress = Callable[[str, int, int], None]
-"""Told what is being done, how much of it is done and how much there is, in bytes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,9 +117,9 @@ class Parts:
         self.model.to("meta")
 
 
-def find_source(config: EngineConfig) -> Source:
-    """Locate the model and read what describes it. Raises `ModelError`s."""
-    directory = BUILT_IN if config.model is None else resolve_model(config.model)
+def find_source(config: EngineConfig, progress: Progress | None = None) -> Source:
+    """Locate the model, download it if need be, and read what describes it. Raises `ModelError`s."""
+    directory = BUILT_IN if config.model is None else resolve_model(config.model, progress=progress)
     model_config = ModelConfig.from_file(directory / "config.json")
     tokenizer = load_tokenizer(directory, model_config.vocab_size)
     return Source(
@@ -252,7 +248,7 @@ def assemble(
     gpu = find_gpu(config)
     if gpu is None:
         reset_peak()  # what was before this engine, such as a larger one closed by now, is no business of its plan
-    source = find_source(config)
+    source = find_source(config, progress)
     model_config = source.config
     custom = custom or Custom()
     own = custom.make_routing(model_config.router)

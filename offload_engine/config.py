@@ -181,6 +181,11 @@ class EngineConfig(BaseModel):
     """Prompts answered together; each has a KV cache of its own in the memory plan."""
     lanes_together: Annotated[int, Field(ge=1, le=4096)] | Literal["auto"] = "auto"
     """Of these, how many share forwards; auto: as many as the expert cache serves, by what their blocks used lately."""
+    prefix_reuse: Literal["auto", "on", "off"] = "auto"
+    """Whether a prompt begins with the keys and values that an earlier one left of the blocks that it shares with it;
+    auto: where requests go through a `Batcher`, but not in `generate` and `stream`, whose answers then do not depend,
+    not even in the last bit, on what was asked before.
+    """
     fused_commit: bool = True
     """A finished block is committed in the first denoising step of the next one, which saves a forward per block."""
     threads: Annotated[int, Field(ge=1, le=1024)] | None = None
@@ -226,6 +231,7 @@ class EngineConfig(BaseModel):
         "eviction",
         "predictor",
         "hot_set",
+        "prefix_reuse",
         "tuned",
         "cuda_graphs",
         "verify",

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from offload_engine.adjusting import changed, reroute, resize
-from offload_engine.assembly import Parts, Progress, assemble, keep_hot_set
+from offload_engine.assembly import Parts, assemble, keep_hot_set
 from offload_engine.config import EngineConfig
 from offload_engine.core import Completion, ForwardInfo, Phase, RoutingDecision, SamplingParams, StepEvent
 from offload_engine.decode.access import Access
@@ -37,6 +37,7 @@ from offload_engine.extending import Custom
 from offload_engine.memory import MemoryPlan, score_bytes
 from offload_engine.memory.refusal import refusals
 from offload_engine.metrics import EngineStats, measure_peak
+from offload_engine.model.hub import Progress
 from offload_engine.model.moe import ExpertExecutor
 from offload_engine.text import Message
 
@@ -58,7 +59,8 @@ class Engine(EngineFacts):
         """Counted since the engine was made; each `Completion` carries its own share."""
         self.on_prefill: Callable[[int, int], None] | None = None
         """Told during each prefill, by the thread that runs it, how many of its tokens are done, and how many there
-        are: a long prompt takes a while, and nothing else is told meanwhile."""
+        are; once more when it is over: a long prompt takes a while, and nothing else is told meanwhile."""
+        self._prefilling = 0
         self._parts = parts
         self._recorder: TraceRecorder | None = None
         self._access = Access()
@@ -333,15 +335,24 @@ class Engine(EngineFacts):
                     yield number, outcome
 
     @contextmanager
-    def session(self, lanes: int | None = None, turn_blocks: int | None = None) -> Iterator[Session]:
+    def session(
+        self, lanes: int | None = None, turn_blocks: int | None = None, reuse: bool = False
+    ) -> Iterator[Session]:
         """The engine to oneself, to enter requests and take steps by hand; `generate` and `Batcher` are made of it.
 
-        At most `lanes` requests at a time; `turn_blocks`: see `Turns`. Raises `UsageError` when the engine is busy.
+        At most `lanes` requests at a time; `turn_blocks`: see `Turns`; `reuse`: see `Batch`, but the config's
+        `prefix_reuse` goes first. Raises `UsageError` when the engine is busy.
         """
         with self._access.call():
-            batch = Batch(self._decoder, lanes, turn_blocks)
+            reuse = {"on": True, "off": False}.get(self.config.prefix_reuse, reuse)
             try:
-                yield Session(batch, self._access, self.tokenizer, self.stats, self._conclude)
+                yield Session(
+                    lambda: Batch(self._decoder, lanes, turn_blocks, reuse),
+                    self._access,
+                    self.tokenizer,
+                    self.stats,
+                    self._conclude,
+                )
             finally:
                 if self._recorder is not None:
                     self._recorder.end_sequence()
@@ -366,9 +377,11 @@ class Engine(EngineFacts):
                 self._decoder.grouping.saw(info.blocks[0].lane, layer, distinct)
 
     def _tell_prefill(self, info: ForwardInfo, layer: int, _decision: RoutingDecision) -> None:
-        if self.on_prefill is not None and info.phase is Phase.PREFILL:
-            tokens = sum(one.tokens for one in info.blocks)
-            self.on_prefill(tokens * layer // self.model_config.num_hidden_layers, tokens)
+        over = info.phase is not Phase.PREFILL
+        tokens = self._prefilling if over else sum(one.tokens for one in info.blocks)
+        self._prefilling = 0 if over else tokens
+        if self.on_prefill is not None and tokens:
+            self.on_prefill(tokens if over else tokens * layer // self.model_config.num_hidden_layers, tokens)
 
     def _score(self, token_ids: Sequence[int], block_length: int, experts: ExpertExecutor) -> Tensor:
         """Hidden states [T, H] of one block-causal forward over `token_ids`."""

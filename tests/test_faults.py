@@ -260,7 +260,7 @@ def test_memory_refused_to_torch_mid_answer_is_a_budget_error_and_leaks_nothing(
     directory: Path, wanted: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with open_engine(directory) as engine:
-        for owner, name in ((PrefixCache, "span"), (PrefixCache, "reset"), (engine._parts.model, "logits")):
+        for owner, name in ((PrefixCache, "span"), (PrefixCache, "keep"), (engine._parts.model, "logits")):
             with monkeypatch.context() as patched:
                 patched.setattr(owner, name, refused)
                 with pytest.raises(

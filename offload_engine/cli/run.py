@@ -9,7 +9,7 @@ from pathlib import Path
 
 from offload_engine.cli.errors import INTERRUPTED
 from offload_engine.cli.interrupt import interruptible
-from offload_engine.cli.loading import load_engine
+from offload_engine.cli.loading import load_engine, prefill_progress
 from offload_engine.cli.prompts import Prompt
 from offload_engine.cli.report import announce, announce_later, as_json, show_stats
 from offload_engine.cli.terminal import Output, note
@@ -41,7 +41,7 @@ def answer_prompts(config: EngineConfig, request: Request) -> int:
             f"--watch shows one answer at a time, but --batch-size is {config.batch_size}; leave one of them out"
         )
     output = Output()
-    with load_engine(config) as engine, interruptible() as interrupted:
+    with load_engine(config) as engine, interruptible() as interrupted, prefill_progress(engine):
         announced = announce(engine, whole_plan=request.stats)
         if request.trace is not None:
             engine.record_trace(request.trace, request.params.block_length)

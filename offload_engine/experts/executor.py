@@ -6,6 +6,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import islice
 
 from torch import Tensor
 
@@ -79,6 +80,8 @@ class OffloadedExperts:
         which an interrupt can leave locked."""
         self._arrival = threading.Condition(self._changed)
         self._ready: deque[Compute] = deque()
+        self._works: dict[int, tuple[ExpertKey, ExpertWork]] = {}
+        """By slot, what was last computed from it."""
         self._failure: OffloadError | None = None
         self._half_done = False
         """Whether the books are being changed for a layer; between layers, that something stopped it half way."""
@@ -110,6 +113,8 @@ class OffloadedExperts:
             predicted = self._keys_of_layer[layer][: self.scheduler.cache.probation_limit]
         else:
             predicted = self._predicted(layer, preview)
+        if not predicted:
+            return
         self._half_done = True
         try:
             with self._changed:
@@ -211,11 +216,19 @@ class OffloadedExperts:
 
     def _launch(self, computes: Sequence[Compute], work: Callable[[Sequence[ExpertWork]], None]) -> None:
         """Have `work` done with the experts' weights, and give their slots free for what comes next."""
-        weights, layout = self.arena.weights, self.store.layout
-        todo = [ExpertWork(one.key.expert, weights(one.slot, layout(one.key)), one.slot) for one in computes]
+        todo = [self._work(compute) for compute in computes]
         self.transfers.launch(Stream.COMPUTE, partial(work, todo), reads=[compute.slot for compute in computes])
         with self._changed:
-            self._carry_out(self.scheduler.computed(*(compute.key for compute in computes)))
+            self._carry_out(self.scheduler.computed(*[compute.key for compute in computes]))
+
+    def _work(self, compute: Compute) -> ExpertWork:
+        """An expert that is in its slot, as views of it."""
+        key, slot = compute
+        kept = self._works.get(slot)
+        if kept is None or kept[0] != key:  # asking store and arena for every use costs 1 % of a step
+            weights = self.arena.weights(slot, self.store.layout(key))
+            kept = self._works[slot] = key, ExpertWork(key.expert, weights, slot)
+        return kept[1]
 
     def idle(self, timeout: float = 60.0) -> None:
         """Wait until no transfer is under way but those of `warm_up`, then check that the cache conserves its slots.
@@ -263,6 +276,7 @@ class OffloadedExperts:
         self.idle()
         self.wait_warm()
         self.wait_for_slots()
+        self._works.clear()  # nobody may hold on to a slot
         if slots > self.arena.slots:
             self.arena.resize(slots)
         self._half_done = True
@@ -284,6 +298,7 @@ class OffloadedExperts:
         with self._changed:
             self.scheduler.stop()
         self.transfers.close()
+        self._works.clear()
         self.arena.close()
 
     def _next_computes(self) -> list[Compute]:
@@ -297,7 +312,8 @@ class OffloadedExperts:
                 self.stats.stall_seconds += self.transfers.stalled()
             if self._failure is not None:
                 raise self._failure
-            return [self._ready.popleft() for _ in range(min(len(self._ready), LAUNCH_EXPERTS))]
+            ready, self._ready = self._ready, deque(islice(self._ready, LAUNCH_EXPERTS, None))
+            return list(islice(ready, LAUNCH_EXPERTS))
 
     def _abandon(self, error: BaseException) -> None:
         """Leave the layer half done: the cache is consistent again, and the next forward may begin."""

@@ -38,7 +38,10 @@ class HotSet:
     def __init__(self, shares: Iterable[tuple[ExpertKey, float]] = ()) -> None:
         self._unit = 1.0
         """What a use is worth now. It grows instead of all others fading, which keeps their order as it is."""
-        self._uses: dict[ExpertKey, float] = dict(shares)
+        self._uses: dict[int, dict[int, float]] = {}
+        """By layer and expert."""
+        for (layer, expert), uses in shares:
+            self._uses.setdefault(layer, {})[expert] = uses
         self.forwards = 0
         """Forwards noted; 0: there is nothing new to remember."""
 
@@ -47,19 +50,20 @@ class HotSet:
         self.forwards += 1
         self._unit *= 2.0 ** (1 / HALF_LIFE)
         if self._unit > _LARGEST_UNIT:
-            self._uses = {key: uses / self._unit for key, uses in self._uses.items()}
+            for of_layer in self._uses.values():
+                of_layer.update({expert: uses / self._unit for expert, uses in of_layer.items()})
             self._unit = 1.0
 
     def use(self, layer: int, experts: Sequence[int]) -> None:
         """`layer` uses these in the forward under way."""
+        uses, unit = self._uses.setdefault(layer, {}), self._unit
         for expert in experts:
-            key = ExpertKey(layer, expert)
-            self._uses[key] = self._uses.get(key, 0.0) + self._unit
+            uses[expert] = uses.get(expert, 0.0) + unit
 
     def hottest(self, count: int) -> list[tuple[ExpertKey, float]]:
         """The `count` experts used most, falling, with their faded uses; ties to the lower key."""
-        best = heapq.nsmallest(count, self._uses.items(), key=lambda item: (-item[1], item[0]))
-        return [(key, uses / self._unit) for key, uses in best]
+        ranks = ((-uses, layer, expert) for layer, of_layer in self._uses.items() for expert, uses in of_layer.items())
+        return [(ExpertKey(layer, expert), -rank / self._unit) for rank, layer, expert in heapq.nsmallest(count, ranks)]
 
 
 class _Saved(BaseModel):

@@ -140,20 +140,16 @@ class ExpertScheduler:
         if self._wanted:
             raise InternalError(f"layer {layer} was routed while {len(self._wanted)} experts were still to be computed")
         self.cache.route(layer, experts, outlook or Outlook(experts))
-        computes: list[Command] = []
-        for expert, score in zip(experts, scores, strict=True):
-            key = ExpertKey(layer, expert)
-            self._wanted[key] = score
-            state = self.cache.state(key)
+        self._wanted = {ExpertKey(layer, expert): score for expert, score in zip(experts, scores, strict=True)}
+        claims = [(key, *self.cache.claim(key)) for key in self._wanted]
+        for key, state, _slot in claims:
             self._count_request(key, state)
-            if state is SlotState.FREE:
-                self._demand.append(key)
-                continue
-            self.cache.promote(key)  # at once: what waits for its turn must not take the place of further prefetches
-            if state is SlotState.RESIDENT:
-                computes.append(self._compute(key))
+        self._demand.extend(key for key, state, _slot in claims if state is SlotState.FREE)
+        computes = [Compute(key, slot) for key, state, slot in claims if state is SlotState.RESIDENT]
+        self._computing.update(compute.key for compute in computes)
         self.cache.lend(None)  # what is wanted of it is pinned now
-        self._prefetch = deque(key for key in self._prefetch if key.layer != layer)  # too late to be early
+        if self._prefetch:
+            self._prefetch = deque(key for key in self._prefetch if key.layer != layer)  # too late to be early
         return [*self._start_transfers(), *computes]
 
     def predict(self, keys: Iterable[ExpertKey], *, routed: bool = False) -> list[Command]:
@@ -189,9 +185,8 @@ class ExpertScheduler:
     def computed(self, *keys: ExpertKey) -> list[Command]:
         """Event: the last reader of each of `keys` in this layer has finished with its slot."""
         for key in keys:
-            self.cache.use(key, self._wanted.pop(key))
-            self._computing.remove(key)
-            self.cache.unpin(key)
+            self.cache.release(key, self._wanted.pop(key))
+        self._computing.difference_update(keys)
         return self._start_transfers()
 
     def abandon(self) -> None:

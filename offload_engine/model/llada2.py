@@ -78,13 +78,13 @@ class DecoderLayer(nn.Module):
             work = partial(self.attended, angles, forward.key_values)
             hidden, normed, logits = forward.graphs.run(self.layer, self.attention.query_key_value.weight, hidden, work)
             policy = forward.policy_at(self.layer)
-            return hidden + self.mlp.routed(normed, logits, forward.block_ids, policy, forward.experts)
-        hidden = hidden + self.attend(hidden, angles, forward.key_values)
-        return hidden + self.feed_forward(hidden, forward)
+            return self.mlp.routed(normed, logits, forward.block_ids, policy, forward.experts).add_(hidden)
+        hidden = self.attend(hidden, angles, forward.key_values).add_(hidden)  # fresh memory costs more than to add
+        return self.feed_forward(hidden, forward).add_(hidden)
 
     def attended(self, angles: tuple[Tensor, Tensor], key_values: KeyValues, hidden: Tensor) -> Attended:
         """The MoE layer up to its router, for `hidden` [T, H]."""
-        hidden = hidden + self.attend(hidden, angles, key_values)
+        hidden = self.attend(hidden, angles, key_values).add_(hidden)
         normed = self.post_attention_layernorm(hidden)
         return Attended(hidden, normed, cast("MoEBlock", self.mlp).gate(normed))
 

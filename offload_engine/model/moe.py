@@ -284,7 +284,10 @@ class MoEBlock(nn.Module):
 
     def with_shared(self, routed: Tensor, hidden: Tensor) -> Tensor:
         """The routed experts' output and the shared ones' of `hidden`, both [.., H], together."""
-        return routed + self.shared_experts(hidden) if self.shared_experts is not None else routed
+        if self.shared_experts is None:
+            return routed
+        shared: Tensor = self.shared_experts(hidden)
+        return shared.add_(routed)
 
     def route(self, hidden: Tensor, block_ids: Tensor, policy: Route) -> RoutingDecision:
         """Where `hidden` [.., H], normed, goes."""

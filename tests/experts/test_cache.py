@@ -184,6 +184,7 @@ def test_promotion_ends_probation(arrived: bool) -> None:
         lambda cache: cache.unpin(A),
         lambda cache: cache.unpin(C),
         lambda cache: cache.use(B, 1.0),
+        lambda cache: cache.release(A, 1.0),
         lambda cache: cache.use(C, 1.0),
     ],
 )
@@ -340,6 +341,26 @@ class CacheMachine(RuleBasedStateMachine):
             return
         self.cache.unpin(key)
         self.pins[key] -= 1
+
+    @rule(key=st.sampled_from(KEYS))
+    def claim(self, key: ExpertKey) -> None:
+        state = self.states[key]
+        assert self.cache.claim(key) == (state, self.slot_of.get(key, -1))
+        if state is not FREE:
+            self.end_probation(key)
+        if state is RESIDENT:
+            self.pins[key] += 1
+
+    @rule(key=st.sampled_from(KEYS), score=st.sampled_from((0.0, 0.5, 2.0)))
+    def release(self, key: ExpertKey, score: float) -> None:
+        if not self.pins[key]:
+            with pytest.raises(InternalError):
+                self.cache.release(key, score)
+            return
+        self.cache.release(key, score)
+        self.pins[key] -= 1
+        self.end_probation(key)
+        self.order.on_use(key, score)
 
     @rule(key=st.sampled_from(KEYS), score=st.sampled_from((0.0, 0.5, 2.0)))
     def use(self, key: ExpertKey, score: float) -> None:

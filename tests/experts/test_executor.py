@@ -430,10 +430,10 @@ def test_an_interrupt_before_a_load_is_handed_over_loses_no_slot(model: Model) -
         (want if len(arguments) > 1 else predict)(*arguments)  # type: ignore[arg-type, operator]
         raise KeyboardInterrupt
 
-    for name in ("want", "predict"):
+    for step, name in enumerate(("want", "predict"), start=1):
         setattr(scheduler, name, interrupted)
         with pytest.raises(KeyboardInterrupt):
-            model.hidden(experts, "original", torch.arange(12).flip(0), step=1)
+            model.hidden(experts, "original", torch.arange(12).flip(0), step=step)
         delattr(scheduler, name)
         experts.idle(timeout=20)
     expected = model.hidden(model.resident, "original", torch.arange(12))
