@@ -24,6 +24,7 @@ from offload_engine.decode.scoring import LayerRouting, check_room, score
 from offload_engine.decode.state import DecodingState, Request, never
 from offload_engine.decode.threads import compute_threads
 from offload_engine.errors import PromptError, TokenizerError, UsageError
+from offload_engine.experts.activity import ExpertActivity
 from offload_engine.experts.cache import Occupancy
 from offload_engine.experts.observe import ObservedExperts, TraceRecorder
 from offload_engine.memory import MemoryPlan, score_bytes
@@ -55,7 +56,9 @@ class Engine:
         self._parts = parts
         self._recorder: TraceRecorder | None = None
         self._access = Access()
-        self._observed = ObservedExperts(parts.experts, [self._count_unique])
+        self.activity = ExpertActivity(parts.experts, parts.source.config.num_experts)
+        """Where experts are and which are used, for whoever watches."""
+        self._observed = ObservedExperts(parts.experts, [self._count_unique, self.activity])
         source, plan = parts.source, parts.plan
         self._decoder = BlockDiffusionDecoder(
             model=parts.model,
