@@ -169,6 +169,8 @@ class EngineConfig(BaseModel):
     """Prompt tokens that attend together in a prefill; rounded to whole blocks by the engine."""
     batch_size: Annotated[int, Field(ge=1, le=4096)] = 1
     """Prompts answered together; each has a KV cache of its own in the memory plan."""
+    lanes_together: Annotated[int, Field(ge=1, le=4096)] | Literal["auto"] = "auto"
+    """Of these, how many share forwards; auto: as many as the expert cache serves, by what their blocks used lately."""
     fused_commit: bool = True
     """A finished block is committed in the first denoising step of the next one, which saves a forward per block."""
     threads: Annotated[int, Field(ge=1, le=1024)] | None = None
@@ -199,6 +201,13 @@ class EngineConfig(BaseModel):
         if isinstance(text, str) and not text.strip():
             raise ValueError("wanted a directory or a hub id")
         return text
+
+    @field_validator("lanes_together", mode="before")
+    @classmethod
+    def _number_or_word(cls, value: Any) -> Any:
+        """The command line has nothing but text."""
+        word = value.strip().lower() if isinstance(value, str) else value
+        return int(word) if isinstance(word, str) and word.isdecimal() else word
 
     @field_validator("device", "dtype", "routing", "eviction", "predictor", "hot_set", "verify", mode="before")
     @classmethod

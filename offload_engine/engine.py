@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, cast, overload
@@ -16,12 +15,15 @@ from offload_engine.assembly import Parts, Progress, assemble, keep_hot_set
 from offload_engine.config import EngineConfig
 from offload_engine.core import Completion, ForwardInfo, Phase, RoutingDecision, SamplingParams, StepEvent
 from offload_engine.decode.access import Access
-from offload_engine.decode.answers import Answer, Events, completions, events_of_one, over
+from offload_engine.decode.answers import Events, completions, events_of_one
+from offload_engine.decode.batch import Batch
 from offload_engine.decode.block_diffusion import BlockDiffusionDecoder
+from offload_engine.decode.grouping import Grouping
 from offload_engine.decode.kv_cache import PrefixCache
 from offload_engine.decode.prompts import Prompt, check_fits, checked_batch_size, checked_ids, is_prompt
 from offload_engine.decode.scoring import LayerRouting, check_room, score
-from offload_engine.decode.state import DecodingState, Request, never
+from offload_engine.decode.session import Session
+from offload_engine.decode.state import DecodingState, never
 from offload_engine.decode.threads import compute_threads
 from offload_engine.errors import PromptError, TokenizerError, UsageError
 from offload_engine.experts.activity import ExpertActivity
@@ -75,6 +77,7 @@ class Engine:
             context=plan.context,
             fused_commit=config.fused_commit,
             forward_tokens=plan.forward_tokens,
+            grouping=None if plan.sequences == 1 else Grouping(lambda: stats.slots_per_layer, config.lanes_together),
         )
         stats.planned_peak_bytes, stats.limit_bytes = plan.total, plan.budget
         stats.slots, stats.slots_per_layer = plan.slots, plan.slots_per_layer
@@ -337,50 +340,52 @@ class Engine:
         self, prompts: Sequence[list[int]], params: SamplingParams, cancelled: Callable[[], bool], together: int
     ) -> Events:
         """Each event with its prompt's place in `prompts`."""
+        with self.session(together) as session:
+            waiting = enumerate(prompts)
+            begun = False
+            while True:
+                while session.has_room and not (begun and cancelled()) and (following := next(waiting, None)):
+                    begun = True
+                    session.enter(*following, params, cancelled)
+                if session.empty:
+                    return
+                for number, outcome in session.advance():
+                    if isinstance(outcome, Exception):
+                        raise outcome
+                    yield number, outcome
+
+    @contextmanager
+    def session(self, lanes: int | None = None, turn_blocks: int | None = None) -> Iterator[Session]:
+        """The engine to oneself, to enter requests and take steps by hand; `generate` and `Batcher` are made of it.
+
+        At most `lanes` requests at a time; `turn_blocks`: see `Turns`. Raises `UsageError` when the engine is busy.
+        """
         with self._access.call():
-            answers: list[Answer] = []
-
-            def requests() -> Iterator[Request]:
-                for prompt in prompts:
-                    if answers and cancelled():
-                        return
-                    answers.append(Answer(prompt, params, self.tokenizer, self.stats))
-                    yield answers[-1].request(cancelled)
-
-            states = self._decoder.decode_all(requests(), together)
+            batch = Batch(self._decoder, lanes, turn_blocks)
             try:
-                while True:
-                    began = time.perf_counter()  # what the caller does with an event is not the engine's time
-                    with self._access.work():
-                        following = next(states, None)
-                        if following is None:
-                            return
-                        number, state = following
-                        event = answers[number].event(state)
-                        if over(state):
-                            self._conclude(state)
-                        self.stats.wall_seconds += time.perf_counter() - began
-                        if over(state):
-                            event = replace(event, completion=answers[number].completion(state))
-                    yield number, event
+                yield Session(batch, self._access, self.tokenizer, self.stats, self._conclude)
             finally:
                 if self._recorder is not None:
                     self._recorder.end_sequence()
 
     def _conclude(self, state: DecodingState) -> None:
         """An answer is over."""
+        if self._recorder is not None:
+            self._recorder.end_sequence(state.lane)
+        if state.error is not None:
+            return
         experts = self._parts.experts
         experts.idle()  # a prefetch under way belongs to this answer
         experts.wait_for_slots()  # and all of them to its peak
         gpu = self._parts.gpu
         self.stats.measured_peak_bytes = measure_peak() if gpu is None else gpu.peak()
-        if self._recorder is not None:
-            self._recorder.end_sequence(state.lane)
 
     def _count_unique(self, info: ForwardInfo, layer: int, decision: RoutingDecision) -> None:
         if info.phase is Phase.DENOISE:
-            distinct = decision.experts.unique()
-            self.stats.count_unique(layer, int((distinct >= 0).sum()))
+            distinct = set(decision.experts.flatten().tolist()) - {-1}
+            self.stats.count_unique(layer, len(distinct))
+            if self._decoder.grouping is not None:
+                self._decoder.grouping.saw(info.blocks[0].lane, layer, distinct)
 
     def _score(self, token_ids: Sequence[int], block_length: int, experts: ExpertExecutor) -> Tensor:
         """Hidden states [T, H] of one block-causal forward over `token_ids`."""

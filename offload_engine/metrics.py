@@ -12,7 +12,9 @@ from typing import Any
 from offload_engine.config import format_bytes
 from offload_engine.core import Phase
 
-GAUGES = frozenset({"planned_peak_bytes", "measured_peak_bytes", "limit_bytes", "slots", "slots_per_layer"})
+GAUGES = frozenset(
+    {"planned_peak_bytes", "measured_peak_bytes", "limit_bytes", "slots", "slots_per_layer", "lanes_together"}
+)
 """Fields that say how things stand; all others only grow."""
 
 _DERIVED = ("hit_rate", "unique_experts", "forward_seconds", "stall_share", "tokens_per_second", "tokens_per_step")
@@ -80,6 +82,8 @@ class EngineStats:
     slots: int = 0
     """Expert slots in fast memory."""
     slots_per_layer: float = 0.0
+    lanes_together: int = 0
+    """Sequences that share forwards, at most, of those answered at the same time: as many as the cache serves."""
 
     def count_unique(self, layer: int, distinct: int) -> None:
         """In a denoising forward one block chose `distinct` experts in `layer`; not for prefill and commit."""

@@ -28,6 +28,7 @@ TORCH_FREE = ["core", "errors", "metrics", "trace", "config", "memory", "simulat
     f"experts.{name}"
     for name in ("cache", "eviction", "hot_set", "next_use", "outlook", "predictor", "prefetch", "ranking", "scheduler")
 ]
+TORCH_FREE += ["decode.grouping", "decode.turns"]
 SIMULATED = {"core", "metrics", "trace", "errors"}
 SIMULATED_EXPERTS = ("cache", "eviction", "next_use", "outlook", "predictor", "prefetch", "ranking", "scheduler")
 

@@ -28,12 +28,13 @@ from offload_engine.bench.probe import (
     replace_experts,
     settle,
 )
-from offload_engine.bench.spec import COMPONENTS, ENGINES, Measured, Report, Task, Workload, write_document
+from offload_engine.bench.spec import COMPONENTS, ENGINES, TORCH, Measured, Report, Task, Workload, write_document
 from offload_engine.bench.yardstick import digest, disk_bytes, out_of_patience, prompt_ids
 from offload_engine.config import EngineConfig
 from offload_engine.core import ExpertKey
 from offload_engine.engine import Engine
 from offload_engine.errors import OffloadError, TokenizerError
+from offload_engine.kernels.library import CHOICE as KERNEL_CHOICE
 from offload_engine.memory.footprint import estimated_slab_bytes
 from offload_engine.metrics import EngineStats, measure_peak, reset_peak
 from offload_engine.model.checkpoint import Checkpoint
@@ -50,6 +51,8 @@ def main(task_file: Path, report_file: Path) -> None:
     """Carry out the task."""
     began = time.perf_counter()
     task = Task.model_validate_json(task_file.read_bytes())
+    if task.kind in TORCH:
+        os.environ[KERNEL_CHOICE] = "off"  # of this process, which runs nothing else
     try:
         report = carry_out(task, began)
     except (OffloadError, ImportError) as error:
@@ -105,7 +108,7 @@ def _other_experts(task: Task, engine: Engine) -> ExpertExecutor:
         return AccelerateExperts(engine.model_config, checkpoint, engine.dtype)
     from offload_engine.bench.mapped import mapped_weights
 
-    return ResidentExperts(mapped_weights(engine.model_config, checkpoint, random=task.kind == "mmap-random"))
+    return ResidentExperts(mapped_weights(engine.model_config, checkpoint, random=task.kind.endswith("-random")))
 
 
 @dataclass(slots=True)

@@ -16,7 +16,7 @@ from offload_engine.errors import UsageError
 from offload_engine.experts.packed_header import PACKED_FILE
 
 ROUTINGS = ("original", "dmoe")
-MAPPED: tuple[Kind, ...] = ("mmap", "mmap-random", "accelerate", "mlx")
+MAPPED: tuple[Kind, ...] = ("mmap", "mmap-random", "torch", "torch-random", "accelerate", "mlx")
 """Kinds that read experts out of safetensors files."""
 PEERS: dict[Kind, tuple[str, str]] = {
     "accelerate": ("accelerate", "accelerate is not installed; pip install --no-deps accelerate adds it"),
@@ -72,9 +72,8 @@ def line_up(request: Request, *, packed: bool = False) -> Lineup:
     everyone = [_task(request, "bandwidth", "bandwidth", {}, limited=False)]
     for routing in _routings(request.config):
         everyone += _ours(request, routing)
-        for kind in ("mmap", "mmap-random"):
+        for kind in MAPPED[:-1]:
             everyone.append(_task(request, kind, f"{kind}/{routing}", {"routing": routing}))
-        everyone.append(_task(request, "accelerate", f"accelerate/{routing}", {"routing": routing}))
         if routing == "original":  # mlx-vlm knows no other
             everyone += _mlx(request)
         config = {"routing": routing, "gpu_mem": "auto", "expert_mem": None}

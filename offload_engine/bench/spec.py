@@ -10,12 +10,14 @@ from pydantic import BaseModel, ConfigDict, Field
 from offload_engine.core import SamplingParams
 from offload_engine.files import write_aside
 
-Kind = Literal["engine", "unlimited", "mmap", "mmap-random", "accelerate", "mlx", "bandwidth"]
+Kind = Literal["engine", "unlimited", "mmap", "mmap-random", "torch", "torch-random", "accelerate", "mlx", "bandwidth"]
 Count = Annotated[int, Field(ge=1)]
 
 ENGINES: tuple[Kind, ...] = ("engine", "unlimited")
 """The kinds that run our executor; all others but `bandwidth` run every expert where another library puts it."""
-FOREIGN: tuple[Kind, ...] = ("accelerate", "mlx")
+TORCH: tuple[Kind, ...] = ("torch", "torch-random")
+"""The kinds that compute as torch does, without our kernels: the model on mapped weights as others run it."""
+FOREIGN: tuple[Kind, ...] = (*TORCH, "accelerate", "mlx")
 """The kinds whose products are another library's: their answers differ from ours by rounding."""
 
 COMPONENTS = ("attention", "dense", "routing", "experts", "head")

@@ -1,20 +1,21 @@
-"""Denoises answers block by block against prefix caches (REFERENCE §2), one sequence or several together."""
+"""The forwards of block diffusion against prefix caches (REFERENCE §2), over one sequence or several together."""
 
 from __future__ import annotations
 
-import secrets
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from offload_engine.core import BlockPass, ForwardInfo, Phase, SamplingParams
+from offload_engine.core import BlockPass, ForwardInfo, Phase
+from offload_engine.decode.grouping import Grouping
 from offload_engine.decode.kv_cache import PrefixCache, Span, side_by_side
-from offload_engine.decode.sampler import Proposal, accept, propose, unmask_schedule
-from offload_engine.decode.state import DecodingState, Request, StopCheck, never
+from offload_engine.decode.lane import Lane, generator_of
+from offload_engine.decode.sampler import Proposal, propose
+from offload_engine.decode.state import DecodingState, Request, never
 from offload_engine.decode.threads import compute_threads
 from offload_engine.errors import ModelError
 from offload_engine.metrics import EngineStats
@@ -29,38 +30,8 @@ LOGIT_ROWS = 32
 
 
 @dataclass(slots=True)
-class Lane:
-    """A place in the batch, with the cache that belongs to it and the answer that is under way there."""
-
-    index: int
-    cache: PrefixCache
-    number: int
-    """Of its request, among all requests."""
-    request: Request
-    state: DecodingState
-    generator: torch.Generator | None
-    uncommitted: bool = False
-    """The block before the current one is finished, and the cache does not have it yet."""
-    schedule: list[int] = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.schedule = unmask_schedule(self.length, self.request.params.steps)
-
-    @property
-    def length(self) -> int:
-        """Tokens of a block."""
-        return self.request.params.block_length
-
-    def block_pass(self, phase: Phase) -> BlockPass:
-        """What a forward does here: denoise the current block, or commit the one before."""
-        state = self.state
-        block, step = (state.block - 1, 0) if phase is Phase.COMMIT else (state.block, state.step)
-        return BlockPass(phase, self.index, block, step, self.length)
-
-
-@dataclass(slots=True)
 class BlockDiffusionDecoder:
-    """Turns prompts into answers with one model, one routing policy and one expert executor."""
+    """Prefills and denoises lanes with one model and one expert executor; `Batch` says which, and when."""
 
     model: LLaDA2Model
     experts: ExpertExecutor
@@ -80,62 +51,15 @@ class BlockDiffusionDecoder:
     """A finished block is committed in the forward of the next block's first step rather than in one of its own."""
     forward_tokens: int | None = None
     """Most tokens of one forward; None: no limit. At least a block."""
-
-    def decode(
-        self,
-        prompt: Sequence[int],
-        params: SamplingParams,
-        stop: StopCheck | None = None,
-        cancelled: Callable[[], bool] = never,
-    ) -> Iterator[DecodingState]:
-        """Answer one prompt; see `decode_all`."""
-        for _number, state in self.decode_all([Request(prompt, params, stop, cancelled)]):
-            yield state
-
-    def decode_all(
-        self, requests: Iterable[Request], together: int | None = None
-    ) -> Iterator[tuple[int, DecodingState]]:
-        """Answer requests, at most `together` at a time (None: as many as there are caches): each denoising step is one
-        forward over the current blocks of all of them, and where one ends the next request takes its place.
-
-        Yields a request's number and its state, the same object every time, after each of its denoising steps, and once
-        more with `block_finished` after a block. A prompt and at least one answer token must fit a cache in whole
-        blocks; all requests have the same `block_length`. What is yielded of a request does not depend on the others,
-        but for the rounding of products of other shapes.
-        """
-        waiting = enumerate(requests)
-        free = list(range(len(self.caches) if together is None else min(together, len(self.caches))))
-        active: list[Lane] = []
-        while True:
-            entering: list[Lane] = []
-            while free and self._room_for([*active, *entering]) and (following := next(waiting, None)) is not None:
-                entering.append(self._enter(free.pop(0), *following))
-            self._prefill(entering)
-            yield from ((lane.number, lane.state) for lane in entering if lane.state.finish_reason is not None)
-            free += [lane.index for lane in entering if lane.state.finish_reason is not None]
-            active += [lane for lane in entering if lane.state.finish_reason is None]
-            if not active and not entering:
-                return
-            if not active:
-                continue
-            self._step(active)
-            for lane in active:
-                yield from self._conclude(lane)
-            free += [lane.index for lane in active if lane.state.finish_reason is not None]
-            active = [lane for lane in active if lane.state.finish_reason is None]
+    grouping: Grouping | None = None
+    """Says how many lanes go together; None: all."""
 
     def positions(self, block_length: int) -> int:
         """Most positions prompt and answer may have when blocks of this length must be denoised whole."""
         whole_blocks = self.caches[0].context // block_length * block_length
         return whole_blocks if self.context is None else min(self.context, whole_blocks)
 
-    def _room_for(self, active: Sequence[Lane]) -> bool:
-        """Whether a forward may hold one more block than those of `active`."""
-        if self.forward_tokens is None or not active:
-            return True
-        return (len(active) + 1) * active[0].length <= self.forward_tokens
-
-    def _enter(self, index: int, number: int, request: Request) -> Lane:
+    def lane(self, index: int, number: int, request: Request) -> Lane:
         """Give lane `index` to a request, of which nothing is computed yet."""
         prompt, length = list(request.prompt), request.params.block_length
         whole = len(prompt) // length * length
@@ -143,29 +67,26 @@ class BlockDiffusionDecoder:
         state = DecodingState(prompt[:whole], len(prompt), end, len(prompt) // length, lane=index)
         cache = self.caches[index]
         cache.reset()
-        return Lane(index, cache, number, request, state, _generator(request.params, cache.keys.device))
+        policy = self.policy if request.policy is None else request.policy
+        return Lane(index, cache, number, request, policy, state, generator_of(request.params, cache.keys.device))
 
-    def _prefill(self, entering: Sequence[Lane]) -> None:
-        """Bring the whole blocks of the prompts into their caches, and open the first block of each answer.
-
-        As many prompts as the memory plan has room for go through the layers together: one long one, or some short.
+    def prefill(self, lanes: Sequence[Lane]) -> None:
+        """Bring the whole blocks of the prompts of `lanes`, all of one kind, into their caches, and open the first
+        block of each answer. Where all are cancelled on the way, so are their answers.
         """
-        for group in packed(entering, lambda lane: len(lane.state.ids), self.caches[0].context):
-            long = [lane for lane in group if lane.state.ids]
-            passes = [BlockPass(Phase.PREFILL, lane.index, 0, 0, len(lane.state.ids)) for lane in long]
-            shares = [(lane, lane.state.ids) for lane in long]
-            remembered = not long or self._remember(
-                shares,
-                passes,
-                lambda: all(lane.request.cancelled() for lane in long),  # noqa: B023 (called at once)
-            )
-            for lane in group:
-                if remembered or lane not in long:
-                    lane.state.open_block(lane.request.prompt, lane.length, self.mask_token_id)
-                else:
-                    lane.state.ids = list(lane.request.prompt)
-                    lane.state.finish("cancelled", 0)
-                    lane.state.block_finished = True
+        long = [lane for lane in lanes if lane.state.ids]
+        passes = [BlockPass(Phase.PREFILL, lane.index, 0, 0, len(lane.state.ids)) for lane in long]
+        remembered = not long or self._remember(
+            [(lane, lane.state.ids) for lane in long],
+            passes,
+            lambda: all(lane.request.cancelled() for lane in long),
+        )
+        for lane in lanes:
+            if remembered or lane not in long:
+                lane.state.open_block(lane.request.prompt, lane.length, self.mask_token_id)
+            else:
+                lane.state.ids = list(lane.request.prompt)
+                lane.cancel(self.mask_token_id)
 
     @torch.inference_mode()
     def _remember(
@@ -183,7 +104,8 @@ class BlockDiffusionDecoder:
             for start in range(0, len(ids), chunk)
         ]
         info = ForwardInfo.of(passes)
-        pieces = [self._forward(info, together) for together in packed(spans, lambda span: span.tokens, chunk)]
+        policy = shares[0][0].policy
+        pieces = [self._forward(info, part, policy) for part in packed(spans, lambda span: span.tokens, chunk)]
         token_ids = torch.tensor([token for _lane, ids in shares for token in ids])
         with self._computing(info.phase):
             if not self.model.prefill(token_ids, pieces, cancelled):
@@ -198,27 +120,35 @@ class BlockDiffusionDecoder:
         with self.stats.phase(phase), compute_threads(self.threads):
             yield
 
-    def _forward(self, info: ForwardInfo, spans: Sequence[Span]) -> Forward:
+    def _forward(self, info: ForwardInfo, spans: Sequence[Span], policy: RoutingPolicy) -> Forward:
         positions = torch.cat([span.positions for span in spans])
         length = spans[0].block_length
         blocks = torch.arange(len(positions), device=positions.device) // length
-        return Forward(info, positions, blocks, side_by_side(spans), self.policy, self.experts)
+        return Forward(info, positions, blocks, side_by_side(spans), policy, self.experts)
 
     @torch.inference_mode()
-    def _step(self, active: Sequence[Lane]) -> None:
-        """One denoising step of the current blocks of all of `active`, in one forward."""
-        fused = self._commit_alone(active)
+    def step(self, lanes: Sequence[Lane]) -> None:
+        """One denoising step of the current blocks of all `lanes`, which are of one kind, in one forward.
+
+        What is wrong with one lane's logits becomes the error of its state. If this raises, no lane has taken the step.
+        """
+        fused = self._commit_alone(lanes)
+        if self.grouping is not None:
+            self.grouping.begin(lanes[0].kind)
         with self._computing(Phase.DENOISE):
-            hidden = self._denoise(active, fused)
-            masked = [lane.state.masked(lane.length, self.mask_token_id) for lane in active]
+            hidden = self._denoise(lanes, fused)
+            masked = [lane.state.masked(lane.length, self.mask_token_id) for lane in lanes]
             chosen = [
                 rows[torch.tensor(places, device=rows.device) - lane.state.block * lane.length]
-                for lane, rows, places in zip(active, hidden, masked, strict=True)
+                for lane, rows, places in zip(lanes, hidden, masked, strict=True)
             ]
-            proposals = self._propose(active, chosen)
-            for lane, places, proposal in zip(active, masked, proposals, strict=True):
-                _unmask(lane, places, proposal)
-        self.stats.denoise_steps += len(active)
+            proposals = self._propose(lanes, chosen)
+            for lane, places, proposal in zip(lanes, masked, proposals, strict=True):
+                try:
+                    lane.unmask(places, proposal)
+                except ModelError as error:
+                    lane.state.error = error
+        self.stats.denoise_steps += len(lanes)
 
     def _commit_alone(self, active: Sequence[Lane]) -> list[bool]:
         """Commit the finished blocks that the coming step is not to commit; which lanes it is to commit for."""
@@ -246,7 +176,7 @@ class BlockDiffusionDecoder:
             spans.append(lane.cache.span(blocks * lane.length, lane.length))
             passes += [lane.block_pass(Phase.COMMIT)] if fuse else []
             passes.append(lane.block_pass(Phase.DENOISE))
-        forward = self._forward(ForwardInfo.of(passes), spans)
+        forward = self._forward(ForwardInfo.of(passes), spans, active[0].policy)
         hidden = self.model(torch.tensor(ids), forward)
         for lane, fuse in zip(active, fused, strict=True):
             if fuse:
@@ -273,25 +203,6 @@ class BlockDiffusionDecoder:
             for parts in found.values()
         ]
 
-    def _conclude(self, lane: Lane) -> Iterator[tuple[int, DecodingState]]:
-        """See whether the step that was just taken ends the block or the answer, and tell of it."""
-        state, request = lane.state, lane.request
-        state.check_end(self.mask_token_id, self.eos_token_id, request.stop)
-        if state.finish_reason is None and request.cancelled():
-            state.finish("cancelled", state.decided(self.mask_token_id))
-        yield lane.number, state
-        if state.finish_reason is None and state.masked(lane.length, self.mask_token_id):
-            return
-        if state.finish_reason is None and len(state.ids) >= state.end:
-            state.finish("length", state.end - state.prompt_length)
-        state.block_finished = True
-        self.stats.blocks += 1
-        yield lane.number, state
-        if state.finish_reason is None:
-            lane.uncommitted = True
-            state.block += 1
-            state.open_block(request.prompt, lane.length, self.mask_token_id)
-
 
 def packed(items: Iterable[Item], size: Callable[[Item], int], most: int) -> Iterator[list[Item]]:
     """Consecutive items in groups whose sizes add up to at most `most`; a larger item is a group of its own."""
@@ -303,26 +214,3 @@ def packed(items: Iterable[Item], size: Callable[[Item], int], most: int) -> Ite
         group.append(item)
     if group:
         yield group
-
-
-def _unmask(lane: Lane, places: Sequence[int], proposal: Proposal) -> None:
-    """Take a step's proposals for the masked `places` of a block."""
-    state, params = lane.state, lane.request.params
-    if not bool(proposal.confidence.isfinite().all()):
-        raise ModelError(
-            f"the model's logits are not finite in block {state.block}, step {state.step}: its weights are "
-            "damaged, or its dtype overflows; check the checkpoint, or try dtype float32"
-        )
-    chosen = accept(proposal.confidence, lane.schedule[state.step], params.threshold)
-    proposed = zip(places, proposal.tokens.tolist(), proposal.confidence.tolist(), chosen.tolist(), strict=True)
-    state.accepted = tuple((place, token, sure) for place, token, sure, yes in proposed if yes)
-    for place, token, _sure in state.accepted:
-        state.ids[place] = token
-    state.step += 1
-
-
-def _generator(params: SamplingParams, device: torch.device) -> torch.Generator | None:
-    if params.temperature == 0:
-        return None
-    seed = params.seed if params.seed is not None else secrets.randbits(63)
-    return torch.Generator(device).manual_seed(seed)

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from offload_engine.core import FinishReason, SamplingParams
+from offload_engine.routing.base import RoutingPolicy
 
 StopCheck = Callable[[Sequence[int]], int | None]
 """Given the answer's leading decided ids: how many of them to keep if a stop string occurs, else None."""
@@ -25,6 +26,8 @@ class Request:
     stop: StopCheck | None = None
     cancelled: Callable[[], bool] = never
     """Asked after every step and every layer of the prefill; what was decided until then is the answer."""
+    policy: RoutingPolicy | None = None
+    """Who routes; None: the decoder's own."""
 
 
 @dataclass(slots=True)
@@ -46,6 +49,8 @@ class DecodingState:
     """(position in the sequence, token id, confidence) of what the last step unmasked."""
     block_finished: bool = False
     finish_reason: FinishReason | None = None
+    error: Exception | None = None
+    """What ended the answer instead."""
     answer_length: int = 0
     """Once finished: tokens of the answer that count."""
 

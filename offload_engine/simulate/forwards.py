@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 from offload_engine.core import BlockPass, ExpertKey, ForwardInfo, Phase
-from offload_engine.experts.outlook import Outlook
+from offload_engine.experts.outlook import FURTHEST, Outlook
 from offload_engine.experts.predictor import Chosen
 from offload_engine.trace import TraceRecord
 
@@ -132,14 +132,14 @@ def _layer_run(layer: int, records: Sequence[TraceRecord]) -> LayerRun:
 
 
 def _runners_up(records: Sequence[TraceRecord]) -> tuple[int, ...]:
-    """Those of all records whom none chose, by the best place they had."""
+    """Those of all records whom none chose, by the best place they had; at most `FURTHEST`."""
     chosen = {expert for record in records for expert in record.experts}
     places: dict[int, int] = {}
     for record in records:
         for place, expert in enumerate(record.runners_up):
             if expert not in chosen:
                 places[expert] = min(place, places.get(expert, place))
-    return tuple(sorted(places, key=lambda expert: (places[expert], expert)))
+    return tuple(sorted(places, key=lambda expert: (places[expert], expert))[:FURTHEST])
 
 
 def _ranked(records: Sequence[TraceRecord]) -> dict[int, float]:

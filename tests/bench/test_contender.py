@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -85,6 +86,23 @@ def test_memory_mapped_weights_run_without_slots_of_ours(checkpoint: Path) -> No
     assert found.loads is found.slots is found.stats is None
     assert found.seconds["experts"] > 0
     assert found.seconds["stall"] == 0
+
+
+@pytest.mark.parametrize(("kind", "choice"), [("torch", "off"), ("torch-random", "off"), ("mmap", "auto")])
+def test_who_stands_for_torch_runs_without_our_kernels(checkpoint: Path, tmp_path: Path, monkeypatch, kind, choice):
+    monkeypatch.setenv("OFFLOAD_ENGINE_KERNEL", "auto")
+    seen = []
+    monkeypatch.setattr(contender, "carry_out", lambda *_: seen.append(os.environ["OFFLOAD_ENGINE_KERNEL"]) or Report())
+    write_document(tmp_path / "task.json", task(checkpoint, kind))
+    contender.main(tmp_path / "task.json", tmp_path / "report.json")
+    assert seen == [choice]
+
+
+def test_torch_alone_answers_too(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OFFLOAD_ENGINE_KERNEL", "off")
+    found = measure(checkpoint, "torch")
+    assert found.seconds["experts"] > 0
+    assert found.loads is None
 
 
 def test_patience_cuts_an_answer_short(checkpoint: Path) -> None:

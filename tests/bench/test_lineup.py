@@ -27,7 +27,7 @@ def request(limit: int | None = 8 * GB, **changes: object) -> Request:
 
 def test_both_routings_meet_every_rival() -> None:
     names = [task.name for task in line_up(request()).tasks]
-    kinds = ["engine", "mmap", "mmap-random", "accelerate", "unlimited"]
+    kinds = ["engine", "mmap", "mmap-random", "torch", "torch-random", "accelerate", "unlimited"]
     mlx = {"mlx/original", "mlx-unlimited/original"}
     everyone = ["bandwidth", *(f"{kind}/{routing}" for routing in ("original", "dmoe") for kind in kinds)]
     assert [name for name in names if name not in mlx] == everyone
@@ -85,7 +85,13 @@ def test_two_of_one_name_are_refused(changes: dict[str, object], name: str) -> N
 def test_what_reads_safetensors_files_has_nothing_to_read_in_a_converted_model() -> None:
     lined = line_up(request(config={"routing": "dmoe"}), packed=True)
     assert [task.name for task in lined.tasks] == ["bandwidth", "engine/dmoe", "unlimited/dmoe"]
-    assert sorted(lined.absent) == ["accelerate/dmoe", "mmap-random/dmoe", "mmap/dmoe"]
+    assert sorted(lined.absent) == [
+        "accelerate/dmoe",
+        "mmap-random/dmoe",
+        "mmap/dmoe",
+        "torch-random/dmoe",
+        "torch/dmoe",
+    ]
     assert "can't read experts.packed" in lined.absent["mmap/dmoe"]
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import pytest
@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from offload_engine.core import BlockPass, Phase, SamplingParams
+from offload_engine.decode.batch import decode_all
 from offload_engine.decode.block_diffusion import BlockDiffusionDecoder
 from offload_engine.decode.kv_cache import PrefixCache
 from offload_engine.decode.state import DecodingState, Request
@@ -86,6 +87,11 @@ def decoder_of(
     )
 
 
+def decode(decoder: BlockDiffusionDecoder, *request: object) -> Iterator[DecodingState]:
+    for _number, state in decode_all(decoder, [Request(*request)]):  # type: ignore[arg-type]
+        yield state
+
+
 def run(
     script: Script, prompt: Sequence[int], context: int = 64, chunk: int = 512, **params: object
 ) -> tuple[DecodingState, list[tuple[int, int, bool, int]], EngineStats]:
@@ -96,7 +102,7 @@ def run(
     cancelled = params.pop("cancelled", lambda: False)
     settings = SamplingParams(**{"block_length": 8, "steps": 8, "threshold": 0.9, "max_new_tokens": 16, **params})
     seen = []
-    for state in decoder.decode(prompt, settings, stop, cancelled):  # type: ignore[arg-type]
+    for state in decode(decoder, prompt, settings, stop, cancelled):  # type: ignore[arg-type]
         seen.append((state.block, state.step, state.block_finished, len(state.accepted)))
     return state, seen, stats
 
@@ -284,7 +290,7 @@ def test_a_batch_answers_as_each_prompt_alone(
     stats, model = EngineStats(), script()
     decoder = decoder_of(model, stats, lanes=lanes, fused=fused, forward_tokens=room)
     together: dict[int, list[tuple[object, ...]]] = {}
-    for number, state in decoder.decode_all([Request(*one) for one in settings]):
+    for number, state in decode_all(decoder, [Request(*one) for one in settings]):
         together.setdefault(number, []).append(
             (state.block, state.step, tuple(state.ids), state.block_finished, state.finish_reason, state.answer)
         )
@@ -292,7 +298,7 @@ def test_a_batch_answers_as_each_prompt_alone(
     for number, (prompt, params) in enumerate(settings):
         alone = [
             (state.block, state.step, tuple(state.ids), state.block_finished, state.finish_reason, state.answer)
-            for state in decoder_of(script(), single).decode(prompt, params)
+            for state in decode(decoder_of(script(), single), prompt, params)
         ]
         assert together[number] == alone
     assert (stats.denoise_steps, stats.blocks) == (single.denoise_steps, single.blocks)
@@ -308,7 +314,7 @@ def test_a_lane_that_falls_free_is_taken_by_the_next_prompt_at_once() -> None:
     script, stats = Script(sure=lambda _: 0.1), EngineStats()
     decoder = decoder_of(script, stats, lanes=2)
     params = [SamplingParams(block_length=8, steps=steps, max_new_tokens=8, threshold=1) for steps in (1, 4, 3)]
-    for _ in decoder.decode_all([Request([5] * 8, one) for one in params]):
+    for _ in decode_all(decoder, [Request([5] * 8, one) for one in params]):
         pass
     lanes = [tuple((one.lane, one.step) for one in passes) for passes in script.passes]
     assert lanes == [((0, 0), (1, 0)), ((1, 1), (0, 0)), ((1, 2), (0, 1)), ((1, 3), (0, 2))]
@@ -320,7 +326,7 @@ def test_prompts_are_prefilled_together_as_far_as_one_long_prompt_may_go() -> No
     decoder = decoder_of(script, stats, lanes=4, context=64, chunk=24)
     params = SamplingParams(block_length=8, max_new_tokens=1)
     prompts = [[number] * length for number, length in ((1, 33), (2, 16), (3, 15), (4, 40))]
-    for _ in decoder.decode_all([Request(prompt, params) for prompt in prompts]):
+    for _ in decode_all(decoder, [Request(prompt, params) for prompt in prompts]):
         pass
     prefilled = [ids for phase, _, ids in script.forwards if phase is Phase.PREFILL]
     assert prefilled == [[1] * 24, [1] * 8 + [2] * 16, [3] * 8, [4] * 24, [4] * 16]
@@ -337,7 +343,7 @@ def test_the_head_is_read_once_for_what_fits_together() -> None:
 
     decoder = decoder_of(Counting(), EngineStats(), lanes=6)
     params = SamplingParams(block_length=8, steps=1, max_new_tokens=8)
-    for _ in decoder.decode_all([Request([], params)] * 6):
+    for _ in decode_all(decoder, [Request([], params)] * 6):
         pass
     assert rows == [32, 16]
 

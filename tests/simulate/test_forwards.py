@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from offload_engine.core import Phase
+from offload_engine.experts.outlook import FURTHEST
 from offload_engine.simulate.forwards import Pass, Size, forwards, sized
 from offload_engine.trace import TraceRecord
 from tests.simulate.trace_data import record, steps
@@ -35,6 +36,12 @@ def test_a_commit_of_its_own_is_a_forward_of_its_own() -> None:
     alone = [record(1, **COMMIT), record(2, **COMMIT)]
     phases = [one.info.phase for one in forwards([*steps((0,)), *alone, *steps((1,), block=1)])]
     assert phases == [Phase.DENOISE, Phase.COMMIT, Phase.DENOISE]
+
+
+def test_runners_up_of_several_sequences_are_no_more_than_of_one() -> None:
+    named = [tuple(range(100 * lane + 10, 100 * lane + 40)) for lane in (0, 1)]
+    (together,) = forwards([record(1, (lane,), sequence=lane, runners_up=named[lane]) for lane in (0, 1)])
+    assert together.layers[0].runners_up == tuple(one for pair in zip(*named, strict=True) for one in pair)[:FURTHEST]
 
 
 def test_sequences_decoded_together_share_forwards() -> None:

@@ -1,0 +1,146 @@
+/* Runs the kernels on made-up data, without Python, and prints a digest of every result: on another machine the plain C
+ * variant must print the same. Built and run by test_portability.py.
+ */
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "variant.h"
+
+struct expert {
+    const void *gate, *gate_scales, *up, *up_scales, *down, *down_scales;
+};
+
+int dmoe_experts(
+    int variant, int format, int bf16, int threads, parallel_fn parallel, int64_t count, int64_t rows, int64_t choices,
+    int64_t h, int64_t i, int64_t group, const void *hidden, const int64_t *chosen, const int64_t *numbers,
+    const struct expert *experts, void *out);
+int dmoe_weighted_sum(
+    int variant, int threads, parallel_fn parallel, int64_t tokens, int64_t choices, int64_t h, const void *outputs,
+    const int64_t *experts, const float *weights, void *out);
+int64_t dmoe_select(
+    int stages, int64_t tokens, int64_t experts, int64_t blocks, int64_t choices, int64_t groups, int64_t kept_groups,
+    int normalise, float scale, double top_p, int64_t least, const int64_t *block_ids, const float *scores,
+    const float *selection, int64_t *chosen, float *weights, uint8_t *coreset, float *votes);
+const char *dmoe_variant(int index);
+
+enum { EXPERTS = 3, TOKENS = 7, CHOICES = 2, H = 72, I = 40, GROUP = 8, ROUTED = 64, BLOCKS = 2 };
+enum { ALL_STAGES = 31 };
+
+static uint32_t state = 1;
+
+static uint32_t draw(void)
+{
+    state ^= state << 13;
+    state ^= state >> 17;
+    return state ^= state << 5;
+}
+
+/* In [-1, 1), exactly representable in bf16 or not, as asked. */
+static float draw_float(int bf16)
+{
+    float value = (float)(int32_t)draw() / 2147483648.0f;
+    return bf16 ? float_of((uint32_t)to_bf16(value) << 16) : value;
+}
+
+static void *fill(size_t count, int format)
+{
+    size_t size = format == DMOE_BF16 ? 2 : 1;
+    unsigned char *data = malloc(count * size);
+    for (size_t at = 0; at < count; at++) {
+        if (format == DMOE_BF16) {
+            uint16_t half = to_bf16(draw_float(0));
+            memcpy(data + 2 * at, &half, sizeof half);
+        } else
+            data[at] = (unsigned char)draw();
+    }
+    return data;
+}
+
+static void *fill_scales(size_t count, int format)
+{
+    unsigned char *data = malloc(4 * count);
+    for (size_t at = 0; at < count; at++) {
+        float value = (2.0f + draw_float(0)) / 256.0f;
+        uint16_t half = to_bf16(value);
+        if (format == DMOE_INT8)
+            memcpy(data + 4 * at, &value, sizeof value);
+        else
+            memcpy(data + 2 * at, &half, sizeof half);
+    }
+    return data;
+}
+
+static void tell(const char *what, int format, int bf16, const void *data, size_t size)
+{
+    uint64_t digest = 14695981039346656037u; /* FNV-1a */
+    for (size_t at = 0; at < size; at++)
+        digest = (digest ^ ((const unsigned char *)data)[at]) * 1099511628211u;
+    printf("%s %d %d %016llx\n", what, format, bf16, (unsigned long long)digest);
+}
+
+static void run_experts(int variant, int format, int bf16)
+{
+    int64_t numbers[EXPERTS] = {4, 0, 9}, chosen[TOKENS * CHOICES];
+    struct expert experts[EXPERTS];
+    size_t values = H * I / (format == DMOE_INT4 ? 2 : 1), rows = format == DMOE_INT8 ? 1 : 0;
+    for (int e = 0; e < EXPERTS; e++)
+        experts[e] = (struct expert){
+            fill(values, format), fill_scales(rows ? I : I * H / GROUP, format),
+            fill(values, format), fill_scales(rows ? I : I * H / GROUP, format),
+            fill(values, format), fill_scales(rows ? H : H * I / GROUP, format),
+        };
+    for (int at = 0; at < TOKENS * CHOICES; at++)
+        chosen[at] = at % 5 == 4 ? -1 : numbers[draw() % EXPERTS];
+    size_t element = bf16 ? 2 : 4;
+    unsigned char *hidden = malloc(TOKENS * H * element), *out = calloc(TOKENS * CHOICES * H, element);
+    for (int at = 0; at < TOKENS * H; at++) {
+        float value = draw_float(bf16);
+        uint16_t half = to_bf16(value);
+        memcpy(hidden + at * element, bf16 ? (void *)&half : (void *)&value, element);
+    }
+    int failure = dmoe_experts(
+        variant, format, bf16, 1, NULL, EXPERTS, TOKENS * CHOICES, CHOICES, H, I, GROUP, hidden, chosen, numbers,
+        experts, out);
+    tell(failure ? "experts failed" : "experts", format, bf16, out, TOKENS * CHOICES * H * element);
+    if (!bf16)
+        return;
+    float weights[TOKENS * CHOICES];
+    for (int at = 0; at < TOKENS * CHOICES; at++)
+        weights[at] = draw_float(0);
+    uint16_t sums[TOKENS * H];
+    failure = dmoe_weighted_sum(variant, 1, NULL, TOKENS, CHOICES, H, out, chosen, weights, sums);
+    tell(failure ? "sum failed" : "sum", format, bf16, sums, sizeof sums);
+}
+
+static void select_experts(void)
+{
+    static float scores[TOKENS * ROUTED], selection[TOKENS * ROUTED], votes[BLOCKS * ROUTED];
+    static uint8_t coreset[BLOCKS * ROUTED];
+    float weights[TOKENS * CHOICES];
+    int64_t chosen[TOKENS * CHOICES], blocks[TOKENS] = {0, 0, 0, 0, 1, 1, 1};
+    for (int at = 0; at < TOKENS * ROUTED; at++) {
+        scores[at] = (1.0f + draw_float(0)) / 2.0f;
+        selection[at] = scores[at] + (at % 3 ? 0.0f : 0.125f);
+    }
+    int64_t failure = dmoe_select(
+        ALL_STAGES, TOKENS, ROUTED, BLOCKS, CHOICES, 8, 4, 1, 2.5f, 0.6, 4, blocks, scores, selection, chosen, weights,
+        coreset, votes);
+    tell(failure ? "select failed" : "select", 0, 0, coreset, sizeof coreset);
+    tell("chosen", 0, 0, chosen, sizeof chosen);
+    tell("weights", 0, 0, weights, sizeof weights);
+    tell("votes", 0, 0, votes, sizeof votes);
+}
+
+int main(void)
+{
+    int generic = 0;
+    while (dmoe_variant(generic) && strcmp(dmoe_variant(generic), "generic"))
+        generic++;
+    for (int format = DMOE_BF16; format <= DMOE_INT4; format++)
+        for (int bf16 = 0; bf16 < 2; bf16++)
+            run_experts(generic, format, bf16);
+    select_experts();
+    return 0;
+}
