@@ -94,7 +94,8 @@ async def ask(client: httpx.AsyncClient, question: str, load: Load) -> Answered:
     began, first, tokens = time.perf_counter(), None, None
     async with client.stream("POST", "/v1/chat/completions", json=body) as response:
         if response.status_code != 200:
-            raise OffloadError(f"the server answered {response.status_code}: {(await response.aread()).decode(errors="replace")[:300]}")
+            said = (await response.aread()).decode(errors="replace")
+            raise OffloadError(f"the server answered {response.status_code}: {said[:300]}")
         async for line in response.aiter_lines():
             if not line.startswith("data: {"):
                 continue

@@ -25,6 +25,7 @@ from offload_engine.server.failures import RefusedError, encoded, refusal_of, re
 from offload_engine.server.following import Following, unless_gone
 from offload_engine.server.guard import Guard
 from offload_engine.server.logs import Record, RequestLog, record_of
+from offload_engine.server.pages import Pages
 from offload_engine.server.settings import ServerSettings
 from offload_engine.server.statistics import Telemetry, statistics
 from offload_engine.server.streaming import EventStream
@@ -50,6 +51,9 @@ def create_app(engine: Engine, batcher: Batcher, settings: ServerSettings) -> Fa
         ],
         exception_handlers={OffloadError: _refuse, RefusedError: _refuse, HTTPException: _refuse_status},
     )
+    pages = Pages()
+    app.add_api_route("/", pages.index, methods=["GET"])
+    app.add_api_route("/page/{name}", pages.file, methods=["GET"])
     app.add_api_route("/health", service.health, methods=["GET"])
     app.add_api_route("/metrics", service.metrics, methods=["GET"])
     app.add_api_route("/v1/models", service.models, methods=["GET"])
