@@ -9,6 +9,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from offload_engine.batching import Batcher, Ticket
     from offload_engine.config import EngineConfig
     from offload_engine.core import Completion, SamplingParams, StepEvent
     from offload_engine.engine import Engine
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
         ModelError,
         OffloadError,
         PromptError,
+        QueueFullError,
         TokenizerError,
         TraceError,
         TraceWriteError,
@@ -35,6 +37,7 @@ if TYPE_CHECKING:
     __version__: str
 
 __all__ = [
+    "Batcher",
     "CheckpointError",
     "Completion",
     "ConfigError",
@@ -50,8 +53,10 @@ __all__ = [
     "ModelError",
     "OffloadError",
     "PromptError",
+    "QueueFullError",
     "SamplingParams",
     "StepEvent",
+    "Ticket",
     "TokenizerError",
     "TraceError",
     "TraceWriteError",
@@ -61,6 +66,7 @@ __all__ = [
 ]
 
 _HOMES = {
+    "Batcher": "batching",
     "Completion": "core",
     "Engine": "engine",
     "EngineConfig": "config",
@@ -68,6 +74,7 @@ _HOMES = {
     "MemoryPlan": "memory",
     "SamplingParams": "core",
     "StepEvent": "core",
+    "Ticket": "batching",
 }
 """The rooms of the public names; errors live in `errors`."""
 

@@ -20,12 +20,12 @@ from offload_engine.decode.batch import Batch
 from offload_engine.decode.block_diffusion import BlockDiffusionDecoder
 from offload_engine.decode.grouping import Grouping
 from offload_engine.decode.kv_cache import PrefixCache
-from offload_engine.decode.prompts import Prompt, check_fits, checked_batch_size, checked_ids, is_prompt
+from offload_engine.decode.prompts import Prompt, check_fits, checked_batch_size, encoded, is_prompt
 from offload_engine.decode.scoring import LayerRouting, check_room, score
 from offload_engine.decode.session import Session
 from offload_engine.decode.state import DecodingState, never
 from offload_engine.decode.threads import compute_threads
-from offload_engine.errors import PromptError, TokenizerError, UsageError
+from offload_engine.errors import TokenizerError, UsageError
 from offload_engine.experts.activity import ExpertActivity
 from offload_engine.experts.cache import Occupancy
 from offload_engine.experts.observe import ObservedExperts, TraceRecorder
@@ -35,7 +35,7 @@ from offload_engine.metrics import EngineStats, measure_peak
 from offload_engine.model.config import ModelConfig
 from offload_engine.model.moe import ExpertExecutor
 from offload_engine.routing.base import RoutingPolicy
-from offload_engine.text import Message, Tokenizer
+from offload_engine.text import Tokenizer
 from offload_engine.trace import TraceHeader
 
 NO_TOKEN = -1
@@ -314,15 +314,8 @@ class Engine:
         self.close()
 
     def _encode(self, prompt: Prompt, raw: bool) -> list[int]:
-        if isinstance(prompt, str):
-            if self.tokenizer is None:
-                raise PromptError(
-                    f"{self._parts.source.directory}: no tokenizer.json, so prompts must be token ids, not text"
-                )
-            if raw:
-                return self.tokenizer.encode_text(prompt)
-            return self.tokenizer.encode_chat([Message(role="user", content=prompt)])
-        return checked_ids(prompt, self.model_config.vocab_size)
+        source = self._parts.source
+        return encoded(prompt, source.tokenizer, source.config.vocab_size, source.directory, raw=raw)
 
     def _check_fits(self, ids: Sequence[int], params: SamplingParams) -> None:
         for kind, token in (("mask", self.mask_token_id), ("eos", self.eos_token_id)):
@@ -361,9 +354,14 @@ class Engine:
         At most `lanes` requests at a time; `turn_blocks`: see `Turns`. Raises `UsageError` when the engine is busy.
         """
         with self._access.call():
-            batch = Batch(self._decoder, lanes, turn_blocks)
             try:
-                yield Session(batch, self._access, self.tokenizer, self.stats, self._conclude)
+                yield Session(
+                    lambda: Batch(self._decoder, lanes, turn_blocks),
+                    self._access,
+                    self.tokenizer,
+                    self.stats,
+                    self._conclude,
+                )
             finally:
                 if self._recorder is not None:
                     self._recorder.end_sequence()

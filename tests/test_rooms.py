@@ -19,7 +19,7 @@ FLOORS: list[tuple[str, ...]] = [
     ("experts",),
     ("decode", "simulate"),
     ("placement",),
-    ("engine", "assembly"),
+    ("engine", "assembly", "batching"),
     ("server", "evaluate", "bench", "doctor", "tune"),
     ("cli",),
 ]

@@ -44,7 +44,8 @@ class Batch:
 
     def enter(self, number: int, request: Request) -> None:
         """Give a free lane to a request. A prompt and at least one answer token must fit a cache in whole blocks."""
-        self._entering.append(self._decoder.lane(self._free.pop(0), number, request))
+        self._entering.append(self._decoder.lane(self._free[0], number, request))
+        self._free.pop(0)
 
     def advance(self) -> Iterator[Told]:
         """Prefill who has entered, then take a denoising step of those whose turn it is; to be consumed whole.
@@ -101,11 +102,10 @@ class Batch:
 
     def _conclude(self, lane: Lane) -> Iterator[Told]:
         """See whether the step that was just taken ends the block or the answer, and tell of it."""
-        state, request, mask = lane.state, lane.request, self._decoder.mask_token_id
+        state, mask = lane.state, self._decoder.mask_token_id
         if state.error is None:
-            state.check_end(mask, self._decoder.eos_token_id, request.stop)
-            if state.finish_reason is None and request.cancelled():
-                state.finish("cancelled", state.decided(mask))
+            self._attempt([lane], self._check_end)
+        if state.error is None:
             yield lane.number, state
             if state.finish_reason is None and state.masked(lane.length, mask):
                 return
@@ -119,8 +119,16 @@ class Batch:
         yield lane.number, state
         lane.uncommitted = True
         state.block += 1
-        state.open_block(request.prompt, lane.length, mask)
+        state.open_block(lane.request.prompt, lane.length, mask)
         self._turns.end_block(lane.index)
+
+    def _check_end(self, lanes: Sequence[Lane]) -> None:
+        """Early stop: an eos or a stop string, or nobody wants more."""
+        (lane,) = lanes
+        state, request, mask = lane.state, lane.request, self._decoder.mask_token_id
+        state.check_end(mask, self._decoder.eos_token_id, request.stop)
+        if state.finish_reason is None and request.cancelled():
+            state.finish("cancelled", state.decided(mask))
 
     def _end(self, lane: Lane) -> Iterator[Told]:
         """The answer is over; its lane is free."""

@@ -90,6 +90,13 @@ class Turns:
             self._waiting.appendleft(lane)
 
     def _fill(self, kind: Hashable, room: int) -> None:
-        """Give free places to who comes next, as long as that is one of the group's kind."""
-        while self._waiting and len(self._had) < room and self._kinds[self._waiting[0]] == kind:
-            self._had[self._waiting.popleft()] = 0
+        """Give free places to who comes next: to a new group all of its kind may come, to one that is under way nobody
+        past a lane of another kind.
+        """
+        new = not self._had
+        for lane in list(self._waiting):
+            if len(self._had) >= room or (self._kinds[lane] != kind and not new):
+                break
+            if self._kinds[lane] == kind:
+                self._waiting.remove(lane)
+                self._had[lane] = 0

@@ -118,7 +118,7 @@ class JsonFormatter(logging.Formatter):
             **getattr(record, "fields", {}),
         }
         if record.exc_info and record.exc_info[1] is not None:
-            error = record.exc_info[1]
+            error = record.exc_info[1].__cause__ or record.exc_info[1]
             line["error"] = type(error).__name__ + (f": {error}" if self._prompts else "")
             frames = traceback.extract_tb(error.__traceback__)
             line["at"] = [f"{frame.filename}:{frame.lineno} {frame.name}" for frame in frames[-12:]]
