@@ -27,6 +27,13 @@ def served(engine: Engine) -> Iterator[Served]:
 
 
 @pytest.fixture(scope="module")
+def spare_engine() -> Iterator[Engine]:
+    """Another one, for servers that a test starts itself: an engine belongs to one server at a time."""
+    with Engine.from_pretrained(batch_size=2, **BUDGET) as engine:
+        yield engine
+
+
+@pytest.fixture(scope="module")
 def endless_engine() -> Iterator[Engine]:
     """The built-in model with one place, whose answers end nowhere: its eos is the mask, which is never an answer."""
     with Engine.from_pretrained(eos_token_id=95, batch_size=1, **BUDGET) as engine:

@@ -119,8 +119,8 @@ def test_a_prompt_of_markers_alone_takes_no_longer_than_its_size(served: Served)
         assert served.chat(marker * (130_000 // len(marker))).status_code == 400
 
 
-def test_a_body_that_is_too_large(engine, served: Served):
-    with serving(engine, max_body=2000) as small:
+def test_a_body_that_is_too_large(spare_engine):
+    with serving(spare_engine, max_body=2000) as small:
         at_once = small.chat("x" * 3000)
         assert at_once.status_code == 413
         assert "larger than 2.00 kB" in error_of(at_once)["message"].replace("KB", "kB")

@@ -14,8 +14,8 @@ KEY = "a-key-of-sufficient-length"
 
 
 @pytest.fixture(scope="module")
-def guarded(engine):
-    with serving(engine, api_key=KEY, allow_origins=("http://localhost:3000",)) as served:
+def guarded(spare_engine):
+    with serving(spare_engine, api_key=KEY, allow_origins=("http://localhost:3000",)) as served:
         yield served
 
 

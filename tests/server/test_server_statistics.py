@@ -118,9 +118,9 @@ def lines_of(written: io.StringIO) -> list[dict[str, object]]:
     return [json.loads(line) for line in written.getvalue().splitlines()]
 
 
-def test_logs_hold_no_prompt_unless_asked(engine, logged):
+def test_logs_hold_no_prompt_unless_asked(spare_engine, logged):
     written = logged(prompts=False)
-    with serving(engine, log_prompts=False) as served:
+    with serving(spare_engine, log_prompts=False) as served:
         served.chat(f"{SECRET} 1 + 1")
         served.chat(f"{SECRET}", stop=[""])
         served.http.post("/v1/completions", json={"prompt": f"{SECRET}"})
@@ -135,16 +135,16 @@ def test_logs_hold_no_prompt_unless_asked(engine, logged):
     assert all(isinstance(first[name], int | float) for name in ("ms", "prompt_tokens", "new_tokens", "steps"))
 
 
-def test_logs_hold_prompts_where_that_is_wanted(engine, logged):
+def test_logs_hold_prompts_where_that_is_wanted(spare_engine, logged):
     written = logged(prompts=True)
-    with serving(engine, log_prompts=True) as served:
+    with serving(spare_engine, log_prompts=True) as served:
         served.chat(f"{SECRET} 1 + 1")
     assert SECRET in written.getvalue()
 
 
-def test_a_failure_is_logged_with_its_place_and_without_its_message(engine, logged, monkeypatch):
+def test_a_failure_is_logged_with_its_place_and_without_its_message(spare_engine, logged, monkeypatch):
     written = logged(prompts=False)
-    with serving(engine) as served:
+    with serving(spare_engine) as served:
         monkeypatch.setattr(served.server.batcher, "submit", lambda *_, **__: [][len(SECRET)])
         response = served.chat(SECRET)
         assert response.status_code == 500
