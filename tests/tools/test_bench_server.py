@@ -33,7 +33,8 @@ def test_every_number_of_clients_asks_the_same(url: str):
         assert level["tokens"] == sum(answer["tokens"] for answer in level["answers"]) > 0
         assert all(0 < answer["first"] <= answer["whole"] < level["seconds"] for answer in level["answers"])
     assert one["tokens"] == three["tokens"], "answers don't depend on who else asks"
-    assert one["denoise_steps"] == three["denoise_steps"] > 0
+    assert one["denoise_steps"] == one["forwards"] == three["denoise_steps"] > 0
+    assert three["forwards"] < one["forwards"], "requests at the same time share forwards"
 
 
 def test_a_server_of_its_own():

@@ -2,6 +2,7 @@
 
 const GAP = 6;
 const LEAST_WIDTH = 2.5;
+const GUTTER = 18; // for the layers' numbers
 
 export class HeatMap {
   constructor(figure) {
@@ -22,10 +23,12 @@ export class HeatMap {
     this.show(layers.map(() => ".".repeat(experts)), layers.map(() => []), "");
   }
 
-  // `held`: per layer a sign per expert; `used`: per layer the experts to show as used.
-  show(held, used, what) {
+  // `held`: per layer a sign per expert; `used`: per layer pairs of a used expert and its share of a full bar;
+  // `usedAlone`: what is in memory is counted, not drawn.
+  show(held, used, what, usedAlone = false) {
     this.held = held;
-    this.used = used.map((layer) => new Set(layer));
+    this.used = used.map((layer) => new Map(layer));
+    this.usedAlone = usedAlone;
     const signs = held.join("");
     const count = (sign) => signs.split(sign).length - 1;
     const usedCount = this.used.reduce((sum, layer) => sum + layer.size, 0);
@@ -40,14 +43,14 @@ export class HeatMap {
   }
 
   draw() {
-    const width = this.figure.clientWidth;
-    if (!width || !this.experts) return;
+    const width = this.figure.clientWidth - GUTTER;
+    if (width <= 0 || !this.experts) return;
     const lines = Math.max(1, Math.ceil((this.experts * LEAST_WIDTH) / width));
     const perLine = Math.ceil(this.experts / lines);
     const rowHeight = this.layers.length * lines <= 8 ? 18 : 8;
     const height = this.layers.length * (lines * (rowHeight + 2) + GAP);
     const scale = devicePixelRatio || 1;
-    this.canvas.width = Math.round(width * scale);
+    this.canvas.width = Math.round((width + GUTTER) * scale);
     this.canvas.height = Math.round(height * scale);
     this.canvas.style.height = `${height}px`;
     const pen = this.canvas.getContext("2d");
@@ -56,17 +59,21 @@ export class HeatMap {
     const colours = Object.fromEntries(["used", "resident", "loading", "absent"].map((name) => [name, style.getPropertyValue(`--${name}`)]));
     const step = width / perLine;
     const wide = Math.max(1, Math.min(step - 0.75, step * 0.8));
-    this.layers.forEach((_layer, row) => {
+    pen.font = `${Math.min(11, rowHeight)}px system-ui, sans-serif`;
+    this.layers.forEach((layer, row) => {
       const top = row * (lines * (rowHeight + 2) + GAP);
+      pen.fillStyle = style.getPropertyValue("--quiet");
+      pen.fillText(layer, 0, top + rowHeight);
       for (let expert = 0; expert < this.experts; expert += 1) {
-        const x = (expert % perLine) * step;
+        const x = GUTTER + (expert % perLine) * step;
         const bottom = top + Math.floor(expert / perLine) * (rowHeight + 2) + rowHeight;
         const state = this.state(row, expert);
         pen.fillStyle = pen.strokeStyle = colours[state];
         if (state === "loading") {
           pen.strokeRect(x + 0.5, bottom - rowHeight + 0.5, Math.max(1, wide - 1), rowHeight - 1);
         } else {
-          const tall = { used: rowHeight, resident: rowHeight / 2, absent: 1.5 }[state];
+          const share = this.used[row]?.get(expert) ?? 1;
+          const tall = { used: Math.max(3, rowHeight * share), resident: rowHeight / 2, absent: 1.5 }[state];
           pen.fillRect(x, bottom - tall, wide, tall);
         }
       }
@@ -75,6 +82,7 @@ export class HeatMap {
 
   state(row, expert) {
     if (this.used[row]?.has(expert)) return "used";
+    if (this.usedAlone) return "absent";
     return { r: "resident", l: "loading" }[this.held[row]?.[expert]] ?? "absent";
   }
 }

@@ -7,7 +7,7 @@ import { Refused, denoise, statistics, useKey } from "./stream.js";
 
 const EXAMPLES = [
   "A box holds 12 pencils. How many pencils are in 7 boxes?",
-  "Maria has 14 apples. She buys 9 more apples and then gives 5 apples to Tom. How many apples does Maria have now?",
+  "Eva is 13 years old. How old will she be in 27 years?",
   "What is 37 + 58?",
 ];
 const PACE = 160; // milliseconds a step is shown for at least: a small model takes two of them
@@ -90,6 +90,7 @@ async function answer() {
   const { signal } = running;
   notice("");
   at("verdict").textContent = "";
+  at("intro").hidden = true;
   at("go").disabled = true;
   at("stop").disabled = false;
   const work = jobs().map(([title, body]) => [new Panel(title), body]);

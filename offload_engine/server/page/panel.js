@@ -31,7 +31,8 @@ export class Panel {
     }
     this.text = "";
     this.decided = 0;
-    this.everUsed = [];
+    this.uses = []; // per layer: how many steps used which expert
+    this.steps = 0;
     this.end = null;
     this.status("waiting");
   }
@@ -45,7 +46,7 @@ export class Panel {
   }
 
   on_begin({ layers, experts, block_length: length }) {
-    this.everUsed = layers.map(() => new Set());
+    this.uses = layers.map(() => new Map());
     this.heat.shape(layers, experts);
     this.cells(Array(length).fill(null), []);
   }
@@ -56,6 +57,7 @@ export class Panel {
     this.status(`block ${data.block + 1}, step ${data.step}: ${masked} masked`);
     this.cells(data.cells, data.accepted);
     this.count(data.counters, this.decided / data.counters.wall_seconds);
+    this.steps += 1;
     this.experts(data.experts, `Block ${data.block + 1}, step ${data.step}`);
   }
 
@@ -63,7 +65,6 @@ export class Panel {
     this.text += data.text;
     this.part("done").textContent = this.text;
     this.part("block").replaceChildren();
-    this.experts(data.experts, `Block ${data.block + 1}`);
   }
 
   on_end(data) {
@@ -71,7 +72,8 @@ export class Panel {
     this.part("done").textContent = data.text;
     this.part("block").replaceChildren();
     this.count(data.counters, data.usage.completion_tokens / data.counters.wall_seconds);
-    this.heat.show(this.heat.held, this.everUsed, "The whole answer");
+    const shares = this.uses.map((layer) => [...layer].map(([expert, times]) => [expert, times / this.steps]));
+    this.heat.show(this.heat.held, shares, "The whole answer; tall bars were used in most of its steps", true);
     const answer = boxed(data.text);
     this.part("boxed").hidden = answer === null;
     this.part("boxed").querySelector("strong").textContent = answer ?? "";
@@ -98,7 +100,7 @@ export class Panel {
       } else if (text === "") {
         cell.classList.add("end");
       } else {
-        cell.textContent = text;
+        cell.textContent = text.replaceAll("\n", "⏎");
         if (sure.has(place)) {
           const share = Math.floor(sure.get(place) * 100);
           cell.classList.add("new");
@@ -114,8 +116,11 @@ export class Panel {
 
   experts(experts, what) {
     if (!experts) return;
-    experts.used.forEach((layer, row) => layer.forEach((expert) => this.everUsed[row].add(expert)));
-    this.heat.show(experts.held, experts.used, what);
+    experts.used.forEach((layer, row) => {
+      const uses = this.uses[row];
+      for (const expert of layer) uses.set(expert, (uses.get(expert) ?? 0) + 1);
+    });
+    this.heat.show(experts.held, experts.used.map((layer) => layer.map((expert) => [expert, 1])), what);
   }
 
   count(counters, tokensPerSecond) {
