@@ -9,9 +9,19 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from offload_engine.asynchronous import AsyncEngine
     from offload_engine.batching import Batcher, Ticket
     from offload_engine.config import EngineConfig
-    from offload_engine.core import Completion, SamplingParams, StepEvent
+    from offload_engine.core import (
+        Completion,
+        ExpertKey,
+        ForwardInfo,
+        Phase,
+        RoutingDecision,
+        SamplingParams,
+        StepEvent,
+    )
+    from offload_engine.decode.scoring import LayerRouting
     from offload_engine.engine import Engine
     from offload_engine.errors import (
         CheckpointError,
@@ -31,12 +41,19 @@ if TYPE_CHECKING:
         TransferError,
         UsageError,
     )
+    from offload_engine.experts.cache import Occupancy
+    from offload_engine.experts.eviction import EvictionPolicy
+    from offload_engine.experts.outlook import Outlook
+    from offload_engine.experts.predictor import ExpertPredictor
     from offload_engine.memory import MemoryPlan
     from offload_engine.metrics import EngineStats
+    from offload_engine.routing.base import RouterShape, RoutingPolicy
+    from offload_engine.text import Message
 
     __version__: str
 
 __all__ = [
+    "AsyncEngine",
     "Batcher",
     "CheckpointError",
     "Completion",
@@ -46,14 +63,26 @@ __all__ = [
     "EngineClosedError",
     "EngineConfig",
     "EngineStats",
+    "EvictionPolicy",
+    "ExpertKey",
+    "ExpertPredictor",
+    "ForwardInfo",
     "HubError",
     "InternalError",
+    "LayerRouting",
     "MemoryBudgetError",
     "MemoryPlan",
+    "Message",
     "ModelError",
+    "Occupancy",
     "OffloadError",
+    "Outlook",
+    "Phase",
     "PromptError",
     "QueueFullError",
+    "RouterShape",
+    "RoutingDecision",
+    "RoutingPolicy",
     "SamplingParams",
     "StepEvent",
     "Ticket",
@@ -66,17 +95,30 @@ __all__ = [
 ]
 
 _HOMES = {
+    "AsyncEngine": "asynchronous",
     "Batcher": "batching",
     "Completion": "core",
     "Engine": "engine",
     "EngineConfig": "config",
     "EngineStats": "metrics",
+    "EvictionPolicy": "experts.eviction",
+    "ExpertKey": "core",
+    "ExpertPredictor": "experts.predictor",
+    "ForwardInfo": "core",
+    "LayerRouting": "decode.scoring",
     "MemoryPlan": "memory",
+    "Message": "text",
+    "Occupancy": "experts.cache",
+    "Outlook": "experts.outlook",
+    "Phase": "core",
+    "RouterShape": "routing.base",
+    "RoutingDecision": "core",
+    "RoutingPolicy": "routing.base",
     "SamplingParams": "core",
     "StepEvent": "core",
     "Ticket": "batching",
 }
-"""The rooms of the public names; errors live in `errors`."""
+"""Where the public names live; errors are in `errors`."""
 
 
 def __getattr__(name: str) -> Any:

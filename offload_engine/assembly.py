@@ -25,6 +25,7 @@ from offload_engine.experts.scheduler import ExpertScheduler
 from offload_engine.experts.store import ExpertStore
 from offload_engine.experts.transfer.base import TransferBackend
 from offload_engine.experts.transfer.cpu import CpuTransfers
+from offload_engine.extending import Custom
 from offload_engine.memory import MemoryPlan, Setup, auto_budget, available_memory, plan_memory
 from offload_engine.memory.footprint import round_up
 from offload_engine.memory.refusal import check_still_there
@@ -37,6 +38,7 @@ from offload_engine.model.quantized import ExpertFormat
 from offload_engine.model.weights import load_resident, unexpected_tensors
 from offload_engine.placement import Gpu, find_gpu, moving
 from offload_engine.routing import RoutingOptions, RoutingPolicy, SituatedCoreset, make_policy
+from offload_engine.routing_notices import routing_notices
 from offload_engine.text import Tokenizer, load_tokenizer
 
 BUILT_IN = Path(__file__).parent / "assets" / "tiny"
@@ -147,7 +149,7 @@ def choose_policy(config: EngineConfig, model: ModelConfig) -> tuple[RoutingPoli
     """The routing asked for, or the checkpoint's own; and what to tell the user about it."""
     name = config.routing or native_routing(model)
     options = routing_options(config, model)
-    return make_policy(name, model.router, options), _routing_notices(config, model, name, options)
+    return make_policy(name, model.router, options), routing_notices(config, model, name, options)
 
 
 def native_routing(model: ModelConfig) -> str:
@@ -170,42 +172,6 @@ def routing_options(config: EngineConfig, model: ModelConfig) -> RoutingOptions:
         residency_bonus=config.residency_bonus,
         hold_steps=config.hold_steps,
     )
-
-
-def _routing_notices(config: EngineConfig, model: ModelConfig, name: str, options: RoutingOptions) -> list[str]:
-    notices = []
-    distilled = model.distilled_top_p is not None
-    if name == "dmoe" and not distilled:
-        notices.append(
-            f"routing dmoe (top-p {options.top_p:g}) on weights that were not distilled for it: "
-            "expect some loss of accuracy"
-        )
-    if name == "block-capacity" and model.expert_capacity is None:
-        notices.append(
-            f"routing block-capacity ({options.expert_capacity} experts) on weights that were not made for it: "
-            "expect some loss of accuracy"
-        )
-    if name == "dmoe" and options.residency_bonus:
-        notices.append(
-            f"residency_bonus is {options.residency_bonus:g}: answers depend on what the expert cache holds, "
-            "and may differ from one run to the next"
-        )
-    if name != "dmoe":
-        notices += [
-            f"{option} is ignored: it is an option of routing dmoe, and routing is {name}"
-            for option in ("residency_bonus", "hold_steps")
-            if getattr(options, option) != getattr(RoutingOptions(), option)
-        ]
-    if config.routing is None and name == "dmoe":
-        notices.append(
-            f"the checkpoint was distilled for dMoE: routing dmoe, top-p {options.top_p:g}, "
-            f"at least {options.min_experts} experts per block"
-        )
-    if config.routing is None and name == "block-capacity":
-        notices.append(
-            f"the checkpoint routes by block: routing block-capacity, {options.expert_capacity} experts per block"
-        )
-    return notices
 
 
 def compute_dtype(config: EngineConfig, model: ModelConfig, stored: torch.dtype, gpu: Gpu | None = None) -> torch.dtype:
@@ -299,14 +265,19 @@ def _held_by_host(plan: MemoryPlan) -> MemoryPlan:
     return plan
 
 
-def assemble(config: EngineConfig, stats: EngineStats, progress: Progress | None = None) -> Parts:
+def assemble(
+    config: EngineConfig, stats: EngineStats, progress: Progress | None = None, custom: Custom | None = None
+) -> Parts:
     """Find, plan, load. Nothing is allocated before the plan stands; nothing stays open if a step fails."""
     gpu = find_gpu(config)
     if gpu is None:
         reset_peak()  # what was before this engine, such as a larger one closed by now, is no business of its plan
     source = find_source(config)
     model_config = source.config
-    policy, notices = choose_policy(config, model_config)
+    custom = custom or Custom()
+    own = custom.make_routing(model_config.router)
+    policy, notices = choose_policy(config, model_config) if own is None else (own, list[str]())
+    notices += custom.notices
     if gpu is None and isinstance(config.host_mem, int):
         notices.append("host_mem is ignored: on the CPU there is no host tier, gpu_mem is RAM already")
     ends = model_config.eos_token_id
@@ -340,7 +311,7 @@ def assemble(config: EngineConfig, stats: EngineStats, progress: Progress | None
         remembered = recall(source.directory, store.keys()) if keeps_hot_set(config) else None
         if remembered is not None and remembered.notice:
             notices.append(remembered.notice)
-        experts, slower = _executor(config, store, plan, stats, remembered.hot if remembered else None, gpu)
+        experts, slower = _executor(config, custom, store, plan, stats, remembered.hot if remembered else None, gpu)
         notices += slower
         undo.callback(experts.close)  # before the store: its threads read from there
         if isinstance(policy, SituatedCoreset):
@@ -362,7 +333,13 @@ def keep_hot_set(config: EngineConfig, parts: Parts) -> None:
 
 
 def _executor(
-    config: EngineConfig, store: ExpertStore, plan: MemoryPlan, stats: EngineStats, hot: HotSet | None, gpu: Gpu | None
+    config: EngineConfig,
+    custom: Custom,
+    store: ExpertStore,
+    plan: MemoryPlan,
+    stats: EngineStats,
+    hot: HotSet | None,
+    gpu: Gpu | None,
 ) -> tuple[OffloadedExperts, tuple[str, ...]]:
     """The executor, and what the user should know of how it moves experts."""
     check_still_there(plan, available_memory() if gpu is None else gpu.free())
@@ -378,13 +355,13 @@ def _executor(
             arena, transfers, notices = moving(gpu, config, store, plan)
             undo.callback(arena.close)
         undo.callback(transfers.close)
-        cache = ExpertCache(plan.slots, make_eviction(config.eviction))
+        cache = ExpertCache(plan.slots, custom.make_eviction(lambda: make_eviction(config.eviction)))
         experts = OffloadedExperts(
             store=store,
             arena=arena,
             transfers=transfers,
             scheduler=ExpertScheduler(cache, config.transfers_in_flight),
-            predictor=make_predictor(config.predictor),
+            predictor=custom.make_predictor(lambda: make_predictor(config.predictor)),
             stats=stats,
             prefetch_depth=config.prefetch_depth,
             hot=hot,

@@ -12,8 +12,7 @@ from itertools import count
 from types import TracebackType
 from typing import Self
 
-from offload_engine.assembly import choose_policy
-from offload_engine.config import EngineConfig
+from offload_engine.adjusting import changed, reroute
 from offload_engine.core import Completion, SamplingParams, StepEvent
 from offload_engine.decode.prompts import Prompt
 from offload_engine.decode.session import Outcome
@@ -21,7 +20,7 @@ from offload_engine.decode.ticket import Ticket
 from offload_engine.engine import Engine
 from offload_engine.errors import EngineClosedError, InternalError, OffloadError, QueueFullError, UsageError
 from offload_engine.metrics import EngineStats
-from offload_engine.routing import RoutingPolicy, SituatedCoreset
+from offload_engine.routing import RoutingPolicy
 
 __all__ = ["Batcher", "Ticket"]
 
@@ -76,7 +75,7 @@ class Batcher:
         self._seconds: deque[float] = deque(maxlen=RECENT_ANSWERS)
         """What the latest answers took."""
         self._owning = ExitStack()
-        self._session = self._owning.enter_context(engine.session(turn_blocks=TURN_BLOCKS))
+        self._session = self._owning.enter_context(engine.session(turn_blocks=TURN_BLOCKS, reuse=True))
         self._thread = threading.Thread(target=self._work, name="batcher", daemon=True)
         try:
             self._thread.start()
@@ -270,22 +269,10 @@ class Batcher:
 
 
 def _policy_of(engine: Engine, routing: str | None, top_p: float | None) -> RoutingPolicy:
-    """The engine's policy with these options of its own. Raises `ConfigError`."""
+    """The engine's policy with these options of its own. Raises `ConfigError`, `UsageError`: see `reroute`."""
     if routing is None and top_p is None:
         return engine.policy
-    asked = {"routing": routing, "top_p": top_p}
-    changes = {name: value for name, value in asked.items() if value is not None}
-    config = EngineConfig(**engine.config.model_dump(exclude_unset=True) | changes)
-    if config.routing == "top-k" and engine.routing_name != "top-k":
-        most = engine.model_config.num_experts_per_tok
-        if config.top_k_experts > most:
-            raise UsageError(
-                f"routing is 'top-k' with top_k_experts {config.top_k_experts}, but the memory plan allows for {most} "
-                "experts per token; make the engine with routing='top-k'"
-            )
-    policy, _notices = choose_policy(config, engine.model_config)
-    if isinstance(policy, SituatedCoreset):
-        policy = replace(policy, residents=engine._parts.experts.residents)
+    policy, _notices = reroute(changed(engine.config, routing=routing, top_p=top_p), engine._parts)
     return policy
 
 

@@ -171,6 +171,11 @@ class EngineConfig(BaseModel):
     """Prompts answered together; each has a KV cache of its own in the memory plan."""
     lanes_together: Annotated[int, Field(ge=1, le=4096)] | Literal["auto"] = "auto"
     """Of these, how many share forwards; auto: as many as the expert cache serves, by what their blocks used lately."""
+    prefix_reuse: Literal["auto", "on", "off"] = "auto"
+    """Whether a prompt begins with the keys and values that an earlier one left of the blocks that it shares with it;
+    auto: where requests go through a `Batcher`, but not in `generate` and `stream`, whose answers then do not depend,
+    not even in the last bit, on what was asked before.
+    """
     fused_commit: bool = True
     """A finished block is committed in the first denoising step of the next one, which saves a forward per block."""
     threads: Annotated[int, Field(ge=1, le=1024)] | None = None
@@ -209,7 +214,9 @@ class EngineConfig(BaseModel):
         word = value.strip().lower() if isinstance(value, str) else value
         return int(word) if isinstance(word, str) and word.isdecimal() else word
 
-    @field_validator("device", "dtype", "routing", "eviction", "predictor", "hot_set", "verify", mode="before")
+    @field_validator(
+        "device", "dtype", "routing", "eviction", "predictor", "hot_set", "prefix_reuse", "verify", mode="before"
+    )
     @classmethod
     def _spelling(cls, value: Any) -> Any:
         """Case and underscores don't matter: Top_K and topk are top-k."""

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self, cast, overload
+from typing import Any, Self, Unpack, cast, overload
 
 import torch
 from torch import Tensor
 
+from offload_engine.adjusting import changed, reroute, resize
 from offload_engine.assembly import Parts, Progress, assemble, keep_hot_set
 from offload_engine.config import EngineConfig
 from offload_engine.core import Completion, ForwardInfo, Phase, RoutingDecision, SamplingParams, StepEvent
@@ -25,28 +28,29 @@ from offload_engine.decode.scoring import LayerRouting, check_room, score
 from offload_engine.decode.session import Session
 from offload_engine.decode.state import DecodingState, never
 from offload_engine.decode.threads import compute_threads
+from offload_engine.dropping import dropped
+from offload_engine.engine_facts import EngineFacts
+from offload_engine.engine_options import EngineOptions
 from offload_engine.errors import TokenizerError, UsageError
 from offload_engine.experts.activity import ExpertActivity
-from offload_engine.experts.cache import Occupancy
 from offload_engine.experts.observe import ObservedExperts, TraceRecorder
+from offload_engine.extending import Custom
 from offload_engine.memory import MemoryPlan, score_bytes
 from offload_engine.memory.refusal import refusals
 from offload_engine.metrics import EngineStats, measure_peak
-from offload_engine.model.config import ModelConfig
 from offload_engine.model.moe import ExpertExecutor
-from offload_engine.routing.base import RoutingPolicy
-from offload_engine.text import Tokenizer
-from offload_engine.trace import TraceHeader
+from offload_engine.text import Message
 
 NO_TOKEN = -1
 """Stands for a special token that is unknown; nothing is generated then."""
 
 
-class Engine:
+class Engine(EngineFacts):
     """One loaded model. Not for concurrent use: a call while another runs is refused, never interleaved.
 
-    Made by `from_pretrained`; release its memory and threads with `close()` or a `with` block. Several engines may live
-    in one process; on a CPU each plan counts what the process holds already, and the peak measured is the process's.
+    Made by `from_pretrained`; release its memory and threads with `close()` or a `with` block. One that is dropped
+    without is freed all the same, later, with a `ResourceWarning`. Several engines may live in one process; on a CPU
+    each plan counts what the process holds already, and the peak measured is the process's.
     """
 
     def __init__(self, config: EngineConfig, parts: Parts, stats: EngineStats) -> None:
@@ -55,12 +59,15 @@ class Engine:
         """Counted since the engine was made; each `Completion` carries its own share."""
         self.notices = parts.notices
         """What the user should know: the routing chosen, warnings of the plan."""
+        self.on_prefill: Callable[[int, int], None] | None = None
+        """Told during each prefill, by the thread that runs it, how many of its tokens are done, and how many there
+        are: a long prompt takes a while, and nothing else is told meanwhile."""
         self._parts = parts
         self._recorder: TraceRecorder | None = None
         self._access = Access()
         self.activity = ExpertActivity(parts.experts, parts.source.config.num_experts)
         """Where experts are and which are used, for whoever watches."""
-        self._observed = ObservedExperts(parts.experts, [self._count_unique, self.activity])
+        self._observed = ObservedExperts(parts.experts, [self._count_unique, self._tell_prefill, self.activity])
         source, plan = parts.source, parts.plan
         self._decoder = BlockDiffusionDecoder(
             model=parts.model,
@@ -81,6 +88,8 @@ class Engine:
         )
         stats.planned_peak_bytes, stats.limit_bytes = plan.total, plan.budget
         stats.slots, stats.slots_per_layer = plan.slots, plan.slots_per_layer
+        self._dropped = weakref.finalize(self, dropped, source.name, parts, self._decoder.caches)
+        self._dropped.atexit = False  # the process gives everything back by itself
         parts.experts.warm_up()  # last, so that it takes nothing from what the engine still needs
 
     @classmethod
@@ -90,81 +99,34 @@ class Engine:
         *,
         config: EngineConfig | Path | str | None = None,
         progress: Progress | None = None,
-        **overrides: Any,
+        **overrides: Unpack[EngineOptions],
     ) -> Engine:
         """Load a checkpoint directory, a hub id, or (None) the built-in model.
 
-        `config` is an `EngineConfig` or a TOML file; `overrides` are fields of `EngineConfig` and win over it.
-        Raises `ConfigError`, `ModelError`s, or `MemoryBudgetError` before anything large is allocated.
+        `config` is an `EngineConfig` or a TOML file; `overrides` are fields of `EngineConfig` and win over it. Where
+        they name a policy, `eviction`, `predictor` and `routing` also take one of your own (`extending`). `progress` is
+        told of the download and of the weights. Raises `ConfigError`, `ModelError`s, or `MemoryBudgetError` before
+        anything large is allocated.
         """
         given: dict[str, Any] = {"model": model, **overrides}
+        custom = Custom.taken_from(given)
         if isinstance(config, EngineConfig):
-            changes = {key: one for key, one in given.items() if one is not None}
-            settings = EngineConfig(**config.model_dump(exclude_unset=True) | changes)
+            settings = changed(config, **given)
         else:
             settings = EngineConfig.build(Path(config) if config is not None else None, **given)
         stats = EngineStats()
         with refusals("the model was loaded"):
-            parts = assemble(settings, stats, progress)
+            parts = assemble(settings, stats, progress, custom)
             try:
                 return cls(settings, parts, stats)
             except BaseException:
                 parts.close()
                 raise
 
-    @property
-    def plan(self) -> MemoryPlan:
-        """How the budget is divided."""
-        return self._parts.plan
-
-    @property
-    def model_config(self) -> ModelConfig:
-        """The model's architecture."""
-        return self._parts.source.config
-
-    @property
-    def tokenizer(self) -> Tokenizer | None:
-        """None where the checkpoint has none: it then serves token ids only."""
-        return self._parts.source.tokenizer
-
-    @property
-    def mask_token_id(self) -> int | None:
-        """The id of a position still undecided; None where it is unknown."""
-        return self._parts.source.mask_token_id
-
-    @property
-    def eos_token_id(self) -> int | None:
-        """The id that ends an answer; None where it is unknown."""
-        return self._parts.source.eos_token_id
-
-    @property
-    def routing_name(self) -> str:
-        """The routing policy in force."""
-        return self._parts.policy.name
-
-    @property
-    def policy(self) -> RoutingPolicy:
-        """The routing policy in force, with its parameters."""
-        return self._parts.policy
-
-    @property
-    def directory(self) -> Path:
-        """Where the checkpoint lies."""
-        return self._parts.source.directory
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """What is computed in."""
-        return self._parts.dtype
-
-    def occupancy(self) -> Occupancy:
-        """How many expert slots are free, loading and resident just now. May be called from any thread."""
-        return self._parts.experts.occupancy()
-
     @overload
     def generate(
         self,
-        prompt: str | list[int],
+        prompt: str | list[int] | list[Message],
         params: SamplingParams | None = ...,
         *,
         raw: bool = ...,
@@ -173,7 +135,7 @@ class Engine:
     @overload
     def generate(
         self,
-        prompt: list[str] | list[list[int]],
+        prompt: list[str] | list[list[int]] | list[list[Message]],
         params: SamplingParams | None = ...,
         *,
         raw: bool = ...,
@@ -182,13 +144,13 @@ class Engine:
 
     def generate(
         self,
-        prompt: str | list[int] | list[str] | list[list[int]],
+        prompt: str | list[int] | list[Message] | list[str] | list[list[int]] | list[list[Message]],
         params: SamplingParams | None = None,
         *,
         raw: bool = False,
         batch_size: int | None = None,
     ) -> Completion | list[Completion]:
-        """Answer one prompt (a string or a list of token ids), or several (a list of either), in order.
+        """Answer one prompt (a string, a list of token ids or of messages), or several (a list of such), in order.
 
         A string goes through the chat template unless `raw`. Several are answered `batch_size` at a time (None: as many
         as the engine was made for). Raises `PromptError`, and `UsageError` when the engine is busy.
@@ -261,22 +223,49 @@ class Engine:
             self._score(token_ids, block_length, ObservedExperts(self._parts.experts, [keep]))
         return [LayerRouting(experts.clone(), weights.clone()) for experts, weights in decisions]
 
+    def resize(self, *, gpu_mem: int | str | None = None, expert_mem: int | str | None = None) -> MemoryPlan:
+        """Change how much memory the expert cache has, between answers: shrinking evicts and gives the memory back to
+        the system, growing takes more; experts that fit stay. Returns the new plan.
+
+        The budgets are those of `EngineConfig`; None leaves one as it is, "none" lifts `expert_mem`. All other parts of
+        the plan stay. Raises `MemoryBudgetError`, with nothing changed, for what the budget or the system doesn't hold;
+        `UsageError` while the engine is busy, where nothing is asked for, or while an exception that is kept holds
+        memory of a slot; `DeviceError` on a GPU.
+        """
+        if gpu_mem is None and expert_mem is None:
+            raise UsageError("resize needs a new size; pass gpu_mem, expert_mem or both")
+        with self._access.call(), self._access.work():
+            config = changed(self.config, gpu_mem=gpu_mem, expert_mem=expert_mem)
+            self._parts = resize(config, self._parts, self.stats)
+            self.config = config
+        return self.plan
+
+    def set_routing(
+        self, routing: str, *, top_p: float | None = None, min_experts: int | None = None
+    ) -> tuple[str, ...]:
+        """Route by another policy from the next answer on; None leaves an option as it is. Returns what the user should
+        know of it. Raises `ConfigError`, and `UsageError` while the engine is busy or a trace is being recorded.
+        """
+        with self._access.call():
+            if self._recorder is not None:
+                raise UsageError(
+                    "routing can't change while a trace is recorded, which is of one policy; close_trace()"
+                )
+            config = changed(self.config, routing=routing, top_p=top_p, min_experts=min_experts)
+            policy, notices = reroute(config, self._parts)
+            self._parts, self.config = replace(self._parts, policy=policy), config
+            self._decoder.policy = policy
+            for cache in self._decoder.caches:  # its keys and values were computed under the other policy
+                cache.reset()
+        return tuple(notices)
+
     def record_trace(self, path: Path | str, block_length: int = 32) -> None:
         """From now on append every routing decision of generated blocks to `path`.
 
         Raises `TraceError` when `path` can't be a trace of this run. When the disk is or becomes full, answers go on
         without their trace, and `close_trace` says so.
         """
-        source, policy = self._parts.source, self._parts.policy
-        header = TraceHeader(
-            layers=tuple(source.config.moe_layers),
-            num_experts=source.config.num_experts,
-            top_k=source.config.num_experts_per_tok,
-            expert_bytes=self._parts.store.payload_bytes(next(iter(self._parts.store.keys()))),
-            routing=policy.name,
-            block_length=block_length,
-            model=source.name,
-        )
+        header = self._trace_header(block_length)
         self.close_trace()
         self._recorder = TraceRecorder(Path(path), header)
         self._observed.watchers.append(self._recorder)
@@ -296,6 +285,7 @@ class Engine:
         """
         if not self._access.close():
             return
+        self._dropped.detach()
         try:
             self._parts.experts.close()
             self._access.wait()
@@ -314,8 +304,7 @@ class Engine:
         self.close()
 
     def _encode(self, prompt: Prompt, raw: bool) -> list[int]:
-        source = self._parts.source
-        return encoded(prompt, source.tokenizer, source.config.vocab_size, source.directory, raw=raw)
+        return encoded(prompt, self.tokenizer, self.model_config.vocab_size, raw=raw)
 
     def _check_fits(self, ids: Sequence[int], params: SamplingParams) -> None:
         for kind, token in (("mask", self.mask_token_id), ("eos", self.eos_token_id)):
@@ -348,15 +337,19 @@ class Engine:
                     yield number, outcome
 
     @contextmanager
-    def session(self, lanes: int | None = None, turn_blocks: int | None = None) -> Iterator[Session]:
+    def session(
+        self, lanes: int | None = None, turn_blocks: int | None = None, reuse: bool = False
+    ) -> Iterator[Session]:
         """The engine to oneself, to enter requests and take steps by hand; `generate` and `Batcher` are made of it.
 
-        At most `lanes` requests at a time; `turn_blocks`: see `Turns`. Raises `UsageError` when the engine is busy.
+        At most `lanes` requests at a time; `turn_blocks`: see `Turns`; `reuse`: see `Batch`, but the config's
+        `prefix_reuse` goes first. Raises `UsageError` when the engine is busy.
         """
         with self._access.call():
+            reuse = {"on": True, "off": False}.get(self.config.prefix_reuse, reuse)
             try:
                 yield Session(
-                    lambda: Batch(self._decoder, lanes, turn_blocks),
+                    lambda: Batch(self._decoder, lanes, turn_blocks, reuse),
                     self._access,
                     self.tokenizer,
                     self.stats,
@@ -384,6 +377,11 @@ class Engine:
             self.stats.count_unique(layer, len(distinct))
             if self._decoder.grouping is not None:
                 self._decoder.grouping.saw(info.blocks[0].lane, layer, distinct)
+
+    def _tell_prefill(self, info: ForwardInfo, layer: int, _decision: RoutingDecision) -> None:
+        if self.on_prefill is not None and info.phase is Phase.PREFILL:
+            tokens = sum(one.tokens for one in info.blocks)
+            self.on_prefill(tokens * layer // self.model_config.num_hidden_layers, tokens)
 
     def _score(self, token_ids: Sequence[int], block_length: int, experts: ExpertExecutor) -> Tensor:
         """Hidden states [T, H] of one block-causal forward over `token_ids`."""

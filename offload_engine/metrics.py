@@ -30,6 +30,8 @@ class EngineStats:
 
     prompts: int = 0
     prompt_tokens: int = 0
+    prompt_tokens_reused: int = 0
+    """Of these, the ones whose keys and values an earlier request left: nothing was computed for them."""
     new_tokens: int = 0
     """Answer tokens, the eos included."""
     blocks: int = 0

@@ -217,10 +217,14 @@ def test_kinds_take_turns_by_block_and_equal_policies_are_one_kind(batcher: Batc
     def note(name: str) -> Callable[[StepEvent], None]:
         return lambda event: order.append(name) if event.kind == "step" else None
 
-    held = threading.Event()
-    first = batcher.submit(
-        [7], SamplingParams(max_new_tokens=1, steps=1), on_event=lambda _event: held.wait(60) and None
-    )
+    begun, held = threading.Event(), threading.Event()
+
+    def hold(_event: StepEvent) -> None:
+        begun.set()
+        held.wait(60)
+
+    first = batcher.submit([7], SamplingParams(max_new_tokens=1, steps=1), on_event=hold)
+    assert begun.wait(60)
     kinds = {"a": {"routing": "dmoe"}, "b": {"routing": "original"}, "c": {"routing": "dmoe", "top_p": 0.6}}
     tickets = [batcher.submit([1] * 32, params, on_event=note(name), **one) for name, one in kinds.items()]
     held.set()

@@ -26,6 +26,7 @@ from offload_engine.errors import (
     TokenizerError,
     UsageError,
 )
+from offload_engine.text import Message
 from offload_engine.trace import read_trace
 from tests.checkpoints import GOLDEN, needs_golden, random_tensors, tiny_config, write_checkpoint, write_tensors
 
@@ -66,6 +67,7 @@ def talker(talking: Path) -> Iterator[Engine]:
 
 
 SHORT = SamplingParams(max_new_tokens=40, threshold=0.2)
+USER = Message(role="user", content="And now?")
 
 
 @pytest.mark.parametrize("routing", ["original", "top-k", "dmoe"])
@@ -348,6 +350,20 @@ def test_stop_strings_cut_text_and_ids(talker: Engine) -> None:
     assert done.token_ids == whole.token_ids[: len(done.token_ids)]
     events = talker.stream("How many?", SamplingParams(max_new_tokens=40, threshold=0.2, stop=(stop,)))
     assert "".join(event.text for event in events) == whole.text[:cut]
+
+
+def test_a_conversation_is_a_prompt(talker: Engine) -> None:
+    turns = [Message(role="user", content="How many?"), Message(role="assistant", content="4"), USER]
+    assert talker.tokenizer is not None
+    ids = talker.tokenizer.encode_chat(turns)
+    wanted = talker.generate(ids, SHORT).token_ids
+    assert talker.generate(turns, SHORT).token_ids == wanted
+    assert talker.generate([USER], SHORT).token_ids == talker.generate("And now?", SHORT).token_ids
+    assert [one.token_ids for one in talker.generate([turns, turns], SHORT)] == [wanted, wanted]
+    with pytest.raises(UsageError, match="raw leaves the chat template out"):
+        talker.generate(turns, SHORT, raw=True)
+    with pytest.raises(PromptError, match="role is 'nobody'"):
+        talker.generate([Message(role="nobody", content="")], SHORT)
 
 
 def test_special_tokens_typed_in_a_prompt_stay_text(talker: Engine) -> None:

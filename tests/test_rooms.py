@@ -19,7 +19,18 @@ FLOORS: list[tuple[str, ...]] = [
     ("experts",),
     ("decode", "simulate"),
     ("placement",),
-    ("engine", "assembly", "batching"),
+    (
+        "engine",
+        "adjusting",
+        "assembly",
+        "asynchronous",
+        "batching",
+        "dropping",
+        "engine_facts",
+        "engine_options",
+        "extending",
+        "routing_notices",
+    ),
     ("server", "evaluate", "bench", "doctor", "tune"),
     ("cli",),
 ]
@@ -28,7 +39,7 @@ TORCH_FREE = ["core", "errors", "metrics", "trace", "config", "memory", "simulat
     f"experts.{name}"
     for name in ("cache", "eviction", "hot_set", "next_use", "outlook", "predictor", "prefetch", "ranking", "scheduler")
 ]
-TORCH_FREE += ["decode.grouping", "decode.turns"]
+TORCH_FREE += ["decode.grouping", "decode.reuse", "decode.turns"]
 SIMULATED = {"core", "metrics", "trace", "errors"}
 SIMULATED_EXPERTS = ("cache", "eviction", "next_use", "outlook", "predictor", "prefetch", "ranking", "scheduler")
 

@@ -1,8 +1,8 @@
 """Times one expert on the CPU: torch's F.linear in bf16 beside our kernel on bf16, int8 and int4 weights, in one run;
-and a layer's routing decision, torch beside our kernel.
+linear layers, F.linear beside our kernel; and a layer's routing decision, torch beside our kernel.
 
-`python -m tools.bench_kernels`. Experts lie in arenas of more than `--megabytes` and are used in turn, so that their
-weights come from DRAM; contenders alternate expert by expert, and medians are told. Decisions are timed with warm
+`python -m tools.bench_kernels`. Weights lie in arenas of more than `--megabytes` and are used in turn, so that their
+weights come from DRAM; contenders alternate product by product, and medians are told. Decisions are timed with warm
 caches, and with caches that 128 MB of other data has just gone through: in a run it is between the two.
 """
 
@@ -117,6 +117,46 @@ def measure(tokens: int, stores: dict[str, list[Expert]], rounds: int) -> dict[s
     return {name: statistics.median(spent[5:]) for name, spent in times.items()}
 
 
+def measure_linear(outputs: int, columns: int, tokens: int, megabytes: int, rounds: int) -> dict[str, float]:
+    """Median seconds per layer of `outputs` x `columns` and contender; each has weights of its own."""
+    count = max(1, megabytes * 10**6 // (2 * outputs * columns))
+    one = (torch.randn(outputs, columns) * columns**-0.5).bfloat16()
+    calls: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"F.linear": F.linear, "kernel": kernels.linear}
+    arenas = {name: Arena(count * one.nbytes + 64 * count, huge=False) for name in calls}
+    weights = {name: [arena.put(one) for _ in range(count)] for name, arena in arenas.items()}
+    x = torch.randn(tokens, columns).bfloat16()
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    with torch.inference_mode():
+        for turn in range(rounds + 2):
+            for name, call in calls.items():
+                began = time.perf_counter()
+                call(x, weights[name][turn % count])
+                times[name].append(time.perf_counter() - began)
+    return {name: statistics.median(spent[2:]) for name, spent in times.items()}
+
+
+def tell_linear(
+    threads: int, layers: list[tuple[int, int]], tokens: list[int], megabytes: int, rounds: int
+) -> list[dict[str, float | str]]:
+    """Print and return what `measure_linear` finds; a layer as large as all weights together is timed less often."""
+    rows: list[dict[str, float | str]] = []
+    for outputs, columns in layers:
+        size = 2 * outputs * columns
+        for number in tokens:
+            turns = rounds if size < megabytes * 10**6 else max(5, rounds // 10)
+            medians = measure_linear(outputs, columns, number, megabytes, turns)
+            cells = []
+            for name, seconds in medians.items():
+                what = f"linear {outputs}x{columns}, {name}"
+                rates = {"GB/s": size / seconds / 1e9, "GFLOP/s": number * size / seconds / 1e9}
+                rows.append({"threads": threads, "tokens": number, "what": what, "seconds": seconds, **rates})
+                told = f"{seconds * 1e3:.3f} ms ({rates['GB/s']:.1f} GB/s, {rates['GFLOP/s']:.0f} GFLOP/s)"
+                cells.append(f"{name} {told}")
+            ratio = medians["F.linear"] / medians["kernel"]
+            click.echo(f"linear {outputs}x{columns}, {number:3d} tokens: " + "   ".join(cells) + f" {ratio:.2f}x")
+    return rows
+
+
 def measure_selection(routing: str, rounds: int, flush: Tensor | None) -> dict[str, float]:
     """Median seconds from a layer's logits, of LLaDA2.0-mini's shape and one block, to its decision and the order of
     its experts; `flush` is read before each.
@@ -160,6 +200,12 @@ def tell_selection(threads: int, rounds: int) -> list[dict[str, float | str]]:
 @click.option("--rounds", default=120, show_default=True, help="Experts per contender and number of tokens.")
 @click.option("--megabytes", default=300, show_default=True, help="Weights to go round, per contender.")
 @click.option("--huge/--small", default=False, show_default=True, help="Ask for huge pages.")
+@click.option(
+    "--layers",
+    default="3072x2048,2048x2048,157184x2048",
+    show_default=True,
+    help="Linear layers, outputs x inputs: LLaDA2.0-mini's projections and head.",
+)
 @click.option("--json", "output", type=click.Path(path_type=Path), help="Write the figures here as well.")
 def main(
     hidden: int,
@@ -170,6 +216,7 @@ def main(
     rounds: int,
     megabytes: int,
     huge: bool,
+    layers: str,
     output: Path | None,
 ) -> None:
     """Measure and print."""
@@ -178,11 +225,15 @@ def main(
     stores["F.linear"] = experts("bf16", hidden, inner, group, megabytes, huge)
     status = kernels.status()
     click.echo(f"kernel: {status.variant} ({status.reason}); torch {torch.__version__}; {platform.machine()}")
+    numbers = [int(part) for part in tokens.split(",")]
+    shapes = [
+        (int(outputs), int(columns)) for outputs, columns in (part.split("x") for part in layers.split(",") if part)
+    ]
     rows: list[dict[str, float | str]] = []
     for count in (int(part) for part in threads.split(",")):
         torch.set_num_threads(count)
         click.echo(f"\n{count} thread(s), DRAM read {dram_rate():.1f} GB/s; ms per expert (GB/s of weights) x F.linear")
-        for number in (int(part) for part in tokens.split(",")):
+        for number in numbers:
             medians = measure(number, stores, rounds)
             cells = []
             for name, seconds in medians.items():
@@ -191,6 +242,7 @@ def main(
                 rows.append({"threads": count, "tokens": number, "what": name, "seconds": seconds, "GB/s": rate})
                 cells.append(f"{name} {seconds * 1e3:.3f} ({rate:4.1f}) {ratio:.2f}x")
             click.echo(f"{number:4d} tokens  " + "   ".join(cells))
+        rows += tell_linear(count, shapes, numbers, megabytes, rounds)
         rows += tell_selection(count, rounds)
     if output is not None:
         output.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")

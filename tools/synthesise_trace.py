@@ -28,7 +28,7 @@ if __package__ in (None, ""):  # run as a script: the repository's root is not o
 
 from offload_engine.core import ForwardInfo, Phase
 from offload_engine.errors import OffloadError
-from offload_engine.experts.ranked import outlook_of, ranked_experts
+from offload_engine.experts.ranked import standing
 from offload_engine.routing import RouterShape, RoutingPolicy, make_policy
 from offload_engine.trace import TraceHeader, TraceWriter
 
@@ -101,10 +101,9 @@ def synthesise(writer: TraceWriter, policy: RoutingPolicy, logits: Logits, *, bl
             by_layer = logits.forward(decided)
             for layer, rows in zip(writer.header.layers, by_layer, strict=True):
                 decision, info = policy(rows, None, block_ids), ForwardInfo(phase, block, step)
-                ranked = ranked_experts(decision)
-                scores = [float(f"{score:.3g}") for score in ranked.scores]
-                runners_up = outlook_of(ranked.experts, decision.block_scores, info).runners_up
-                writer.record(info, layer, ranked.experts, scores, runners_up)
+                (experts, sums), _learned, outlook = standing(decision, info)
+                scores = [float(f"{score:.3g}") for score in sums]
+                writer.record(info, layer, experts, scores, outlook.runners_up)
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"], "show_default": True})

@@ -49,6 +49,7 @@ ENGINE_HELP: Final = {
     "prefill_chunk": "Prompt tokens that attend together in a prefill.",
     "batch_size": "Prompts answered together; each takes a KV cache.",
     "lanes_together": "Of these, how many share forwards.",
+    "prefix_reuse": "Begin with what an earlier prompt left of the same first blocks; auto: when serving.",
     "fused_commit": "Commit a finished block in the next block's first step.",
     "threads": "Compute threads.  [default: torch's choice; 1 for small models]",
     "mask_token_id": "Id of an undecided position.  [default: the checkpoint's]",

@@ -22,11 +22,18 @@ class Batch:
     """
 
     def __init__(
-        self, decoder: BlockDiffusionDecoder, lanes: int | None = None, turn_blocks: int | None = None
+        self,
+        decoder: BlockDiffusionDecoder,
+        lanes: int | None = None,
+        turn_blocks: int | None = None,
+        reuse: bool = False,
     ) -> None:
-        """At most `lanes` requests at a time, None: as many as there are caches; `turn_blocks`: see `Turns`."""
+        """At most `lanes` requests at a time, None: as many as there are caches. `turn_blocks`: see `Turns`. `reuse`:
+        begin with the keys and values that earlier requests left of what a prompt begins with.
+        """
         self._decoder = decoder
-        self._free = list(range(len(decoder.caches) if lanes is None else min(lanes, len(decoder.caches))))
+        self._most = len(decoder.caches) if lanes is None else min(lanes, len(decoder.caches))
+        self._reuse = reuse
         self._entering: list[Lane] = []
         self._active: dict[int, Lane] = {}
         """By index."""
@@ -35,7 +42,7 @@ class Batch:
     @property
     def has_room(self) -> bool:
         """Whether a lane is free."""
-        return bool(self._free)
+        return len(self._entering) + len(self._active) < self._most
 
     @property
     def empty(self) -> bool:
@@ -44,8 +51,9 @@ class Batch:
 
     def enter(self, number: int, request: Request) -> None:
         """Give a free lane to a request. A prompt and at least one answer token must fit a cache in whole blocks."""
-        self._entering.append(self._decoder.lane(self._free[0], number, request))
-        self._free.pop(0)
+        taken = {lane.index for lane in self._entering} | set(self._active)
+        free = [index for index in self._decoder.order if index not in taken]
+        self._entering.append(self._decoder.lane(free, number, request, self._reuse))
 
     def advance(self) -> Iterator[Told]:
         """Prefill who has entered, then take a denoising step of those whose turn it is; to be consumed whole.
@@ -77,7 +85,7 @@ class Batch:
         for lane in entering:
             by_kind.setdefault(lane.kind, []).append(lane)
         for lanes in by_kind.values():
-            yield from packed(lanes, lambda lane: len(lane.state.ids), self._decoder.caches[0].context)
+            yield from packed(lanes, lambda lane: len(lane.missing), self._decoder.caches[0].context)
 
     def _attempt(self, lanes: Sequence[Lane], work: Callable[[Sequence[Lane]], None]) -> None:
         """Do `work` for all `lanes`; if that fails, one at a time. Who fails alone has its error."""
@@ -134,7 +142,10 @@ class Batch:
         """The answer is over; its lane is free."""
         if self._active.pop(lane.index, None) is not None:
             self._turns.leave(lane.index)
-        self._free.append(lane.index)
+        if lane.state.error is not None:
+            lane.cache.reset()  # who knows what is in there
+        order = self._decoder.order
+        order.append(order.pop(order.index(lane.index)))
         yield lane.number, lane.state
 
 

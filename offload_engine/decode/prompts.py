@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import cast
 
 from offload_engine.core import SamplingParams
@@ -13,12 +12,31 @@ from offload_engine.memory import MemoryPlan
 from offload_engine.text import Message, Tokenizer
 
 Prompt = str | Sequence[int] | Sequence[Message]
-"""Text, token ids, or the turns of a conversation."""
+"""Text, token ids, or a conversation whose next turn is wanted."""
 
 
 def is_prompt(one: object) -> bool:
     """Whether an item of a list is a prompt of its own, rather than a token id."""
     return isinstance(one, Sequence) or getattr(one, "ndim", 0) > 0
+
+
+def encoded(prompt: Prompt, tokenizer: Tokenizer | None, vocab_size: int, *, raw: bool) -> list[int]:
+    """The token ids of a prompt: a string goes through the chat template unless `raw`, a conversation always.
+
+    Raises `PromptError` for what can't be encoded, `UsageError` for a conversation that is to be raw.
+    """
+    talks = not isinstance(prompt, str) and len(prompt) > 0 and isinstance(prompt[0], Mapping)
+    if not talks and not isinstance(prompt, str):
+        return checked_ids(cast("Sequence[int]", prompt), vocab_size)
+    if tokenizer is None:
+        raise PromptError("the checkpoint has no tokenizer.json, so prompts must be token ids, not text")
+    if not isinstance(prompt, str):
+        if raw:
+            raise UsageError("raw leaves the chat template out, but a conversation needs one; pass text or token ids")
+        return tokenizer.encode_chat(cast("Sequence[Message]", prompt))
+    if raw:
+        return tokenizer.encode_text(prompt)
+    return tokenizer.encode_chat([Message(role="user", content=prompt)])
 
 
 def checked_ids(prompt: Sequence[int], vocab_size: int) -> list[int]:
@@ -28,34 +46,6 @@ def checked_ids(prompt: Sequence[int], vocab_size: int) -> list[int]:
         if not hasattr(token, "__index__") or isinstance(token, bool) or not 0 <= token < vocab_size:
             raise PromptError(f"prompt token {place} is {token!r}; wanted an id from 0 to {vocab_size - 1}")
     return [operator.index(token) for token in ids]
-
-
-def encoded(
-    prompt: Prompt, tokenizer: Tokenizer | None, vocab_size: int, directory: Path, *, raw: bool = False
-) -> list[int]:
-    """The ids of a prompt; text goes through the chat template, as the user's only turn, unless it is `raw`.
-
-    Raises `PromptError` for what can't be encoded, and for text where the checkpoint in `directory` has no tokenizer;
-    `UsageError` for a conversation that is to be `raw`.
-    """
-    turns = _conversation(prompt)
-    if not isinstance(prompt, str) and turns is None:
-        return checked_ids(cast("Sequence[int]", prompt), vocab_size)
-    if tokenizer is None:
-        raise PromptError(f"{directory}: no tokenizer.json, so prompts must be token ids, not text")
-    if turns is not None:
-        if raw:
-            raise UsageError("raw is for text; a conversation needs the chat template")
-        return tokenizer.encode_chat(turns)
-    text = cast(str, prompt)
-    return tokenizer.encode_text(text) if raw else tokenizer.encode_chat([Message(role="user", content=text)])
-
-
-def _conversation(prompt: Prompt) -> Sequence[Message] | None:
-    """The prompt, if it is made of messages: they are mappings, which ids are not."""
-    if isinstance(prompt, Sequence) and prompt and isinstance(prompt[0], Mapping):
-        return cast("Sequence[Message]", prompt)
-    return None
 
 
 def check_fits(ids: Sequence[int], params: SamplingParams, plan: MemoryPlan, room: int, longest: int) -> None:

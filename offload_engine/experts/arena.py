@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import gc
 import mmap
 import sys
 import threading
 import time
+import weakref
 from collections.abc import Callable
+from typing import cast
 
 import torch
 from torch import Tensor
 
-from offload_engine.errors import EngineClosedError, MemoryBudgetError
+from offload_engine.errors import DeviceError, EngineClosedError, MemoryBudgetError, UsageError
 from offload_engine.experts.layout import SLOT_ALIGNMENT, SlabLayout
 from offload_engine.model.moe import ExpertWeights
 
@@ -69,6 +72,18 @@ class Slots:
     def wait_touched(self) -> None:
         """Wait until the memory is there. Raises `MemoryBudgetError` when the system did not give all of it."""
 
+    def resize(self, slots: int) -> None:
+        """Become `slots` large, at least one; what the slots hold that remain stays. Nobody may hold on to a buffer or
+        a matrix that was handed out.
+
+        Raises `DeviceError` where slots of this kind can't be resized, `MemoryBudgetError` when the system refuses the
+        memory, `UsageError` while somebody holds on to some; nothing has changed then.
+        """
+        raise DeviceError(
+            f"the {self.slots} expert slots on the device are one allocation, which can't become {slots}; "
+            "close the engine and make another one"
+        )
+
     def close(self) -> None:
         """Let go of the memory; it is returned once no matrix handed out is left. Idempotent."""
         self._views.clear()
@@ -102,17 +117,26 @@ class SlotArena(Slots):
     def __init__(self, slots: int, slab_bytes: int) -> None:
         """`slab_bytes` is a multiple of `SLOT_ALIGNMENT`."""
         super().__init__(slots, slab_bytes)
-        # An open memoryview keeps the mapping alive: the memory goes back when the last view of it does, never earlier.
-        self._bytes: memoryview | None = memoryview(_map(slots, slab_bytes))
-        memory = self._tensor = torch.frombuffer(self._bytes, dtype=torch.uint8)
+        self._bytes: memoryview | None = None
         self._closing = False
+        self._remapping = threading.Lock()
+        """Keeps `close`, which may come from any thread, from a mapping that is being resized."""
         self._refused = 0
         """Bytes that the system did not give when asked."""
+        self._toucher = self._open(_map(slots, slab_bytes), 0)
+
+    def _open(self, mapping: mmap.mmap, touched: int) -> threading.Thread:
+        """Hand out `mapping` from now on; begin to touch what is behind its first `touched` bytes."""
+        # An open memoryview keeps the mapping alive: the memory goes back when the last view of it does, never earlier.
+        self._bytes = memoryview(mapping)
+        self._tensor = torch.frombuffer(self._bytes, dtype=torch.uint8)
+        memory = self._tensor[touched:]
         if not _populate(memory[:SLOT_ALIGNMENT]):  # no thread may write where a reader may write as well
             memory[::SLOT_ALIGNMENT] = 0
             memory = memory[:0]
-        self._toucher = threading.Thread(target=self._touch, args=(memory,), name="slot-toucher", daemon=True)
-        self._toucher.start()
+        toucher = threading.Thread(target=self._touch, args=(memory,), name="slot-toucher", daemon=True)
+        toucher.start()
+        return toucher
 
     def buffer(self, slot: int) -> memoryview:
         """The slot's bytes [slab_bytes], writable."""
@@ -133,12 +157,51 @@ class SlotArena(Slots):
                 "ask for a smaller --gpu-mem or --expert-mem"
             )
 
+    def resize(self, slots: int) -> None:
+        """See `Slots`. Every page of new slots is there when this returns, the pages of those that go are not."""
+        self.wait_touched()
+        before = self.slots
+        self._remap(slots)
+        try:
+            self.wait_touched()
+        except MemoryBudgetError:
+            self._remap(before)
+            raise
+
+    def _remap(self, slots: int) -> None:
+        """Have the kernel change the mapping's size; it moves page tables, not bytes."""
+        with self._remapping:
+            if self._bytes is None:
+                raise EngineClosedError("the slots of the expert cache were resized after they were closed")
+            mapping = cast("mmap.mmap", self._bytes.obj)
+            kept = min(slots, self.slots) * self.slab_bytes
+            self._views.clear()
+            looked_at = weakref.ref(self._bytes)  # every tensor in the mapping holds it
+            self._tensor = self._bytes = None
+            try:
+                _resize(mapping, slots * self.slab_bytes, looked_at)
+                self.slots = slots
+            except BufferError:
+                raise UsageError(
+                    f"{self.slots} expert slots can't become {slots}: something outside the engine still holds memory "
+                    "of one, such as an exception that is kept with its traceback; let go of it, and resize again"
+                ) from None
+            except (OSError, OverflowError, SystemError) as error:  # SystemError: what Python says without mremap
+                raise MemoryBudgetError(
+                    f"the system refused to make {self.slots} expert slots of {self.slab_bytes} bytes {slots} "
+                    f"({error}); ask for fewer, or make another engine"
+                ) from None
+            finally:
+                self._refused = 0
+                self._toucher = self._open(mapping, kept)
+
     def close(self) -> None:
         """Let go of the memory; it is returned once no buffer or matrix handed out is left. Idempotent."""
         self._closing = True
-        self._toucher.join()
-        super().close()
-        self._bytes = None
+        with self._remapping:
+            self._toucher.join()
+            super().close()
+            self._bytes = None
 
     def _touch(self, memory: Tensor) -> None:
         touched = 0
@@ -148,6 +211,19 @@ class SlotArena(Slots):
                 self._refused = memory.numel() - touched
                 return
             touched += piece.numel()
+
+
+def _resize(mapping: mmap.mmap, nbytes: int, looked_at: Callable[[], object]) -> None:
+    """Raises `BufferError` while a buffer of `mapping`, or a tensor in it (then `looked_at()`), is left."""
+    try:
+        if looked_at() is not None:
+            raise BufferError
+        mapping.resize(nbytes)
+    except BufferError:
+        gc.collect()  # an error's traceback may hold what nobody needs
+        if looked_at() is not None:
+            raise
+        mapping.resize(nbytes)
 
 
 def _populate(memory: Tensor) -> bool:

@@ -33,6 +33,15 @@ class Reservation(NamedTuple):
     """Whose slot it was until now; None where it was free."""
 
 
+class Resized(NamedTuple):
+    """What became of the experts when the number of slots changed."""
+
+    evicted: tuple[ExpertKey, ...]
+    """Those that had no place any more, in the order of their eviction."""
+    moves: tuple[tuple[int, int], ...]
+    """(from, to) of the slots whose bytes have to be copied before the slots from which they come are given up."""
+
+
 class Occupancy(NamedTuple):
     """Slots by state, `free + loading + resident` being all of them; and how many of those taken are marked."""
 
@@ -68,7 +77,7 @@ class ExpertCache:
         self.slots = slots
         self.policy = policy
         self._blank_policy = copy.deepcopy(policy)
-        self.probation_limit = int(slots * probation_share)
+        self._probation_share = probation_share
         self._keys: list[ExpertKey | None] = [None] * slots
         self._slot_of: dict[ExpertKey, int] = {}
         self._free = list(reversed(range(slots)))
@@ -80,6 +89,11 @@ class ExpertCache:
         """By age of the prediction, oldest first."""
         self._expected: frozenset[ExpertKey] = frozenset()
         """What the layer under way has still to ask for."""
+
+    @property
+    def probation_limit(self) -> int:
+        """How many slots may be taken from residents for what was only predicted."""
+        return int(self.slots * self._probation_share)
 
     @property
     def has_free(self) -> bool:
@@ -192,6 +206,34 @@ class ExpertCache:
         self._free = [slot for slot in reversed(range(self.slots)) if slot not in key_of]
         self._pins = {}
         self._probation = OrderedDict()
+
+    def resize(self, slots: int) -> Resized:
+        """Have `slots` slots, at least 1, from now on: new ones come behind, or the last ones go. What then has no
+        place is evicted as for a demand; who stays and was in a slot that goes gets another.
+
+        Raises `InternalError`, with nothing changed, while anything is LOADING or pinned.
+        """
+        if slots < 1 or self._loading or self._pins:
+            raise InternalError(f"{self.slots} slots were to become {slots} at {self.occupancy()}")
+        self._expected = frozenset()
+        evicted = []
+        while len(self._slot_of) > slots:
+            victim = self._demand_victim()
+            if victim is None:
+                raise InternalError(f"the eviction policy {self.policy.name} names no victim at {self.occupancy()}")
+            self._evict(victim)
+            evicted.append(victim)
+        keys = self._keys[:slots] + [None] * (slots - self.slots)
+        free = [slot for slot in reversed(range(slots)) if keys[slot] is None]
+        moves = []
+        for slot, key in enumerate(self._keys[slots:], start=slots):
+            if key is not None:
+                target = free.pop()
+                keys[target] = key
+                self._slot_of[key] = target
+                moves.append((slot, target))
+        self.slots, self._keys, self._free = slots, keys, free
+        return Resized(tuple(evicted), tuple(moves))
 
     def occupancy(self) -> Occupancy:
         """How many slots are in each state."""

@@ -17,7 +17,7 @@ from offload_engine.experts.cache import Occupancy, SlotState
 from offload_engine.experts.hot_set import HotSet
 from offload_engine.experts.predictor import ExpertPredictor
 from offload_engine.experts.prefetch import PREDICTION_SHARE, RECENT_RUNS, prefetch_order
-from offload_engine.experts.ranked import going_on, outlook_of, ranked_experts
+from offload_engine.experts.ranked import ranked_experts, standing
 from offload_engine.experts.scheduler import LAUNCH_EXPERTS, Command, Compute, ExpertScheduler, Load
 from offload_engine.experts.store import ExpertStore
 from offload_engine.experts.transfer.base import Stream, TransferBackend, TransferTicket
@@ -134,9 +134,7 @@ class OffloadedExperts:
 
     def run(self, layer: int, hidden: Tensor, decision: RoutingDecision) -> Tensor:
         """See `ExpertExecutor`."""
-        ranked = ranked_experts(decision)
-        learned = going_on(ranked, decision, self._info)
-        outlook = outlook_of(learned.experts, decision.block_scores, self._info)
+        ranked, learned, outlook = standing(decision, self._info)
         self.predictor.observe(layer, ranked.experts, ranked.scores, learned)
         if self.predictor.generating:
             self.hot.use(layer, learned.experts)
@@ -252,6 +250,34 @@ class OffloadedExperts:
         keys = self._keys_of_layer[layer]
         with self._changed:
             return [key.expert for key in self.scheduler.cache.held(keys)]
+
+    def resize(self, slots: int) -> None:
+        """Have `slots` slots, at least one; not during a forward. Experts that still have a place stay.
+
+        Raises what the arena's `resize` raises; the cache then has the slots it had.
+        """
+        with self._changed:
+            self.scheduler.stop()
+        if self._half_done:
+            self._start_over()
+        self.idle()
+        self.wait_warm()
+        self.wait_for_slots()
+        if slots > self.arena.slots:
+            self.arena.resize(slots)
+        self._half_done = True
+        with self._changed:
+            moves = self.scheduler.resize(slots)
+        for source, target in moves:
+            self.arena.slab(target).copy_(self.arena.slab(source))
+        self._half_done = False
+        if slots < self.arena.slots:
+            try:
+                self.arena.resize(slots)
+            except BaseException:
+                with self._changed:
+                    self.scheduler.resize(self.arena.slots)
+                raise
 
     def close(self) -> None:
         """Join the driver's threads and free the slots. Idempotent."""

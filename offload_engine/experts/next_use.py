@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import heapq
 import itertools
-from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from functools import cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -39,6 +39,18 @@ def opens_block(info: ForwardInfo) -> bool:
     return info.phase is Phase.DENOISE and not any(steps)
 
 
+@cache
+def _chosen_cells(count: int) -> Integers:
+    """First cells [count] of the kinds of so many chosen, best first."""
+    return np.arange(count) * CHOSEN_KINDS // max(1, count) * BINS
+
+
+@cache
+def _runner_up_cells(count: int) -> Integers:
+    """First cells [count] of the kinds of so many runners-up, best first."""
+    return (CHOSEN_KINDS + np.arange(count) // STEP) * BINS
+
+
 class _Calibration:
     """How often experts of a cell were used in their layer's next forward, by whether that opened a block.
 
@@ -50,100 +62,116 @@ class _Calibration:
         kinds = np.array([0.8] * CHOSEN_KINDS + [0.3 * 0.7**place for place in range(FURTHEST // STEP)] + [0.0])
         averages = (np.arange(BINS) + 0.5) / BINS
         guesses = [said * kinds[:, None] + (1 - said) * averages for said in (0.6, 0.2)]
-        self._all = np.full((2, CELLS), CAUTION)
-        self._true: Floats = CAUTION * np.stack([guess.ravel() for guess in guesses])
+        self._all: list[Floats] = [np.full(CELLS, CAUTION), np.full(CELLS, CAUTION)]
+        self._true: list[Floats] = [CAUTION * guess.ravel() for guess in guesses]
+        self._chances: list[list[float] | None] = [None, None]
 
-    def chances(self, opening: bool) -> Floats:
-        """[CELLS]"""
-        chances: Floats = self._true[int(opening)] / self._all[int(opening)]
+    def chances(self, opening: bool) -> list[float]:
+        """By cell."""
+        chances = self._chances[opening]
+        if chances is None:
+            chances = self._chances[opening] = (self._true[opening] / self._all[opening]).tolist()
         return chances
 
     def learn(self, opening: bool, cells: Integers, used: Integers) -> None:
         """Experts stood in `cells` [E]; the layer then used these [n]."""
-        true, all_ = self._true[int(opening)], self._all[int(opening)]
+        true, all_ = self._true[opening], self._all[opening]
         all_ += np.bincount(cells, minlength=CELLS)
         true += np.bincount(cells[used], minlength=CELLS)
-        faded = np.where(all_ >= MEMORY, 0.5, 1.0)
-        all_ *= faded
-        true *= faded
+        if all_.max() >= MEMORY:
+            faded = np.where(all_ >= MEMORY, 0.5, 1.0)
+            all_ *= faded
+            true *= faded
+        self._chances[opening] = None
 
 
 class _Layer:
     """What one layer used, forward by forward, and its candidates in the order of their chance."""
 
-    def __init__(self, place: int) -> None:
-        self.place = place
+    def __init__(self, index: int) -> None:
+        self.index = index
+        self.place = 0
         """Among the layers known, in the order they run."""
-        self.opening = False
+        self._opening = False
         """Whether the layer's next forward opens a block, as far as is known."""
-        self.candidates: dict[ExpertKey, int] = {}
-        """With the number of their last event."""
-        self._averages: Floats = np.zeros((2, 0))
-        """[2, E]: of uses in all forwards, and in those that open a block."""
-        self._cells: Integers = np.zeros((2, 0), dtype=np.int64)
-        """[2, E]: where experts stand, by either average."""
-        self._order: list[tuple[float, int, ExpertKey]] | None = None
+        self._experts = 0
+        """Those below this have been heard of."""
+        self._candidates: dict[int, int] = {}
+        """Experts, with the number of their last event."""
+        self._averages: list[Floats] = [np.zeros(0), np.zeros(0)]
+        """[E] each: of uses in all forwards, and in those that open a block."""
+        self._kinds: Integers = np.zeros(0, dtype=np.int64)
+        """[E]: the first cell of each expert's kind."""
+        self._cells: Integers | None = None
+        """[E]: where experts stand; None until asked for, as all that follows from what was learnt."""
+        self._order: list[tuple[float, int, int]] | None = None
 
-    def learn(self, experts: Sequence[int], outlook: Outlook, info: ForwardInfo, calibration: _Calibration) -> None:
-        """The layer routed in a forward that denoises or commits."""
-        wanted, chosen, runners_up = (np.asarray(part, dtype=np.int64) for part in (experts, *outlook))
-        self._reach(max(part.max(initial=-1) for part in (wanted, chosen, runners_up)))
-        calibration.learn(self.opening, self._cells[int(self.opening)], wanted)
-        used = np.zeros(self._averages.shape[1])
-        used[wanted] = 1.0
-        self._averages[0] += RATE * (used - self._averages[0])
-        if opens_block(info):
-            self._averages[1] += OPENING_RATE * (used - self._averages[1])
-        kinds = np.full(len(used), UNNAMED)
-        kinds[chosen] = np.arange(len(chosen)) * CHOSEN_KINDS // max(1, len(chosen))
-        kinds[runners_up] = CHOSEN_KINDS + np.arange(len(runners_up)) // STEP
-        largest = np.maximum(self._averages.max(axis=1, keepdims=True), np.finfo(np.float64).tiny)
-        bins = np.minimum(BINS - 1, (self._averages / largest * BINS).astype(np.int64))
-        self._cells = kinds * BINS + bins
-        self.expect(info.phase is Phase.COMMIT)
+    def learn(self, experts: Sequence[int], outlook: Outlook, opened: bool, calibration: _Calibration) -> None:
+        """The layer routed in a forward that denoises or commits, and may have `opened` a block."""
+        self._reach(max(max(named, default=-1) for named in (experts, *outlook)))
+        wanted, chosen, runners_up = (np.array(named, dtype=np.int64) for named in (experts, *outlook))
+        calibration.learn(self._opening, self._standing(), wanted)
+        self._average(self._averages[0], wanted, RATE)
+        if opened:
+            self._average(self._averages[1], wanted, OPENING_RATE)
+        self._kinds.fill(UNNAMED * BINS)
+        self._kinds[chosen] = _chosen_cells(len(chosen))
+        self._kinds[runners_up] = _runner_up_cells(len(runners_up))
+
+    def knows(self, expert: int) -> bool:
+        """Whether `expert` has been heard of."""
+        return expert < self._experts
 
     def expect(self, opening: bool) -> None:
         """What the layer's next forward is."""
-        self.opening = opening
-        self._order = None
+        self._opening = opening
+        self._cells = self._order = None
 
-    def touch(self, key: ExpertKey, event: int) -> None:
+    def touch(self, expert: int, event: int) -> None:
         """A candidate, new or not, had its latest event."""
-        self._reach(key.expert)
-        self.candidates[key] = event
+        self._reach(expert)
+        self._candidates[expert] = event
         self._order = None
 
-    def remove(self, key: ExpertKey) -> None:
-        """`key` is no candidate any more."""
-        del self.candidates[key]
+    def remove(self, expert: int) -> None:
+        """`expert` is no candidate any more."""
+        del self._candidates[expert]
         if self._order is not None:
-            self._order = [rank for rank in self._order if rank[2] != key]
+            self._order = [rank for rank in self._order if rank[2] != expert]
 
-    def order(self, calibration: _Calibration) -> list[tuple[float, int, ExpertKey]]:
-        """(chance, last event, key) of the candidates, rising."""
+    def order(self, calibration: _Calibration) -> list[tuple[float, int, int]]:
+        """(chance, last event, expert) of the candidates, rising."""
         if self._order is None:
-            cells = self._cells[int(self.opening), [key.expert for key in self.candidates]]
-            chances = calibration.chances(self.opening)[cells].tolist()
-            ranked = zip(chances, self.candidates.values(), self.candidates, strict=True)
-            self._order = sorted(ranked)
+            cells, chances = self._standing().tolist(), calibration.chances(self._opening)
+            self._order = sorted(
+                [(chances[cells[expert]], event, expert) for expert, event in self._candidates.items()]
+            )
         return self._order
+
+    def _standing(self) -> Integers:
+        """[E]: the cell of each expert, by the average that counts in the layer's next forward."""
+        if self._cells is None:
+            averages = self._averages[self._opening]
+            largest = max(averages.max(initial=0.0), np.finfo(np.float64).tiny)
+            bins = (averages / (largest / BINS)).astype(np.int64)
+            self._cells = self._kinds + np.minimum(bins, BINS - 1, out=bins)
+        return self._cells
+
+    def _average(self, averages: Floats, used: Integers, rate: float) -> None:
+        change = np.zeros(self._experts)
+        change[used] = 1.0
+        change -= averages
+        change *= rate
+        averages += change
 
     def _reach(self, expert: int) -> None:
         """Have room for `expert`, and for all below it."""
-        missing = expert + 1 - self._averages.shape[1]
+        missing = expert + 1 - self._experts
         if missing > 0:
-            self._averages = np.pad(self._averages, ((0, 0), (0, missing)))
-            self._cells = np.pad(self._cells, ((0, 0), (0, missing)), constant_values=UNNAMED * BINS)
-
-
-class _Entry(NamedTuple):
-    """One layer's next candidate; ordered by the first two, of which no two are the same."""
-
-    density: float
-    event: int
-    key: ExpertKey
-    nearness: float
-    following: Iterator[tuple[float, int, ExpertKey]]
+            self._experts += missing
+            self._averages = [np.pad(averages, (0, missing)) for averages in self._averages]
+            self._kinds = np.pad(self._kinds, (0, missing), constant_values=UNNAMED * BINS)
+            self._cells = None
 
 
 class NextUse:
@@ -160,7 +188,8 @@ class NextUse:
     a commit that runs by itself the next forward opens one; one that is fused with it says so itself. Uses are
     remembered of experts outside the cache too. A prefill wants nearly all experts and is not learnt from.
 
-    A routing costs O(experts of the layer), a victim O(layers) and the sorting of layers that had an event since.
+    A routing costs O(experts of the layer), some time before the next victim; a victim O(layers) and the sorting of
+    layers that had an event since.
     """
 
     name = "next-use"
@@ -169,66 +198,83 @@ class NextUse:
         self._layers: dict[int, _Layer] = {}
         self._calibration = _Calibration()
         self._events = itertools.count(1)
-        self._info = ForwardInfo(Phase.DENOISE)
-        self._current: int | None = None
-        """The layer that routed last."""
+        self._current: _Layer | None = None
+        """That routed last."""
+        self._routings: list[tuple[_Layer, Sequence[int], Outlook]] = []
+        """Of this forward, not learnt from yet. One after the other they cost a fraction of what each by itself costs,
+        whose weights have just run through the processor's caches.
+        """
+        self.begin(ForwardInfo(Phase.DENOISE))
 
     def begin(self, info: ForwardInfo) -> None:
         """See `EvictionPolicy`."""
-        self._info = info
-        if opens_block(info):
+        self._learn()
+        self._phase, self._opens = info.phase, opens_block(info)
+        if self._opens:
             for layer in self._layers.values():
                 layer.expect(True)
 
     def on_route(self, layer: int, experts: Sequence[int], outlook: Outlook) -> None:
         """See `EvictionPolicy`."""
-        self._current = layer
-        state = self._layer(layer)
-        if self._info.phase in (Phase.DENOISE, Phase.COMMIT):
-            state.learn(experts, outlook, self._info, self._calibration)
+        self._current = self._layer(layer)
+        if self._phase in (Phase.DENOISE, Phase.COMMIT):
+            self._routings.append((self._current, experts, outlook))
 
     def on_insert(self, key: ExpertKey) -> None:
         """See `EvictionPolicy`."""
-        self._layer(key.layer).touch(key, next(self._events))
+        layer = self._layer(key.layer)
+        if not layer.knows(key.expert):
+            self._learn()
+        layer.touch(key.expert, next(self._events))
 
     def on_use(self, key: ExpertKey, score: float) -> None:  # noqa: ARG002
         """See `EvictionPolicy`. Breaks ties; the chance is from `on_route`."""
-        self._layer(key.layer).touch(key, next(self._events))
+        self._layer(key.layer).touch(key.expert, next(self._events))
 
     def on_remove(self, key: ExpertKey) -> None:
         """See `EvictionPolicy`. Its uses are remembered."""
-        self._layer(key.layer).remove(key)
+        self._layer(key.layer).remove(key.expert)
 
     def victim(self, evictable: Callable[[ExpertKey], bool]) -> ExpertKey | None:
         """See `EvictionPolicy`."""
-        lowest: list[_Entry] = []
+        self._learn()
+        heads = []
+        """(density, event, place in the layer's order, nearness, layer): no two events are the same."""
         for layer in self._layers.values():
-            self._push(lowest, 1.0 / self._distance(layer), iter(layer.order(self._calibration)))
-        while lowest:
-            entry = heapq.heappop(lowest)
-            if evictable(entry.key):
-                return entry.key
-            self._push(lowest, entry.nearness, entry.following)
+            if order := layer.order(self._calibration):
+                chance, event, _expert = order[0]
+                nearness = 1.0 / self._distance(layer)
+                heads.append((chance * nearness, event, 0, nearness, layer))
+        heapq.heapify(heads)
+        while heads:
+            _density, _event, place, nearness, layer = heads[0]
+            order = layer.order(self._calibration)
+            key = ExpertKey(layer.index, order[place][2])
+            if evictable(key):
+                return key
+            if place + 1 == len(order):
+                heapq.heappop(heads)
+            else:
+                chance, event, _expert = order[place + 1]
+                heapq.heapreplace(heads, (chance * nearness, event, place + 1, nearness, layer))
         return None
 
-    @staticmethod
-    def _push(entries: list[_Entry], nearness: float, ranks: Iterator[tuple[float, int, ExpertKey]]) -> None:
-        """The next of a layer's `ranks`, if there is one."""
-        for chance, event, key in ranks:
-            heapq.heappush(entries, _Entry(chance * nearness, event, key, nearness, ranks))
-            return
+    def _learn(self) -> None:
+        for layer, experts, outlook in self._routings:
+            layer.learn(experts, outlook, self._opens, self._calibration)
+            layer.expect(self._phase is Phase.COMMIT)
+        self._routings.clear()
 
     def _distance(self, layer: _Layer) -> int:
         """Layers until `layer` runs again: a whole sweep for the one under way, 1 for all before the first."""
         if self._current is None:
             return 1
-        here = self._layers[self._current].place
-        return (layer.place - here - 1) % len(self._layers) + 1
+        return (layer.place - self._current.place - 1) % len(self._layers) + 1
 
     def _layer(self, index: int) -> _Layer:
         layer = self._layers.get(index)
         if layer is None:
-            layer = self._layers[index] = _Layer(0)
+            layer = self._layers[index] = _Layer(index)
             for place, known in enumerate(sorted(self._layers)):
                 self._layers[known].place = place
         return layer

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from offload_engine.core import ForwardInfo, Phase, RoutingDecision
 from offload_engine.errors import TraceError, TraceWriteError
-from offload_engine.experts.ranked import outlook_of, ranked_experts
+from offload_engine.experts.ranked import standing
 from offload_engine.model.moe import ExpertExecutor, Preview
 from offload_engine.routing.base import by_block
 from offload_engine.trace import TraceHeader, TraceWriter
@@ -82,9 +82,8 @@ class TraceRecorder:
                 self._sequences[lane] = self._next
                 self._next += 1
             self._writer.sequence = self._sequences[lane]
-            experts, scores = ranked_experts(decision)
-            runners_up = outlook_of(experts, decision.block_scores, info).runners_up
-            self._keep_error(partial(self._writer.record, info, layer, experts, scores, runners_up))
+            (experts, scores), _learned, outlook = standing(decision, info)
+            self._keep_error(partial(self._writer.record, info, layer, experts, scores, outlook.runners_up))
 
     def end_sequence(self, lane: int | None = None) -> None:
         """What follows in this lane (None: in any) belongs to another prompt."""

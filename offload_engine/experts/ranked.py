@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -22,41 +20,64 @@ class Ranked(NamedTuple):
     scores: list[float]
 
 
+class Standing(NamedTuple):
+    """What a decision says of its layer, now and next."""
+
+    ranked: Ranked
+    """To be run."""
+    learned: Ranked
+    """Of these, the ones of blocks that go on being denoised, where there are others; else all."""
+    outlook: Outlook
+    """After the votes of the blocks that go on, which chose `learned`; after all votes where no block does."""
+
+
 def ranked_experts(decision: RoutingDecision) -> Ranked:
     """The experts actually chosen, by falling block score summed over the blocks of the forward (REFERENCE §3)."""
-    ranked = fused.ranked(decision.experts, decision.block_scores)
-    if ranked is not None:
-        return Ranked(*ranked)
-    used = decision.experts.flatten().unique()
-    used = used[used >= 0]
-    if decision.block_scores is None:
-        return Ranked(used.tolist(), [1.0] * used.numel())
-    scores = total(decision.block_scores, 0)[0, used].nan_to_num()  # damaged weights must not damage the cache's books
-    order = scores.argsort(descending=True, stable=True)
-    return Ranked(used[order].tolist(), scores[order].tolist())
+    experts, scores, _runners_up = _ranked(decision.experts, decision.block_scores, 0)
+    return Ranked(experts, scores)
 
 
-def going_on(ranked: Ranked, decision: RoutingDecision, info: ForwardInfo) -> Ranked:
-    """Of a decision's experts those of the blocks that go on being denoised, where there are others; else all."""
+def standing(decision: RoutingDecision, info: ForwardInfo) -> Standing:
+    """How a layer's experts stand after this decision of the forward `info`."""
+    experts, scores, runners_up = _ranked(decision.experts, decision.block_scores, FURTHEST)
+    ranked = Ranked(experts, scores)
+    going_on = _going_on(decision, info)
+    if going_on is None:
+        return Standing(ranked, ranked, Outlook(experts, runners_up))
+    kept, _scores, runners_up = _ranked(*going_on, FURTHEST)
+    names = set(kept)
+    pairs = [pair for pair in zip(experts, scores, strict=True) if pair[0] in names]
+    learned = Ranked([expert for expert, _ in pairs], [score for _, score in pairs])
+    return Standing(ranked, learned, Outlook(learned.experts, runners_up))
+
+
+def _going_on(decision: RoutingDecision, info: ForwardInfo) -> tuple[Tensor, Tensor | None] | None:
+    """Experts and votes of the blocks that are denoised; None where those are all, or there are none."""
+    if len(info.blocks) < 2:
+        return None
     blocks = by_block(info, decision)
-    denoised = [part.experts for one, part in blocks if one.phase is Phase.DENOISE]
+    denoised = [part for one, part in blocks if one.phase is Phase.DENOISE]
     if len(denoised) in (0, len(blocks)):
+        return None
+    votes = [part.block_scores for part in denoised if part.block_scores is not None]
+    return _joined([part.experts for part in denoised]), _joined(votes) if votes else None
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _ranked(experts: Tensor, block_scores: Tensor | None, furthest: int) -> fused.Ranked:
+    ranked = fused.ranked(experts, block_scores, furthest)
+    if ranked is not None:
         return ranked
-    kept = set(torch.cat(denoised).unique().tolist())
-    pairs = [pair for pair in zip(ranked.experts, ranked.scores, strict=True) if pair[0] in kept]
-    return Ranked([expert for expert, _ in pairs], [score for _, score in pairs])
-
-
-def outlook_of(chosen: Sequence[int], block_scores: Tensor | None, info: ForwardInfo) -> Outlook:
-    """How a layer's experts stand after the votes [B, E] of the forward's blocks that go on being denoised, of which
-    these were `chosen`, best first; after all votes where it does not say which blocks those are.
-    """
+    used = experts.flatten().unique()
+    used = used[used >= 0]
     if block_scores is None:
-        return Outlook(chosen)
-    rows = [row for row, block in enumerate(info.blocks) if block.phase is Phase.DENOISE]
-    if not 0 < len(rows) < len(info.blocks) == len(block_scores):
-        rows = list(range(len(block_scores)))
-    votes = block_scores[rows].sum(dim=0).nan_to_num().cpu().numpy()
-    votes[chosen] = 0.0
-    best = np.argsort(-votes, kind="stable")[:FURTHEST]
-    return Outlook(chosen, best[votes[best] > 0].tolist())
+        return fused.Ranked(used.tolist(), [1.0] * used.numel(), [])
+    votes = total(block_scores, 0)[0].nan_to_num()  # damaged weights must not damage the cache's books
+    scores = votes[used]
+    order = scores.argsort(descending=True, stable=True)
+    others = votes.index_fill(0, used, 0.0)
+    best = others.argsort(descending=True, stable=True)[:furthest]
+    return fused.Ranked(used[order].tolist(), scores[order].tolist(), best[others[best] > 0].tolist())

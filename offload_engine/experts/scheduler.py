@@ -214,6 +214,21 @@ class ExpertScheduler:
         self._in_flight = set(loading)
         self.cache.reset(loading)
 
+    def resize(self, slots: int) -> tuple[tuple[int, int], ...]:
+        """Event: the cache is to have `slots` slots. Returns the moves of `ExpertCache.resize`.
+
+        Raises `InternalError`, with nothing changed, while a layer is under way or anything is moved.
+        """
+        if self._wanted or self._in_flight:
+            raise InternalError(
+                f"the cache was resized with {len(self._wanted)} experts to be computed and "
+                f"{len(self._in_flight)} on their way; wanted none"
+            )
+        resized = self.cache.resize(slots)
+        for key in resized.evicted:
+            self._count_eviction(key)
+        return resized.moves
+
     def stop(self) -> None:
         """Event: no transfer may begin any more but for a demand."""
         self._prefetch.clear()

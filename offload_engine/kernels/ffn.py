@@ -13,7 +13,7 @@ from torch import Tensor
 from offload_engine.kernels.library import KernelStatus, status
 
 WIDEST = 16384
-"""Columns of the widest matrix taken: int8's sums of products stay within int32 (cpu/expert_ffn.c, integer_limit)."""
+"""Columns of the widest int8 matrix taken: its sums of products stay within int32 (cpu/products.c, integer_limit)."""
 
 _BF16, _INT8, _INT4 = range(3)
 _KINDS = {torch.bfloat16: _BF16, torch.int8: _INT8, torch.uint8: _INT4}
@@ -179,8 +179,10 @@ def _check(gate: Matrix, up: Matrix, down: Matrix) -> tuple[int, int, int, int]:
         raise ValueError(f"gate is {_told(gate.values)}, wanted bf16, int8 or packed int4 (uint8) [I, H]")
     inner, stored = gate.values.shape
     width = 2 * stored if kind == _INT4 else stored
-    if not inner or not 0 < max(inner, width) <= WIDEST:
-        raise ValueError(f"an expert of [{inner}, {width}] has an empty side or one above {WIDEST}")
+    if not inner or not width:
+        raise ValueError(f"an expert of [{inner}, {width}] has an empty side")
+    if kind == _INT8 and max(inner, width) > WIDEST:
+        raise ValueError(f"an int8 expert of [{inner}, {width}] has a side above {WIDEST}")
     group = _int4_group(gate, width) if kind == _INT4 else 0
     shapes = {"gate": (inner, width), "up": (inner, width), "down": (width, inner)}
     for (name, (rows, cols)), matrix in zip(shapes.items(), (gate, up, down), strict=True):

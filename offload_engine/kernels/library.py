@@ -19,7 +19,7 @@ CHOICE = "OFFLOAD_ENGINE_KERNEL"
 
 REBUILD = "run `python -m offload_engine.kernels.build`"
 NO_MEMORY = 1
-"""`dmoe_experts` could not allocate its workspace."""
+"""A kernel could not allocate its workspace."""
 
 _INT, _INT64, _POINTER = ctypes.c_int, ctypes.c_int64, ctypes.c_void_p
 _FLOAT, _DOUBLE = ctypes.c_float, ctypes.c_double
@@ -57,6 +57,8 @@ class Library:
         self.parallel = _parallel()
         self._experts = library.dmoe_experts
         self._experts.argtypes = [*(_INT,) * 4, _POINTER, *(_INT64,) * 6, *(_POINTER,) * 5]
+        self._linear = library.dmoe_linear
+        self._linear.argtypes = [*(_INT,) * 3, _POINTER, *(_INT64,) * 3, *(_POINTER,) * 4]
         self._weighted_sum = library.dmoe_weighted_sum
         self._weighted_sum.argtypes = [*(_INT,) * 2, _POINTER, *(_INT64,) * 3, *(_POINTER,) * 4]
         self.select = library.dmoe_select
@@ -64,7 +66,7 @@ class Library:
         self.select.argtypes = [_INT, *(_INT64,) * 6, _INT, _FLOAT, _DOUBLE, _INT64, *(_POINTER,) * 7]
         self.select.restype = _INT64
         self.rank = library.dmoe_rank
-        self.rank.argtypes = [_INT64, _POINTER, _INT64, _INT64, *(_POINTER,) * 3]
+        self.rank.argtypes = [_INT64, _POINTER, _INT64, _INT64, _POINTER, _INT64, *(_POINTER,) * 3]
         self.rank.restype = _INT64
         self.variants: dict[str, int] = {}
         """Variants that this CPU can run, fastest first, with their numbers."""
@@ -98,6 +100,14 @@ class Library:
         if failure:
             raise ValueError(f"{self.path.name} refused {sizes[0]} experts in variant {variant} with code {failure}")
 
+    def linear(self, variant: int, bf16: bool, threads: int, sizes: tuple[int, int, int], *data: int | None) -> None:
+        """Call `dmoe_linear` (cpu/linear.c) with checked arguments. Raises MemoryError."""
+        failure = self._linear(variant, bf16, threads, self.parallel, *sizes, *data)
+        if failure == NO_MEMORY:
+            raise MemoryError(f"no memory for the workspace of {sizes[0]} tokens")
+        if failure:
+            raise ValueError(f"{self.path.name} refused a linear layer in variant {variant} with code {failure}")
+
     def weighted_sum(self, variant: int, sizes: tuple[int, ...], *data: int) -> None:
         """Call `dmoe_weighted_sum` (cpu/weighted_sum.c) with checked arguments."""
         failure = self._weighted_sum(variant, self.threads(), self.parallel, *sizes, *data)
@@ -118,7 +128,7 @@ def _parallel() -> int | None:
 
 @dataclass(frozen=True, slots=True)
 class KernelStatus:
-    """What computes experts on the CPU."""
+    """What computes experts and bf16 linear layers on the CPU."""
 
     variant: str | None
     """The instruction set in use; None: torch computes."""
@@ -163,5 +173,5 @@ def choose(library: Library | str, choice: str) -> KernelStatus:
 
 @cache
 def status() -> KernelStatus:
-    """What computes experts on the CPU in this process, decided once. Raises UsageError for a bad `CHOICE`."""
+    """What computes them on the CPU in this process, decided once. Raises UsageError for a bad `CHOICE`."""
     return choose(_loaded(), os.environ.get(CHOICE) or "auto")

@@ -119,9 +119,21 @@ def choose_inside(
     return done.experts, done.weights
 
 
-def ranked(experts: Tensor, block_scores: Tensor | None) -> tuple[list[int], list[float]] | None:
+class Ranked(NamedTuple):
+    """A decision's experts by falling score, and what came next."""
+
+    experts: list[int]
+    """Chosen by some token."""
+    scores: list[float]
+    """Theirs."""
+    runners_up: list[int]
+    """Chosen by none, with a score above 0."""
+
+
+def ranked(experts: Tensor, block_scores: Tensor | None, furthest: int = 0) -> Ranked | None:
     """The distinct ones of `experts` (-1: none) by falling score summed over the blocks of `block_scores` [B, E], and
-    these sums; None where it has to be found out by torch. Raises IndexError for an expert without a score.
+    at most `furthest` runners-up; None where it has to be found out by torch. Raises IndexError for an expert without a
+    score.
     """
     library = _library()
     if library is None or block_scores is None or block_scores.dim() != 2:
@@ -129,11 +141,12 @@ def ranked(experts: Tensor, block_scores: Tensor | None) -> tuple[list[int], lis
     blocks, width = block_scores.shape
     if not (_plain(experts, torch.int64) and _plain(block_scores, torch.float32) and width <= MOST_EXPERTS):
         return None
-    found, scores = (ctypes.c_int64 * width)(), (ctypes.c_float * width)()
-    count = library.rank(experts.numel(), experts.data_ptr(), width, blocks, block_scores.data_ptr(), found, scores)
-    if count < 0:
+    found, scores, counts = (ctypes.c_int64 * width)(), (ctypes.c_float * width)(), (ctypes.c_int64 * 2)()
+    voted = width, blocks, block_scores.data_ptr()
+    if library.rank(experts.numel(), experts.data_ptr(), *voted, furthest, found, scores, counts):
         raise IndexError(f"an expert of the decision is beyond the {width} that block scores name")
-    return found[:count], scores[:count]
+    distinct, others = counts
+    return Ranked(found[:distinct], scores[:distinct], found[distinct : distinct + others])
 
 
 def _library() -> Library | None:

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from offload_engine.model.config import ModelConfig
-from offload_engine.model.layers import RMSNorm, rotate
+from offload_engine.model.layers import Linear, RMSNorm, rotate
 
 ATTENTION_ROWS = 32
 """Positions whose scores are held together where nothing fused computes them."""
@@ -108,8 +108,8 @@ class Attention(nn.Module):
             config.head_dim,
         )
         width = (self.heads + 2 * self.kv_heads) * self.head_dim
-        self.query_key_value = nn.Linear(config.hidden_size, width, bias=config.use_qkv_bias)
-        self.dense = nn.Linear(self.heads * self.head_dim, config.hidden_size, bias=config.use_bias)
+        self.query_key_value = Linear(config.hidden_size, width, bias=config.use_qkv_bias)
+        self.dense = Linear(self.heads * self.head_dim, config.hidden_size, bias=config.use_bias)
         self.use_qk_norm = config.use_qk_norm
         if config.use_qk_norm:
             self.query_layernorm = RMSNorm(self.head_dim, config.rms_norm_eps)

@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from offload_engine import kernels
+
 
 class RMSNorm(nn.Module):
     """Root-mean-square norm over the last dimension, computed in float32 and scaled in the input's dtype."""
@@ -22,17 +24,37 @@ class RMSNorm(nn.Module):
         return self.weight * normed.to(x.dtype)
 
 
+class Linear(nn.Linear):
+    """As torch's; in bf16 on the CPU by our kernel, if it is there and no gradient is wanted."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[.., in] -> [.., out]."""
+        if kernels.serves_linear(x, self.weight, self.bias):
+            return kernels.linear(x, self.weight, self.bias)
+        return F.linear(x, self.weight, self.bias)
+
+    def unrounded(self, x: Tensor) -> Tensor:
+        """[.., in] -> [.., out] float32: our kernel's sums as they are, torch's after rounding to `x`'s dtype."""
+        if kernels.serves_linear(x, self.weight, self.bias):
+            return kernels.linear(x, self.weight, self.bias, dtype=torch.float32)
+        return F.linear(x, self.weight, self.bias).float()
+
+
 class SwiGLU(nn.Module):
     """Gated feed-forward: down(silu(gate(x)) * up(x)); the dense layers' MLP and the shared experts."""
 
     def __init__(self, hidden: int, intermediate: int) -> None:
         super().__init__()
-        self.gate_proj = nn.Linear(hidden, intermediate, bias=False)
-        self.up_proj = nn.Linear(hidden, intermediate, bias=False)
-        self.down_proj = nn.Linear(intermediate, hidden, bias=False)
+        self.gate_proj = Linear(hidden, intermediate, bias=False)
+        self.up_proj = Linear(hidden, intermediate, bias=False)
+        self.down_proj = Linear(intermediate, hidden, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[.., hidden] -> [.., hidden]."""
+        """[.., hidden] -> [.., hidden]; where our kernel computes it, the inner activation is not rounded to bf16."""
+        weights = [part.weight for part in (self.gate_proj, self.up_proj, self.down_proj)]
+        if all(kernels.serves_linear(x, weight) for weight in weights):
+            rows = x.reshape(-1, x.shape[-1])
+            return kernels.expert_ffn(rows, *map(kernels.Matrix, weights)).view(x.shape)
         out: Tensor = self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
         return out
 

@@ -8,14 +8,13 @@ from functools import partial
 from typing import cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from offload_engine.core import ForwardInfo, RoutingDecision
 from offload_engine.errors import InternalError
 from offload_engine.model.attention import Attention, KeyValues
 from offload_engine.model.config import ModelConfig
-from offload_engine.model.layers import RMSNorm, SwiGLU, rotary_angles
+from offload_engine.model.layers import Linear, RMSNorm, SwiGLU, rotary_angles
 from offload_engine.model.moe import ExpertExecutor, MoEBlock
 from offload_engine.model.prefill import prefill
 from offload_engine.routing.base import Route, RoutingPolicy, SituatedPolicy
@@ -105,7 +104,7 @@ class LLaDA2Model(nn.Module):
         super().__init__()
         self.config = config
         self.model = Decoder(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.model.word_embeddings.weight
 
@@ -138,4 +137,4 @@ class LLaDA2Model(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits [.., vocab] float32 of hidden states [.., H]: only for the positions that need them."""
-        return F.linear(hidden, self.lm_head.weight).float()
+        return self.lm_head.unrounded(hidden)

@@ -76,12 +76,12 @@ def test_any_shape(
 def test_neither_threads_nor_neighbours_show_in_a_token(library: Library, variant: str, form: str) -> None:
     kernel = kernel_named(library, variant)
     expert = random_expert(form, 512, 208)
-    hidden = random_hidden(23, 512, torch.bfloat16)
+    hidden = random_hidden(150, 512, torch.bfloat16)  # blocks of 64, 64 and 22
     together = expert_ffn(hidden, *expert, kernel=kernel, threads=1)
     for threads in (2, 3):
         for _ in range(5):
             assert torch.equal(expert_ffn(hidden, *expert, kernel=kernel, threads=threads), together)
-    for first, last in ((0, 1), (1, 9), (9, 23)):
+    for first, last in ((0, 1), (1, 9), (9, 23), (23, 60), (60, 150)):
         alone = expert_ffn(hidden[first:last], *expert, kernel=kernel, threads=1)
         assert torch.equal(alone, together[first:last])
 

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from selection_cases import LLADA2, STRANGE, by, routings, same
 from torch import Tensor
 
-from offload_engine.core import RoutingDecision
-from offload_engine.experts.ranked import ranked_experts
+from offload_engine.core import ForwardInfo, Phase, RoutingDecision
+from offload_engine.experts.ranked import ranked_experts, standing
 from offload_engine.kernels import selection
 from offload_engine.kernels.library import Library, choose
 from offload_engine.routing import POLICIES, Coreset, RouterShape, RoutingOptions, RoutingPolicy, TopK, make_policy
@@ -114,8 +114,9 @@ def test_experts_rank_as_in_torch(library: Library, blocks: int, seed: int, stra
     scores = torch.rand(blocks, 16, generator=generator)
     scores = scores.masked_fill(torch.rand(blocks, 16, generator=generator) < 0.1, strange)
     decision = RoutingDecision(torch.tensor(chosen, dtype=torch.long)[:, None], torch.empty(0), None, scores)
-    found, wanted = (by(choose(library, kernel), lambda: ranked_experts(decision)) for kernel in ("auto", "off"))
-    assert found == wanted
+    for told in (ranked_experts, lambda one: standing(one, ForwardInfo(Phase.DENOISE))):
+        found, wanted = (by(choose(library, kernel), lambda: told(decision)) for kernel in ("auto", "off"))  # noqa: B023
+        assert found == wanted
 
 
 def serves(library: Library, *scores: Tensor, ids: Tensor, k: int = 2, router: RouterShape | None = None) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import queue
 import threading
+import traceback
 from collections.abc import Collection
 
 from offload_engine.core import ExpertKey
@@ -88,6 +89,15 @@ class ReaderThreads:
                     f"expert {ticket.key.expert} of layer {ticket.key.layer} could not be read: "
                     f"{type(error).__name__}: {error}"
                 )
+            if ticket.error is not None:
+                _forget_locals(ticket.error)
             if self._on_complete is not None:
                 self._on_complete(ticket)
             del self._begun[ticket]
+
+
+def _forget_locals(error: BaseException | None) -> None:
+    """Whoever keeps an error keeps its frames, and with them the slots they wrote to; from now on the lines alone."""
+    while error is not None:
+        traceback.clear_frames(error.__traceback__)
+        error = error.__cause__ or error.__context__

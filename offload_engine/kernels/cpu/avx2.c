@@ -5,6 +5,7 @@
 #include <immintrin.h>
 
 #define TARGET __attribute__((target("avx2,fma")))
+#define ROWS 4
 #define TOKENS 3 /* with four rows: twelve sums, three activations and one row of weights fill the sixteen registers */
 
 static int supported(void)
@@ -12,14 +13,15 @@ static int supported(void)
     return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
 }
 
-TARGET static void pack(const float *row, int64_t cols, int64_t padded, void *packed)
+TARGET static void pack(const float *row, int64_t cols, int64_t padded, struct lane lane)
 {
-    pack_float_inline(row, cols, padded, packed);
+    pack_float_inline(row, cols, padded, lane.at);
 }
 
-TARGET static float quantise(const float *row, int64_t cols, int64_t padded, int32_t limit, void *packed)
+TARGET static struct rounded quantise(
+    const float *row, int64_t cols, int64_t padded, int32_t limit, struct lane lane)
 {
-    return quantise_inline(row, cols, padded, limit, packed);
+    return quantise_inline(row, cols, padded, limit, lane.at);
 }
 
 TARGET static const void *decode(const struct matrix *matrix, int64_t row, int64_t padded, void *scratch)
@@ -45,8 +47,8 @@ TARGET DMOE_INLINE int32_t total_integer(__m256i sums)
 TARGET DMOE_INLINE void tile(const struct product *p, int64_t first, const int tokens)
 {
     struct stream stream = tile_stream(p, first, tokens);
-    __m256 sums[DMOE_ROWS][TOKENS];
-    for (int row = 0; row < DMOE_ROWS; row++)
+    __m256 sums[ROWS][TOKENS];
+    for (int row = 0; row < ROWS; row++)
         for (int t = 0; t < tokens; t++)
             sums[row][t] = _mm256_setzero_ps();
     for (int64_t k = 0; k < p->padded; k += 8) {
@@ -54,32 +56,32 @@ TARGET DMOE_INLINE void tile(const struct product *p, int64_t first, const int t
             prefetch_step(&stream);
         __m256 x[TOKENS];
         for (int t = 0; t < tokens; t++)
-            x[t] = _mm256_loadu_ps((const float *)(p->packed + (first + t) * p->stride) + k);
-        for (int row = 0; row < DMOE_ROWS; row++) {
+            x[t] = _mm256_loadu_ps((const float *)(p->packed + (first + t) * p->group_bytes) + k);
+        for (int row = 0; row < ROWS; row++) {
             __m256 w = _mm256_loadu_ps((const float *)p->weights[row] + k);
             for (int t = 0; t < tokens; t++)
                 sums[row][t] = _mm256_fmadd_ps(w, x[t], sums[row][t]);
         }
     }
     for (int t = 0; t < tokens; t++)
-        for (int row = 0; row < DMOE_ROWS; row++)
+        for (int row = 0; row < ROWS; row++)
             p->out[(first + t) * p->out_stride + row] = total(sums[row][t]);
 }
 
 TARGET DMOE_INLINE void tile_integer(const struct product *p, int64_t first, const int tokens)
 {
     struct stream stream = tile_stream(p, first, tokens);
-    __m256i sums[DMOE_ROWS][TOKENS];
-    for (int row = 0; row < DMOE_ROWS; row++)
+    __m256i sums[ROWS][TOKENS];
+    for (int row = 0; row < ROWS; row++)
         for (int t = 0; t < tokens; t++)
             sums[row][t] = _mm256_setzero_si256();
     for (int64_t k = 0; k < p->padded; k += 16) {
         if (k % DMOE_PAD == 0)
             prefetch_step(&stream);
-        for (int row = 0; row < DMOE_ROWS; row++) {
+        for (int row = 0; row < ROWS; row++) {
             __m256i w = _mm256_loadu_si256((const __m256i *)((const int16_t *)p->weights[row] + k));
             for (int t = 0; t < tokens; t++) {
-                const int16_t *x = (const int16_t *)(p->packed + (first + t) * p->stride) + k;
+                const int16_t *x = (const int16_t *)(p->packed + (first + t) * p->group_bytes) + k;
                 __m256i pairs = _mm256_madd_epi16(w, _mm256_loadu_si256((const __m256i *)x));
                 sums[row][t] = _mm256_add_epi32(sums[row][t], pairs);
             }
@@ -87,7 +89,7 @@ TARGET DMOE_INLINE void tile_integer(const struct product *p, int64_t first, con
     }
     int32_t *out = (int32_t *)p->out;
     for (int t = 0; t < tokens; t++)
-        for (int row = 0; row < DMOE_ROWS; row++)
+        for (int row = 0; row < ROWS; row++)
             out[(first + t) * p->out_stride + row] = total_integer(sums[row][t]);
 }
 
@@ -134,7 +136,7 @@ TARGET static void weighted_sum(const struct choices *choices, int64_t h, uint16
 }
 
 const struct variant dmoe_avx2 = {
-    "avx2", supported, sizeof(float), pack, quantise, decode, multiply, multiply_integer, scale, silu_times,
-    round_bf16, weighted_sum,
+    "avx2", supported, sizeof(float), ROWS, DMOE_ROW_BY_ROW, DMOE_ROW_BY_ROW, pack, quantise, decode, multiply,
+    multiply_integer, scale, silu_times, round_bf16, weighted_sum,
 };
 #endif

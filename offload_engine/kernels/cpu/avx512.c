@@ -10,7 +10,14 @@
 #include <immintrin.h>
 
 #define TARGET __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,avx512vnni,avx2,fma")))
-#define TOKENS 6 /* with four rows: 24 sums, four rows of weights and one of activations, of 32 registers */
+/* A register holds a group of four tokens, each in a lane of 128 bits, with which four neighbouring products of a row are
+ * summed apart. With six rows: 24 sums, four groups of activations and one row of weights, of 32 registers.
+ */
+#define LANES 4
+#define PIECE 16 /* bytes of a lane */
+#define ROWS 6
+#define GROUPS 4
+#define UNROLL _Pragma("GCC unroll 6")
 
 static int supported(void)
 {
@@ -30,34 +37,32 @@ TARGET DMOE_INLINE __mmask32 first_words(int64_t count)
     return (__mmask32)(count >= 32 ? 0xFFFFFFFFu : (1u << count) - 1);
 }
 
-TARGET static void pack(const float *row, int64_t cols, int64_t padded, void *packed)
+TARGET static void pack(const float *row, int64_t cols, int64_t padded, struct lane lane)
 {
-    uint16_t *out = packed;
-    for (int64_t k = 0; k < padded; k += 16) {
-        __m256bh half = _mm512_cvtneps_pbh(_mm512_maskz_loadu_ps(first_floats(cols - k), row + k));
-        memcpy(out + k, &half, sizeof half);
+    for (int64_t k = 0; k < padded; k += 16, lane.at += 2 * lane.step) {
+        __m256i half = (__m256i)_mm512_cvtneps_pbh(_mm512_maskz_loadu_ps(first_floats(cols - k), row + k));
+        _mm_storeu_si128((__m128i *)lane.at, _mm256_castsi256_si128(half));
+        _mm_storeu_si128((__m128i *)(lane.at + lane.step), _mm256_extracti128_si256(half, 1));
     }
 }
 
-/* High bytes, low bytes, and behind them 128 times the sum of the row. */
-TARGET static float quantise(const float *row, int64_t cols, int64_t padded, int32_t limit, void *packed)
+/* High bytes, and a register further low bytes. */
+TARGET static struct rounded quantise(
+    const float *row, int64_t cols, int64_t padded, int32_t limit, struct lane lane)
 {
     struct rounding rounding = row_rounding(row, cols, limit);
-    char *out = packed;
     __m512i sums = _mm512_setzero_si512();
-    for (int64_t k = 0; k < padded; k += 16) {
+    for (int64_t k = 0; k < padded; k += 16, lane.at += lane.step) {
         __mmask16 mask = rounding.inverse != 0.0f ? first_floats(cols - k) : 0;
         __m512 scaled = _mm512_mul_ps(_mm512_maskz_loadu_ps(mask, row + k), _mm512_set1_ps(rounding.inverse));
         __m512i q = _mm512_cvtps_epi32(scaled);
         __m512i high = _mm512_srai_epi32(_mm512_add_epi32(q, _mm512_set1_epi32(128)), 8);
         __m512i low = _mm512_sub_epi32(q, _mm512_slli_epi32(high, 8));
-        _mm_storeu_si128((__m128i *)(out + k), _mm512_cvtepi32_epi8(high));
-        _mm_storeu_si128((__m128i *)(out + padded + k), _mm512_cvtepi32_epi8(low));
+        _mm_storeu_si128((__m128i *)lane.at, _mm512_cvtepi32_epi8(high));
+        _mm_storeu_si128((__m128i *)(lane.at + LANES * PIECE), _mm512_cvtepi32_epi8(low));
         sums = _mm512_add_epi32(sums, q);
     }
-    int32_t excess = 128 * _mm512_reduce_add_epi32(sums);
-    memcpy(out + 2 * padded, &excess, sizeof excess);
-    return rounding.worth;
+    return (struct rounded){rounding.worth, _mm512_reduce_add_epi32(sums)};
 }
 
 /* int4 to bf16: a group has sixteen values, so a table of them answers 32 nibbles at a time. */
@@ -98,125 +103,150 @@ TARGET static const void *decode(const struct matrix *matrix, int64_t row, int64
     return scratch;
 }
 
-/* The four sums over lanes, always in the same order: pairs within a 128-bit lane, then halves. */
-TARGET DMOE_INLINE __m128 totals(__m512 a, __m512 b, __m512 c, __m512 d)
+TARGET DMOE_INLINE __m512 pairs(__m512 a, __m512 b)
 {
-    __m512 ab = _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
-    __m512 cd = _mm512_add_ps(_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d));
-    __m512 low = _mm512_shuffle_ps(ab, cd, 0x44), high = _mm512_shuffle_ps(ab, cd, 0xEE);
-    __m512 all = _mm512_add_ps(low, high);
-    __m256 half = _mm256_add_ps(_mm512_castps512_ps256(all), _mm512_extractf32x8_ps(all, 1));
-    return _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
+    return _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
 }
 
-TARGET DMOE_INLINE __m128i totals_integer(__m512i a, __m512i b, __m512i c, __m512i d)
+TARGET DMOE_INLINE __m512i pairs_integer(__m512i a, __m512i b)
 {
-    __m512i ab = _mm512_add_epi32(_mm512_unpacklo_epi32(a, b), _mm512_unpackhi_epi32(a, b));
-    __m512i cd = _mm512_add_epi32(_mm512_unpacklo_epi32(c, d), _mm512_unpackhi_epi32(c, d));
-    __m512i all = _mm512_add_epi32(_mm512_unpacklo_epi64(ab, cd), _mm512_unpackhi_epi64(ab, cd));
-    __m256i half = _mm256_add_epi32(_mm512_castsi512_si256(all), _mm512_extracti64x4_epi64(all, 1));
-    return _mm_add_epi32(_mm256_castsi256_si128(half), _mm256_extracti128_si256(half, 1));
+    return _mm512_add_epi32(_mm512_unpacklo_epi32(a, b), _mm512_unpackhi_epi32(a, b));
 }
 
-TARGET DMOE_INLINE __m512i load(const void *row, int64_t byte)
+/* The sums of a group's tokens with six rows: in each lane the four of one row, always added in the same order. */
+TARGET DMOE_INLINE void store_totals(const __m512 *sums, float *out, int64_t stride)
 {
-    return _mm512_loadu_si512((const char *)row + byte);
+    __m512 ab = pairs(sums[0], sums[1]), cd = pairs(sums[2], sums[3]), ef = pairs(sums[4], sums[5]);
+    __m512 four = _mm512_add_ps(_mm512_shuffle_ps(ab, cd, 0x44), _mm512_shuffle_ps(ab, cd, 0xEE));
+    __m512 two = _mm512_add_ps(ef, _mm512_shuffle_ps(ef, ef, 0xEE));
+    float fours[4 * LANES], twos[4 * LANES];
+    _mm512_storeu_ps(fours, four);
+    _mm512_storeu_ps(twos, two);
+    UNROLL for (int t = 0; t < LANES; t++) {
+        memcpy(out + t * stride, fours + 4 * t, 4 * sizeof *out);
+        memcpy(out + t * stride + 4, twos + 4 * t, 2 * sizeof *out);
+    }
+}
+
+TARGET DMOE_INLINE __m512i load(const char *at)
+{
+    return _mm512_loadu_si512(at);
+}
+
+/* The same piece of a row of weights in every lane. */
+TARGET DMOE_INLINE __m512i load_piece(const void *row, int64_t byte)
+{
+    return _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i *)((const char *)row + byte)));
 }
 
 /* Written out because compilers, given the intrinsics, move the sums through the stack: half the speed. */
 #define DOT_BF16(sum, a, b) __asm__("vdpbf16ps %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b))
 #define DOT_BYTES(sum, unsigned_, signed_) __asm__("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(unsigned_), "v"(signed_))
 
-/* `tokens` is a constant at every call, so that the sums stay in registers. */
-TARGET DMOE_INLINE void tile(const struct product *p, int64_t first, const int tokens)
+/* A tile of `groups`, a constant at every call, so that the sums stay in registers. */
+TARGET DMOE_INLINE void tile(const struct product *p, int64_t first, const int groups)
 {
-    const char *x = p->packed + first * p->stride;
-    struct stream stream = tile_stream(p, first, tokens);
-    __m512 sums[TOKENS][DMOE_ROWS];
-    for (int t = 0; t < tokens; t++)
-        for (int row = 0; row < DMOE_ROWS; row++)
-            sums[t][row] = _mm512_setzero_ps();
-    for (int64_t byte = 0; byte < 2 * p->padded; byte += 64) {
+    const char *x = p->packed + first / LANES * p->group_bytes;
+    struct stream stream = tile_stream(p, first, LANES * groups);
+    __m512 sums[GROUPS][ROWS];
+    UNROLL for (int g = 0; g < groups; g++)
+        UNROLL for (int row = 0; row < ROWS; row++)
+            sums[g][row] = _mm512_setzero_ps();
+    for (int64_t byte = 0; byte < 2 * p->padded; byte += PIECE, x += groups * LANES * PIECE) {
         if (byte % (2 * DMOE_PAD) == 0)
             prefetch_step(&stream);
-        __m512i w[DMOE_ROWS];
-        for (int row = 0; row < DMOE_ROWS; row++)
-            w[row] = load(p->weights[row], byte);
-        for (int t = 0; t < tokens; t++) {
-            __m512i activations = load(x + t * p->stride, byte);
-            for (int row = 0; row < DMOE_ROWS; row++)
-                DOT_BF16(sums[t][row], activations, w[row]);
+        __m512i activations[GROUPS];
+        UNROLL for (int g = 0; g < groups; g++)
+            activations[g] = load(x + g * LANES * PIECE);
+        UNROLL for (int row = 0; row < ROWS; row++) {
+            __m512i weights = load_piece(p->weights[row], byte);
+            UNROLL for (int g = 0; g < groups; g++)
+                DOT_BF16(sums[g][row], activations[g], weights);
         }
     }
-    for (int t = 0; t < tokens; t++)
-        _mm_storeu_ps(p->out + (first + t) * p->out_stride, totals(sums[t][0], sums[t][1], sums[t][2], sums[t][3]));
+    UNROLL for (int g = 0; g < groups; g++)
+        store_totals(sums[g], p->out + (first + LANES * g) * p->out_stride, p->out_stride);
 }
 
-TARGET DMOE_INLINE void tile_integer(const struct product *p, int64_t first, const int tokens)
+#define INTEGER_GROUPS 2 /* high and low sums take twice the registers */
+
+TARGET DMOE_INLINE void store_integer_totals(
+    const __m512i *high, const __m512i *low, const int32_t *excess, float *out, int64_t stride)
 {
-    const char *x = p->packed + first * p->stride;
-    struct stream stream = tile_stream(p, first, tokens);
+    __m512i sums[ROWS];
+    UNROLL for (int row = 0; row < ROWS; row++)
+        sums[row] = _mm512_add_epi32(_mm512_slli_epi32(high[row], 8), low[row]);
+    __m512i ab = pairs_integer(sums[0], sums[1]), cd = pairs_integer(sums[2], sums[3]);
+    __m512i ef = pairs_integer(sums[4], sums[5]);
+    uint32_t fours[4 * LANES], twos[4 * LANES];
+    _mm512_storeu_si512(fours, _mm512_add_epi32(_mm512_unpacklo_epi64(ab, cd), _mm512_unpackhi_epi64(ab, cd)));
+    _mm512_storeu_si512(twos, _mm512_add_epi32(ef, _mm512_unpackhi_epi64(ef, ef)));
+    UNROLL for (int t = 0; t < LANES; t++) {
+        uint32_t totals[ROWS];
+        UNROLL for (int row = 0; row < ROWS; row++)
+            totals[row] = (row < 4 ? fours[4 * t + row] : twos[4 * t + row - 4]) - 128 * (uint32_t)excess[t];
+        memcpy(out + t * stride, totals, sizeof totals);
+    }
+}
+
+TARGET DMOE_INLINE void tile_integer(const struct product *p, int64_t first, const int groups)
+{
+    const char *x = p->packed + first / LANES * p->group_bytes;
+    struct stream stream = tile_stream(p, first, LANES * groups);
     const __m512i sign = _mm512_set1_epi8((char)0x80); /* w + 128, as an unsigned byte */
-    __m512i high[TOKENS / 2][DMOE_ROWS], low[TOKENS / 2][DMOE_ROWS];
-    for (int t = 0; t < tokens; t++)
-        for (int row = 0; row < DMOE_ROWS; row++)
-            high[t][row] = low[t][row] = _mm512_setzero_si512();
-    for (int64_t k = 0; k < p->padded; k += DMOE_PAD) {
-        prefetch_step(&stream);
-        __m512i w[DMOE_ROWS];
-        for (int row = 0; row < DMOE_ROWS; row++)
-            w[row] = _mm512_xor_si512(load(p->weights[row], k), sign);
-        for (int t = 0; t < tokens; t++) {
-            __m512i activations = load(x + t * p->stride, k);
-            for (int row = 0; row < DMOE_ROWS; row++)
-                DOT_BYTES(high[t][row], w[row], activations);
-            activations = load(x + t * p->stride, p->padded + k);
-            for (int row = 0; row < DMOE_ROWS; row++)
-                DOT_BYTES(low[t][row], w[row], activations);
+    __m512i high[INTEGER_GROUPS][ROWS], low[INTEGER_GROUPS][ROWS];
+    UNROLL for (int g = 0; g < groups; g++)
+        UNROLL for (int row = 0; row < ROWS; row++)
+            high[g][row] = low[g][row] = _mm512_setzero_si512();
+    for (int64_t byte = 0; byte < p->padded; byte += PIECE, x += groups * 2 * LANES * PIECE) {
+        if (byte % DMOE_PAD == 0)
+            prefetch_step(&stream);
+        __m512i activations[2 * INTEGER_GROUPS];
+        UNROLL for (int g = 0; g < 2 * groups; g++)
+            activations[g] = load(x + g * LANES * PIECE);
+        UNROLL for (int row = 0; row < ROWS; row++) {
+            __m512i weights = _mm512_xor_si512(load_piece(p->weights[row], byte), sign);
+            UNROLL for (int g = 0; g < groups; g++) {
+                DOT_BYTES(high[g][row], weights, activations[2 * g]);
+                DOT_BYTES(low[g][row], weights, activations[2 * g + 1]);
+            }
         }
     }
-    for (int t = 0; t < tokens; t++) {
-        int32_t excess;
-        memcpy(&excess, x + t * p->stride + 2 * p->padded, sizeof excess);
-        __m128i highs = totals_integer(high[t][0], high[t][1], high[t][2], high[t][3]);
-        __m128i lows = totals_integer(low[t][0], low[t][1], low[t][2], low[t][3]);
-        __m128i sums = _mm_sub_epi32(_mm_add_epi32(_mm_slli_epi32(highs, 8), lows), _mm_set1_epi32(excess));
-        _mm_storeu_si128((__m128i *)(p->out + (first + t) * p->out_stride), sums);
+    UNROLL for (int g = 0; g < groups; g++) {
+        int64_t t = first + LANES * g;
+        store_integer_totals(high[g], low[g], p->sums + t, p->out + t * p->out_stride, p->out_stride);
     }
 }
 
-/* Tokens of the next tile: `most` at most, and where that does not divide what is left, as even as can be. */
-DMOE_INLINE int64_t next_tile(int64_t left, int64_t most)
+static const struct tiling TILING = {LANES, PIECE, GROUPS, 1}, INTEGER_TILING = {LANES, PIECE, INTEGER_GROUPS, 2};
+
+/* Groups of the tile that begins at token `t`, of tiles of `width`. */
+DMOE_INLINE int64_t groups_at(const struct product *p, int64_t t, int64_t width)
 {
-    int64_t tiles = (left + most - 1) / most;
-    return (left + tiles - 1) / tiles;
+    int64_t left = (p->tokens - t + LANES - 1) / LANES;
+    return left < width ? left : width;
 }
 
 TARGET static void multiply(const struct product *p)
 {
-    for (int64_t t = 0, size; t < p->tokens; t += size) {
-        size = next_tile(p->tokens - t, TOKENS);
-        switch (size) {
+    int64_t width = tile_groups(&TILING, p->tokens);
+    for (int64_t t = 0; t < p->tokens; t += LANES * width)
+        switch (groups_at(p, t, width)) {
         case 1: tile(p, t, 1); break;
         case 2: tile(p, t, 2); break;
         case 3: tile(p, t, 3); break;
-        case 4: tile(p, t, 4); break;
-        case 5: tile(p, t, 5); break;
-        default: tile(p, t, 6);
+        default: tile(p, t, 4);
         }
-    }
 }
 
 TARGET static void multiply_integer(const struct product *p)
 {
-    for (int64_t t = 0, size; t < p->tokens; t += size) {
-        size = next_tile(p->tokens - t, TOKENS / 2);
-        switch (size) {
-        case 1: tile_integer(p, t, 1); break;
-        case 2: tile_integer(p, t, 2); break;
-        default: tile_integer(p, t, 3);
-        }
-    }
+    int64_t width = tile_groups(&INTEGER_TILING, p->tokens);
+    for (int64_t t = 0; t < p->tokens; t += LANES * width)
+        if (groups_at(p, t, width) == 1)
+            tile_integer(p, t, 1);
+        else
+            tile_integer(p, t, 2);
 }
 
 TARGET static void scale(float *sums, const unsigned char *scales, float worth, int64_t count)
@@ -240,7 +270,7 @@ TARGET static void weighted_sum(const struct choices *choices, int64_t h, uint16
 }
 
 const struct variant dmoe_avx512 = {
-    "avx512_bf16", supported, sizeof(uint16_t), pack, quantise, decode, multiply, multiply_integer, scale, silu_times,
-    round_bf16, weighted_sum,
+    "avx512_bf16", supported, sizeof(uint16_t), ROWS, TILING, INTEGER_TILING, pack, quantise, decode, multiply,
+    multiply_integer, scale, silu_times, round_bf16, weighted_sum,
 };
 #endif

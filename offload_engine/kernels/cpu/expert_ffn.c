@@ -1,18 +1,10 @@
-/* Experts on their tokens: down(silu(x @ gate^T) * (x @ up^T)), straight from the stored weights.
- *
- * The rows of all matrices are handed out in chunks to whichever thread asks. An output element is always computed by
- * one thread, by the same operations in the same order, whatever the number of threads, of tokens beside it, or the
- * order of the chunks: that is why neither threads nor batching can show in a result, nor which experts run together.
+/* Experts on their tokens: down(silu(x @ gate^T) * (x @ up^T)), straight from the stored weights (products.h).
  *
  * The caller has checked shapes and bounds (offload_engine/kernels/ffn.py).
  */
 #include <stdlib.h>
 
-#include "variant.h"
-
-#define CHUNK 32 /* rows of weights that a thread takes at a time; a multiple of DMOE_ROWS */
-#define LEAD 4   /* rows between what is computed and what is prefetched; below CHUNK */
-#define ALIGN 64
+#include "products.h"
 
 #define ROWS 1024 /* tokens times their experts, worked on at a time: what bounds the workspace, some 6 KB for each */
 
@@ -24,58 +16,22 @@ struct expert {
 /* The rows of `out` that an expert fills: places[first] to places[first + count - 1], the rows of `hidden` times k. */
 struct share {
     int64_t first, count;
+    int64_t packed; /* where its tokens begin among those that are packed at a time */
 };
 
 struct job {
+    struct crew crew;
+    struct packing hidden_packing, inner_packing; /* in the same memory, one after the other */
     const struct variant *variant;
     const struct expert *experts; /* those worked on, and */
     const struct share *shares;   /* what is theirs */
     const int64_t *places;
     int64_t count, choices, h, i, group;
-    int format, bf16;      /* `hidden` and `out` are bf16, else float32 */
-    const char *hidden;    /* [.., h] */
-    char *out;             /* [.., h] */
-    int64_t start;         /* place of the first packed row */
-    float *inner;          /* [rows, i] */
-    char *packed;          /* [rows]: the activations that the matrices of this phase are multiplied with */
-    float *packed_scale;   /* [rows], integer path only */
-    int64_t stride;        /* bytes between packed rows */
-    char *scratch;         /* per thread: one row of float32, decoded rows, two tiles */
-    int64_t scratch_size, row_bytes, decoded_bytes, tile_bytes;
-    int64_t next, workers; /* tickets */
+    int format, bf16;   /* `hidden` and `out` are bf16, else float32 */
+    const char *hidden; /* [.., h] */
+    char *out;          /* [.., h] */
+    float *inner;       /* [packed tokens, i] */
 };
-
-static int64_t round_up(int64_t value, int64_t step)
-{
-    return (value + step - 1) / step * step;
-}
-
-static int64_t element_size(const struct job *job)
-{
-    return job->format == DMOE_INT8 ? (int64_t)sizeof(int16_t) : job->variant->element;
-}
-
-/* Largest activation that keeps every sum of products within int32: |w| <= 128. */
-static int32_t integer_limit(int64_t cols)
-{
-    int64_t limit = INT32_MAX / (128 * cols);
-    return (int32_t)(limit > DMOE_LARGEST ? DMOE_LARGEST : limit);
-}
-
-static void pack_row(struct job *job, const float *row, int64_t at, int64_t cols)
-{
-    void *packed = job->packed + at * job->stride;
-    int64_t padded = round_up(cols, DMOE_PAD);
-    if (job->format == DMOE_INT8)
-        job->packed_scale[at] = job->variant->quantise(row, cols, padded, integer_limit(cols), packed);
-    else
-        job->variant->pack(row, cols, padded, packed);
-}
-
-static int64_t row_size(const struct matrix *matrix)
-{
-    return row_values(matrix, 1) - matrix->values;
-}
 
 static struct matrix gate_of(const struct job *job, const struct expert *expert)
 {
@@ -92,31 +48,18 @@ static struct matrix down_of(const struct job *job, const struct expert *expert)
     return (struct matrix){expert->down, expert->down_scales, job->h, job->i, job->group, job->format};
 }
 
-/* What one thread works with. */
-struct worker {
-    float *row;    /* of activations */
-    char *decoded; /* DMOE_ROWS rows of weights */
-    float *tile, *other;
-};
-
-static struct worker take_worker(struct job *job)
+/* The tokens of a share from its `t`th on that are packed together. */
+static struct block block_at(const struct share *share, int64_t t)
 {
-    char *mine = job->scratch + __atomic_fetch_add(&job->workers, 1, __ATOMIC_RELAXED) * job->scratch_size;
-    char *tile = mine + job->row_bytes + job->decoded_bytes;
-    return (struct worker){(float *)mine, mine + job->row_bytes, (float *)tile, (float *)(tile + job->tile_bytes)};
+    int64_t left = share->count - t;
+    return (struct block){share->packed + t, left < DMOE_BLOCK ? left : DMOE_BLOCK};
 }
 
-/* A piece of the work that nobody else has; `limit` or more when all is taken. */
-static int64_t take_ticket(struct job *job)
-{
-    return __atomic_fetch_add(&job->next, 1, __ATOMIC_RELAXED);
-}
-
-/* CHUNK rows of one of the experts' matrices, and its tokens: packed rows, places. */
+/* CHUNK rows of one of the experts' matrices. */
 struct chunk {
     const struct expert *expert;
-    const int64_t *places;
-    int64_t packed, tokens, first, last;
+    const struct share *share;
+    int64_t first, last;
 };
 
 static int64_t chunks(const struct job *job, int64_t rows)
@@ -128,60 +71,21 @@ static struct chunk chunk_of(const struct job *job, int64_t ticket, int64_t rows
 {
     int64_t each = (rows + CHUNK - 1) / CHUNK, index = ticket / each, first = ticket % each * CHUNK;
     int64_t last = first + CHUNK < rows ? first + CHUNK : rows;
-    struct share share = job->shares[index];
-    const int64_t *places = job->places + share.first;
-    return (struct chunk){&job->experts[index], places, share.first - job->start, share.count, first, last};
-}
-
-/* A chunk of a matrix times its expert's packed activations, into tile[t * CHUNK + row - first]. `after` is what this
- * thread reads next: the memory is asked for LEAD rows early, which may lie there.
- */
-static void project(
-    const struct job *job, const struct matrix *matrix, const struct chunk *chunk, const unsigned char *after,
-    char *decoded, float *tile)
-{
-    int integer = matrix->format == DMOE_INT8;
-    int64_t padded = round_up(matrix->cols, DMOE_PAD), element = element_size(job), size = row_size(matrix);
-    struct product product = {
-        .packed = job->packed + chunk->packed * job->stride,
-        .stride = job->stride,
-        .padded = padded,
-        .tokens = chunk->tokens,
-        .ahead_bytes = DMOE_ROWS * size,
-        .out_stride = CHUNK,
-    };
-    for (int64_t row = chunk->first; row < chunk->last; row += DMOE_ROWS) {
-        for (int r = 0; r < DMOE_ROWS; r++) {
-            /* the last rows are computed again, and not used */
-            int64_t at = row + r < chunk->last ? row + r : chunk->last - 1;
-            product.weights[r] = job->variant->decode(matrix, at, padded, decoded + r * padded * element);
-        }
-        int64_t lead = row + LEAD;
-        product.ahead = (const char *)(lead < chunk->last ? row_values(matrix, lead) : after + (lead - chunk->last) * size);
-        product.out = tile + (row - chunk->first);
-        if (integer)
-            job->variant->multiply_integer(&product);
-        else
-            job->variant->multiply(&product);
-    }
-    if (integer)
-        for (int64_t t = 0; t < product.tokens; t++)
-            job->variant->scale(
-                tile + t * CHUNK, matrix->scales + chunk->first * (int64_t)sizeof(float),
-                job->packed_scale[chunk->packed + t], chunk->last - chunk->first);
+    return (struct chunk){&job->experts[index], &job->shares[index], first, last};
 }
 
 static void pack_hidden(void *argument)
 {
     struct job *job = argument;
-    float *row = take_worker(job).row;
-    for (int64_t index; (index = take_ticket(job)) < job->count;) {
-        struct share share = job->shares[index];
-        for (int64_t t = 0; t < share.count; t++) {
-            int64_t at = job->places[share.first + t] / job->choices * job->h;
+    float *row = (float *)take_scratch(&job->crew);
+    for (int64_t index; (index = take_ticket(&job->crew)) < job->count;) {
+        const struct share *share = &job->shares[index];
+        for (int64_t t = 0; t < share->count; t++) {
+            int64_t at = job->places[share->first + t] / job->choices * job->h;
             if (job->bf16)
                 decode_bf16_inline((const unsigned char *)job->hidden + 2 * at, job->h, job->h, row);
-            pack_row(job, job->bf16 ? row : (const float *)job->hidden + at, share.first - job->start + t, job->h);
+            const float *from = job->bf16 ? row : (const float *)job->hidden + at;
+            pack_token(&job->hidden_packing, block_at(share, t / DMOE_BLOCK * DMOE_BLOCK), t % DMOE_BLOCK, from);
         }
     }
 }
@@ -189,21 +93,29 @@ static void pack_hidden(void *argument)
 static void gate_and_up(void *argument)
 {
     struct job *job = argument;
-    struct worker mine = take_worker(job);
+    char *decoded = take_scratch(&job->crew);
+    float gates[TILE], ups[TILE];
     int64_t limit = chunks(job, job->i);
-    for (int64_t ticket = take_ticket(job), next; ticket < limit; ticket = next) {
-        next = take_ticket(job);
+    for (int64_t ticket = take_ticket(&job->crew), next; ticket < limit; ticket = next) {
+        next = take_ticket(&job->crew);
         struct chunk chunk = chunk_of(job, ticket, job->i);
-        struct chunk following = next < limit ? chunk_of(job, next, job->i) : chunk;
         struct matrix gate = gate_of(job, chunk.expert), up = up_of(job, chunk.expert);
-        struct matrix next_gate = gate_of(job, following.expert);
-        project(job, &gate, &chunk, row_values(&up, chunk.first), mine.decoded, mine.tile);
-        project(job, &up, &chunk, row_values(&next_gate, following.first), mine.decoded, mine.other);
-        int64_t count = chunk.last - chunk.first;
-        for (int64_t t = 0; t < chunk.tokens; t++) {
-            float *tile = mine.tile + t * CHUNK;
-            job->variant->silu_times(tile, mine.other + t * CHUNK, count);
-            memcpy(job->inner + (chunk.packed + t) * job->i + chunk.first, tile, (size_t)count * sizeof *tile);
+        int64_t first = chunk.first, last = chunk.last, count = last - first;
+        for (int64_t t = 0; t < chunk.share->count; t += DMOE_BLOCK) {
+            struct block block = block_at(chunk.share, t);
+            const unsigned char *after = row_values(&gate, first);
+            if (t + DMOE_BLOCK >= chunk.share->count && next < limit) {
+                struct chunk following = chunk_of(job, next, job->i);
+                struct matrix next_gate = gate_of(job, following.expert);
+                after = row_values(&next_gate, following.first);
+            }
+            project(&job->hidden_packing, &gate, first, last, block, row_values(&up, first), decoded, gates);
+            project(&job->hidden_packing, &up, first, last, block, after, decoded, ups);
+            for (int64_t b = 0; b < block.tokens; b++) {
+                job->variant->silu_times(gates + b * CHUNK, ups + b * CHUNK, count);
+                float *to = job->inner + (block.first + b) * job->i + first;
+                memcpy(to, gates + b * CHUNK, (size_t)count * sizeof *to);
+            }
         }
     }
 }
@@ -211,52 +123,49 @@ static void gate_and_up(void *argument)
 static void pack_inner(void *argument)
 {
     struct job *job = argument;
-    for (int64_t index; (index = take_ticket(job)) < job->count;)
-        for (int64_t t = 0; t < job->shares[index].count; t++) {
-            int64_t at = job->shares[index].first - job->start + t;
-            pack_row(job, job->inner + at * job->i, at, job->i);
+    for (int64_t index; (index = take_ticket(&job->crew)) < job->count;) {
+        const struct share *share = &job->shares[index];
+        for (int64_t t = 0; t < share->count; t++) {
+            const float *from = job->inner + (share->packed + t) * job->i;
+            pack_token(&job->inner_packing, block_at(share, t / DMOE_BLOCK * DMOE_BLOCK), t % DMOE_BLOCK, from);
         }
+    }
 }
 
 static void down(void *argument)
 {
     struct job *job = argument;
-    struct worker mine = take_worker(job);
+    char *decoded = take_scratch(&job->crew);
+    float tile[TILE];
     int64_t limit = chunks(job, job->h);
-    for (int64_t ticket = take_ticket(job), next; ticket < limit; ticket = next) {
-        next = take_ticket(job);
+    for (int64_t ticket = take_ticket(&job->crew), next; ticket < limit; ticket = next) {
+        next = take_ticket(&job->crew);
         struct chunk chunk = chunk_of(job, ticket, job->h);
-        struct chunk following = next < limit ? chunk_of(job, next, job->h) : chunk;
-        struct matrix matrix = down_of(job, chunk.expert), next_matrix = down_of(job, following.expert);
-        project(job, &matrix, &chunk, row_values(&next_matrix, following.first), mine.decoded, mine.tile);
-        int64_t count = chunk.last - chunk.first;
-        for (int64_t t = 0; t < chunk.tokens; t++) {
-            int64_t at = chunk.places[t] * job->h + chunk.first;
-            if (job->bf16)
-                job->variant->round(mine.tile + t * CHUNK, count, (uint16_t *)job->out + at);
-            else
-                memcpy((float *)job->out + at, mine.tile + t * CHUNK, (size_t)count * sizeof(float));
+        struct matrix matrix = down_of(job, chunk.expert);
+        int64_t first = chunk.first, last = chunk.last;
+        for (int64_t t = 0; t < chunk.share->count; t += DMOE_BLOCK) {
+            struct block block = block_at(chunk.share, t);
+            const unsigned char *after = row_values(&matrix, first);
+            if (t + DMOE_BLOCK >= chunk.share->count && next < limit) {
+                struct chunk following = chunk_of(job, next, job->h);
+                struct matrix next_matrix = down_of(job, following.expert);
+                after = row_values(&next_matrix, following.first);
+            }
+            project(&job->inner_packing, &matrix, first, last, block, after, decoded, tile);
+            const int64_t *places = job->places + chunk.share->first + t;
+            for (int64_t b = 0; b < block.tokens; b++)
+                store_row(job->variant, tile + b * CHUNK, last - first, job->bf16, job->out, places[b] * job->h + first);
         }
     }
 }
 
-static void run(struct job *job, void (*phase)(void *), int threads, parallel_fn parallel)
-{
-    job->next = 0;
-    job->workers = 0;
-    if (threads > 1)
-        parallel(phase, job, (unsigned)threads, 0);
-    else
-        phase(job);
-}
-
 /* Work on experts that need no more memory than the workspace has. */
-static void run_experts(struct job *job, int threads, parallel_fn parallel)
+static void run_experts(struct job *job)
 {
-    run(job, pack_hidden, threads, parallel);
-    run(job, gate_and_up, threads, parallel);
-    run(job, pack_inner, threads, parallel);
-    run(job, down, threads, parallel);
+    run(&job->crew, pack_hidden, job);
+    run(&job->crew, gate_and_up, job);
+    run(&job->crew, pack_inner, job);
+    run(&job->crew, down, job);
 }
 
 /* Sort the places [0, rows) by the experts that `chosen` names there, rising; those of no expert are left out. */
@@ -272,6 +181,39 @@ static void sort_places(
     }
 }
 
+/* How many of `count` shares are worked on together, and where the tokens of each are packed; `room` is for tokens that
+ * fill up whole groups, and enough for any one of them.
+ */
+static int64_t fill_room(const struct packing *packing, struct share *shares, int64_t count, int64_t room)
+{
+    int64_t taken = 0, packed = 0;
+    for (; taken < count; taken++) {
+        int64_t tokens = whole_groups(packing, shares[taken].count);
+        if (taken && packed + tokens > room)
+            break;
+        shares[taken].packed = packed;
+        packed += tokens;
+    }
+    return taken;
+}
+
+/* Tokens, filled up to whole groups, that are worked on at a time. */
+static int64_t room_for(const struct packing *packing, const struct share *shares, int64_t count)
+{
+    int64_t most = 0, all = 0;
+    for (int64_t index = 0; index < count; index++) {
+        int64_t tokens = whole_groups(packing, shares[index].count);
+        most = tokens > most ? tokens : most;
+        all += tokens;
+    }
+    return all <= ROWS ? all : most > ROWS ? most : ROWS;
+}
+
+static int64_t larger(int64_t one, int64_t other)
+{
+    return one > other ? one : other;
+}
+
 /* `count` experts on their tokens, all with gate and up [i, h] and down [h, i] in `format`, `group` columns per scale in
  * int4; hidden [rows / choices, h] and out [rows, h] both bf16 or both float32. Where chosen [rows] is an expert's
  * number, out has what it makes of hidden; no number comes twice. Null: the first one is chosen everywhere.
@@ -283,6 +225,7 @@ DMOE_EXPORT int dmoe_experts(
     const struct expert *experts, void *out)
 {
     struct job job = {
+        .crew = {.threads = threads, .parallel = parallel},
         .variant = dmoe_variant_at(variant),
         .choices = choices,
         .h = h,
@@ -296,50 +239,34 @@ DMOE_EXPORT int dmoe_experts(
     if (!job.variant)
         return DMOE_NO_VARIANT;
     int64_t places_size = round_up(rows * (int64_t)sizeof(int64_t), ALIGN);
-    char *sorted = NULL;
+    char *sorted = NULL, *workspace = NULL;
     if (posix_memalign((void **)&sorted, ALIGN, (size_t)(places_size + count * (int64_t)sizeof(struct share))))
         return DMOE_NO_MEMORY;
     struct share *shares = (struct share *)(sorted + places_size);
     job.places = (const int64_t *)sorted;
     sort_places(chosen, rows, numbers, count, (int64_t *)sorted, shares);
-    int64_t most = 0, largest = 0; /* tokens of one expert; rows worked on at a time */
-    for (int64_t index = 0; index < count; index++)
-        most = shares[index].count > most ? shares[index].count : most;
-    largest = shares[count - 1].first + shares[count - 1].count;
-    if (largest > ROWS)
-        largest = most > ROWS ? most : ROWS;
 
-    int64_t widest = round_up(h > i ? h : i, DMOE_PAD);
-    job.stride = round_up(widest * element_size(&job), ALIGN) + DMOE_SPARE;
-    job.row_bytes = round_up(h * (int64_t)sizeof(float), ALIGN);
-    job.decoded_bytes = round_up(DMOE_ROWS * widest * element_size(&job), ALIGN);
-    job.tile_bytes = round_up(most * CHUNK * (int64_t)sizeof(float), ALIGN);
-    job.scratch_size = job.row_bytes + job.decoded_bytes + 2 * job.tile_bytes;
-    int64_t packed_size = largest * job.stride;
-    int64_t inner_size = round_up(largest * i * (int64_t)sizeof(float), ALIGN);
-    int64_t scale_size = round_up(largest * (int64_t)sizeof(float), ALIGN);
-    size_t size = (size_t)(packed_size + inner_size + scale_size + threads * job.scratch_size);
-    char *workspace = NULL;
-    if (posix_memalign((void **)&workspace, ALIGN, size)) {
+    job.hidden_packing = packing_of(job.variant, format, h);
+    job.inner_packing = packing_of(job.variant, format, i);
+    int64_t room = room_for(&job.hidden_packing, shares, count);
+    int64_t packed = larger(packing_bytes(&job.hidden_packing, room), packing_bytes(&job.inner_packing, room));
+    int64_t decoded = larger(decoded_bytes(&job.hidden_packing), decoded_bytes(&job.inner_packing));
+    job.crew.scratch_size = larger(decoded, round_up(h * (int64_t)sizeof(float), ALIGN));
+    int64_t inner = round_up(room * i * (int64_t)sizeof(float), ALIGN);
+    if (posix_memalign((void **)&workspace, ALIGN, (size_t)(packed + inner + threads * job.crew.scratch_size))) {
         free(sorted);
         return DMOE_NO_MEMORY;
     }
-    job.packed = workspace;
-    job.inner = (float *)(job.packed + packed_size);
-    job.packed_scale = (float *)((char *)job.inner + inner_size);
-    job.scratch = (char *)job.packed_scale + scale_size;
+    place_packing(&job.hidden_packing, room, workspace);
+    place_packing(&job.inner_packing, room, workspace);
+    job.inner = (float *)(workspace + packed);
+    job.crew.scratch = workspace + packed + inner;
 
     for (int64_t from = 0; from < count; from += job.count) {
-        int64_t taken = shares[from].count;
-        for (job.count = 1; from + job.count < count; job.count++) {
-            taken += shares[from + job.count].count;
-            if (taken > largest)
-                break;
-        }
+        job.count = fill_room(&job.hidden_packing, shares + from, count - from, room);
         job.experts = experts + from;
         job.shares = shares + from;
-        job.start = shares[from].first;
-        run_experts(&job, threads, parallel);
+        run_experts(&job);
     }
     free(workspace);
     free(sorted);

@@ -1,6 +1,8 @@
 /* Plain C for any CPU. The compiler's vector extension gives SSE2 on x86-64 and NEON on Arm. */
 #include "variant.h"
 
+#define ROWS 4
+
 typedef float lanes __attribute__((vector_size(16)));
 
 static int supported(void)
@@ -8,14 +10,15 @@ static int supported(void)
     return 1;
 }
 
-static void pack(const float *row, int64_t cols, int64_t padded, void *packed)
+static void pack(const float *row, int64_t cols, int64_t padded, struct lane lane)
 {
-    pack_float_inline(row, cols, padded, packed);
+    pack_float_inline(row, cols, padded, lane.at);
 }
 
-static float quantise(const float *row, int64_t cols, int64_t padded, int32_t limit, void *packed)
+static struct rounded quantise(
+    const float *row, int64_t cols, int64_t padded, int32_t limit, struct lane lane)
 {
-    return quantise_inline(row, cols, padded, limit, packed);
+    return quantise_inline(row, cols, padded, limit, lane.at);
 }
 
 static const void *decode(const struct matrix *matrix, int64_t row, int64_t padded, void *scratch)
@@ -51,18 +54,18 @@ static int32_t dot_integer(const int16_t *a, const int16_t *b, int64_t padded)
 static void multiply(const struct product *p)
 {
     for (int64_t t = 0; t < p->tokens; t++)
-        for (int row = 0; row < DMOE_ROWS; row++)
+        for (int row = 0; row < ROWS; row++)
             p->out[t * p->out_stride + row] =
-                dot((const float *)(p->packed + t * p->stride), p->weights[row], p->padded);
+                dot((const float *)(p->packed + t * p->group_bytes), p->weights[row], p->padded);
 }
 
 static void multiply_integer(const struct product *p)
 {
     int32_t *out = (int32_t *)p->out;
     for (int64_t t = 0; t < p->tokens; t++)
-        for (int row = 0; row < DMOE_ROWS; row++)
+        for (int row = 0; row < ROWS; row++)
             out[t * p->out_stride + row] =
-                dot_integer((const int16_t *)(p->packed + t * p->stride), p->weights[row], p->padded);
+                dot_integer((const int16_t *)(p->packed + t * p->group_bytes), p->weights[row], p->padded);
 }
 
 static void scale(float *sums, const unsigned char *scales, float worth, int64_t count)
@@ -86,6 +89,6 @@ static void weighted_sum(const struct choices *choices, int64_t h, uint16_t *to)
 }
 
 const struct variant dmoe_generic = {
-    "generic", supported, sizeof(float), pack, quantise, decode, multiply, multiply_integer, scale, silu_times,
-    round_bf16, weighted_sum,
+    "generic", supported, sizeof(float), ROWS, DMOE_ROW_BY_ROW, DMOE_ROW_BY_ROW, pack, quantise, decode, multiply,
+    multiply_integer, scale, silu_times, round_bf16, weighted_sum,
 };

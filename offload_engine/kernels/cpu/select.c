@@ -311,17 +311,32 @@ EXPORT int64_t dmoe_select(
     return 0;
 }
 
+/* Sorts `places` and writes what they hold with its totals. Returns how many. */
+static int64_t in_order(
+    uint64_t *places, int64_t count, int64_t most, const float *totals, int64_t *experts, float *scores)
+{
+    uint64_t spare[MOST_EXPERTS];
+    sort(places, count, spare);
+    count = count < most ? count : most;
+    for (int64_t i = 0; i < count; i++) {
+        experts[i] = (uint32_t)places[i];
+        scores[i] = totals[experts[i]];
+    }
+    return count;
+}
+
 /* The distinct experts >= 0 among `count` of them, by falling score summed over the blocks, equals by rising index; NaN
- * counts as 0, infinities as the largest numbers. Returns how many; or REFUSED, or BAD_EXPERT, which names no score.
+ * counts as 0, infinities as the largest numbers. Behind them the others with a sum above 0, in the same order, at most
+ * `most`. Writes to `counts` how many there are of either. Returns 0; or REFUSED, or BAD_EXPERT, which names no score.
  */
 EXPORT int64_t dmoe_rank(
-    int64_t count, const int64_t *chosen, int64_t experts, int64_t blocks, const float *block_scores, int64_t *ranked,
-    float *ranked_scores)
+    int64_t count, const int64_t *chosen, int64_t experts, int64_t blocks, const float *block_scores, int64_t most,
+    int64_t *ranked, float *ranked_scores, int64_t *counts)
 {
-    uint64_t places[MOST_EXPERTS], spare[MOST_EXPERTS];
+    uint64_t used_places[MOST_EXPERTS], other_places[MOST_EXPERTS];
     float totals[MOST_EXPERTS];
     uint8_t used[MOST_EXPERTS] = {0};
-    int64_t distinct = 0;
+    int64_t distinct = 0, others = 0;
     if (experts > MOST_EXPERTS)
         return REFUSED;
     for (int64_t i = 0; i < count; i++) {
@@ -331,20 +346,18 @@ EXPORT int64_t dmoe_rank(
             used[chosen[i]] = 1;
     }
     for (int64_t e = 0; e < experts; e++) {
-        if (!used[e])
-            continue;
         double sum = 0;
         for (int64_t b = 0; b < blocks; b++)
             sum += block_scores[b * experts + e];
         float total = (float)sum;
         total = total != total ? 0 : total > FLT_MAX ? FLT_MAX : total < -FLT_MAX ? -FLT_MAX : total;
         totals[e] = total;
-        places[distinct++] = place_of(key_of(total), e);
+        if (used[e])
+            used_places[distinct++] = place_of(key_of(total), e);
+        else if (total > 0)
+            other_places[others++] = place_of(key_of(total), e);
     }
-    sort(places, distinct, spare);
-    for (int64_t i = 0; i < distinct; i++) {
-        ranked[i] = (uint32_t)places[i];
-        ranked_scores[i] = totals[ranked[i]];
-    }
-    return distinct;
+    counts[0] = in_order(used_places, distinct, distinct, totals, ranked, ranked_scores);
+    counts[1] = in_order(other_places, others, most, totals, ranked + distinct, ranked_scores + distinct);
+    return 0;
 }

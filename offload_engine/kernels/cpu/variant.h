@@ -13,9 +13,9 @@
 #include <string.h>
 
 #define DMOE_PAD 64
-#define DMOE_SPARE 64        /* bytes behind a packed row that a variant may use */
 #define DMOE_LARGEST 32639   /* integer activation: 127 * 256 + 127 */
-#define DMOE_ROWS 4 /* rows of weights that a dot product takes at once */
+#define DMOE_MOST_ROWS 6     /* of weights that a product takes at once */
+#define DMOE_BLOCK 64        /* tokens that are packed together at most; every tile's tokens divide it */
 #define DMOE_INLINE static inline __attribute__((always_inline))
 
 enum format { DMOE_BF16 = 0, DMOE_INT8 = 1, DMOE_INT4 = 2 };
@@ -27,15 +27,58 @@ struct matrix {
     int format;
 };
 
-/* Four rows of weights against `tokens` packed rows of activations. */
+/* Some rows of weights against up to DMOE_BLOCK tokens, packed together (`struct lane`). */
 struct product {
-    const void *weights[DMOE_ROWS]; /* decoded rows, `padded` elements each */
-    const char *packed;             /* activations, `padded` elements each, `stride` bytes apart */
-    int64_t stride, padded, tokens;
+    const void *weights[DMOE_MOST_ROWS]; /* the variant's number of decoded rows, `padded` elements each */
+    const char *packed;                  /* activations */
+    const int32_t *sums;                 /* of each token's integers; integer path only */
+    int64_t group_bytes, padded, tokens;
     const char *ahead;   /* what will be read next, to be prefetched meanwhile, */
     int64_t ahead_bytes; /* and how much of it */
-    float *out;          /* out[t * out_stride + r]; int32 on the integer path */
+    float *out;          /* out[t * out_stride + r]; int32 on the integer path. Tokens are filled up to a whole group */
     int64_t out_stride;
+};
+
+/* Where a token's activations go. Tokens lie in groups of `lanes`, and groups side by side in tiles, in the order in which
+ * a variant reads them: pieces of one token, `step` bytes apart. With one lane and one group a token's row is in one piece.
+ */
+struct lane {
+    char *at;
+    int64_t step;
+};
+
+/* How many tokens a variant takes at once. */
+struct tiling {
+    int64_t lanes, piece; /* tokens of a group; bytes between their pieces */
+    int64_t groups;       /* of a tile, at most */
+    int64_t vectors;      /* that a group's pieces fill one after the other: 2 for high and low bytes */
+};
+
+#define DMOE_ROW_BY_ROW {1, 0, 1, 1} /* a tiling without tiles: each token's row in one piece */
+
+/* Groups side by side: as many as a tile takes, and where that does not divide them, as even as can be. */
+DMOE_INLINE int64_t tile_groups(const struct tiling *tiling, int64_t tokens)
+{
+    int64_t groups = (tokens + tiling->lanes - 1) / tiling->lanes, tiles = (groups + tiling->groups - 1) / tiling->groups;
+    return (groups + tiles - 1) / tiles;
+}
+
+/* Of token `t` among `tokens`, packed together from `packed` on. */
+DMOE_INLINE struct lane token_lane(
+    const struct tiling *tiling, char *packed, int64_t group_bytes, int64_t tokens, int64_t t)
+{
+    int64_t groups = (tokens + tiling->lanes - 1) / tiling->lanes, width = tile_groups(tiling, tokens);
+    int64_t group = t / tiling->lanes, first = group / width * width;
+    int64_t beside = groups - first < width ? groups - first : width;
+    int64_t bytes = tiling->lanes * tiling->piece * tiling->vectors;
+    char *at = packed + first * group_bytes + (group - first) * bytes + t % tiling->lanes * tiling->piece;
+    return (struct lane){at, beside * bytes};
+}
+
+/* A row of activations as integers: what one of them is worth, and their sum. */
+struct rounded {
+    float worth;
+    int32_t sum;
 };
 
 /* What one token's experts gave, and what they weigh; an expert below 0 gave nothing. */
@@ -50,8 +93,10 @@ struct variant {
     const char *name;
     int (*supported)(void);
     int64_t element; /* bytes per element on the float path; on the integer path 2, or less where `decode` says so */
-    void (*pack)(const float *row, int64_t cols, int64_t padded, void *packed);
-    float (*quantise)(const float *row, int64_t cols, int64_t padded, int32_t limit, void *packed);
+    int64_t rows;    /* of weights that a product takes */
+    struct tiling tiling, integer_tiling;
+    void (*pack)(const float *row, int64_t cols, int64_t padded, struct lane lane);
+    struct rounded (*quantise)(const float *row, int64_t cols, int64_t padded, int32_t limit, struct lane lane);
     /* A row in the path's element type, zeros behind `cols`: in `scratch`, or where it lies. */
     const void *(*decode)(const struct matrix *matrix, int64_t row, int64_t padded, void *scratch);
     void (*multiply)(const struct product *product);
@@ -180,15 +225,19 @@ DMOE_INLINE struct rounding row_rounding(const float *row, int64_t cols, int32_t
     return (struct rounding){(float)limit / peak, peak / (float)limit};
 }
 
-DMOE_INLINE float quantise_inline(const float *row, int64_t cols, int64_t padded, int32_t limit, void *packed)
+DMOE_INLINE struct rounded quantise_inline(const float *row, int64_t cols, int64_t padded, int32_t limit, void *packed)
 {
     struct rounding rounding = row_rounding(row, cols, limit);
     int16_t *out = packed;
+    int32_t sum = 0;
     memset(out, 0, (size_t)padded * sizeof *out);
     if (rounding.inverse != 0.0f)
-        for (int64_t i = 0; i < cols; i++)
-            out[i] = (int16_t)(int32_t)(bits_of(row[i] * rounding.inverse + DMOE_ROUNDER) - 0x4B400000u);
-    return rounding.worth;
+        for (int64_t i = 0; i < cols; i++) {
+            int32_t number = (int32_t)(bits_of(row[i] * rounding.inverse + DMOE_ROUNDER) - 0x4B400000u);
+            out[i] = (int16_t)number;
+            sum += number;
+        }
+    return (struct rounded){rounding.worth, sum};
 }
 
 /* Sums of the integer path (int32, in cells of float32) times their rows' scales and the worth of an activation. */
@@ -272,8 +321,8 @@ struct stream {
 
 DMOE_INLINE struct stream tile_stream(const struct product *product, int64_t first, int64_t tokens)
 {
-    int64_t from = product->ahead_bytes * first / product->tokens;
-    int64_t to = product->ahead_bytes * (first + tokens) / product->tokens;
+    int64_t last = first + tokens < product->tokens ? first + tokens : product->tokens;
+    int64_t from = product->ahead_bytes * first / product->tokens, to = product->ahead_bytes * last / product->tokens;
     int64_t step = (to - from) * DMOE_PAD / product->padded;
     return (struct stream){product->ahead + from, product->ahead + to, (step + 63) / 64 * 64};
 }
