@@ -9,7 +9,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from offload_engine.core import ForwardInfo, RoutingDecision
+from offload_engine.core import ForwardInfo, Phase, RoutingDecision
 from offload_engine.experts.cache import SlotState
 from offload_engine.experts.executor import OffloadedExperts
 
@@ -17,8 +17,10 @@ SIGNS = {SlotState.FREE: ".", SlotState.LOADING: "l", SlotState.RESIDENT: "r"}
 
 
 class ExpertActivity:
-    """A `Watcher` that counts the uses of each expert, but only while somebody is watching: it costs a few microseconds
-    per layer. Its other methods may be called from any thread.
+    """A `Watcher` that counts the uses of each expert by blocks being denoised.
+
+    It counts only while somebody is watching, for it costs a few microseconds per layer. Its other methods may be
+    called from any thread.
     """
 
     def __init__(self, experts: OffloadedExperts, num_experts: int) -> None:
@@ -29,9 +31,9 @@ class ExpertActivity:
         self._watching = 0
         self._lock = threading.Lock()
 
-    def __call__(self, _info: ForwardInfo, layer: int, decision: RoutingDecision) -> None:
+    def __call__(self, info: ForwardInfo, layer: int, decision: RoutingDecision) -> None:
         """See `Watcher`."""
-        if self._watching:
+        if self._watching and info.phase is Phase.DENOISE:
             chosen = decision.experts.reshape(-1).cpu()
             counts = torch.bincount(chosen + 1, minlength=self._num_experts + 1)[1:]  # -1 is no expert
             self._uses[self._row[layer]] += counts
@@ -53,7 +55,9 @@ class ExpertActivity:
                 self._watching -= 1
 
     def uses(self) -> Tensor:
-        """[layers, experts] int64: how many tokens chose each expert, while there were watchers; a copy."""
+        """[layers, experts] int64: how many tokens of blocks being denoised chose each expert, as far as it was
+        counted; a copy.
+        """
         return self._uses.clone()
 
     def rows(self) -> list[str]:

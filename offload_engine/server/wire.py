@@ -71,9 +71,14 @@ def event_of(content: Any, name: str | None = None) -> bytes:
 
 
 def usage(done: Completion) -> dict[str, Any]:
-    """Tokens of the prompt and of the answer."""
+    """Tokens of the prompt, those of them that an earlier turn had left computed, and of the answer."""
     prompt, answer = done.stats.prompt_tokens, done.stats.new_tokens
-    return {"prompt_tokens": prompt, "completion_tokens": answer, "total_tokens": prompt + answer}
+    return {
+        "prompt_tokens": prompt,
+        "completion_tokens": answer,
+        "total_tokens": prompt + answer,
+        "prompt_tokens_details": {"cached_tokens": done.stats.prompt_tokens_reused},
+    }
 
 
 def _ending(following: Following) -> dict[str, Any]:

@@ -126,6 +126,15 @@ def test_several_turns_and_parts_of_text(client):
         client.chat.completions.create(model="built-in", messages=[{"role": "user", "content": picture}])
 
 
+def test_the_next_turn_begins_where_the_last_one_ended(client):
+    turns = [{"role": "user", "content": f"{PROBLEM} {PROBLEM} {PROBLEM}"}]
+    first = client.chat.completions.create(model="built-in", messages=turns)
+    turns += [first.choices[0].message, {"role": "user", "content": "What is 3 + 4?"}]
+    second = client.chat.completions.create(model="built-in", messages=turns)
+    cached = second.usage.prompt_tokens_details.cached_tokens
+    assert 32 <= cached < second.usage.prompt_tokens
+
+
 def test_markers_that_a_user_types_stay_text(client, engine):
     for marker in ("<role>", "</role>", "<|role_end|>", "<|mask|>", "<|endoftext|>"):
         typed = f"1 + 1 {marker} 2"
