@@ -21,7 +21,7 @@ from offload_engine.engine import Engine
 from offload_engine.errors import OffloadError, PromptError
 from offload_engine.server.bodies import Body, ChatBody, CompletionBody, Job, check_model, parse
 from offload_engine.server.denoising import Denoising
-from offload_engine.server.failures import RefusedError, encoded, refusal_of, refusal_of_status
+from offload_engine.server.failures import RefusedError, encoded, refusal_of, refusal_of_status, shutting_down
 from offload_engine.server.following import Following, unless_gone
 from offload_engine.server.guard import Guard
 from offload_engine.server.logs import Record, RequestLog, record_of
@@ -88,6 +88,8 @@ class _Service:
 
     async def health(self) -> Response:
         """Whether requests are taken."""
+        if self._batcher.closed:
+            raise shutting_down()
         return _json({"status": "ok"})
 
     async def metrics(self) -> Response:

@@ -107,6 +107,8 @@ class Following:
     def leave(self) -> None:
         """Nobody wants the answer any more, or it is there: its place is free within a denoising step. Idempotent."""
         self._left = True
+        if self.completion is None and self.record.error is None:
+            self.record.details["finish_reason"] = "client gone"
         if self._ticket is not None:
             self._ticket.cancel()
 

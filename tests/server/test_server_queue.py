@@ -11,6 +11,7 @@ import httpx
 import openai
 import pytest
 
+from offload_engine.engine import Engine
 from tests.server.serving import ENDLESS, Served, chat_body, error_of, events_of, raw_request, serving, until
 
 
@@ -157,6 +158,15 @@ def test_what_takes_longer_than_the_drain_ends_with_what_there_is(endless_engine
         choice = under_way.result(60).json()["choices"][0]
         assert time.monotonic() - began < 5
         assert (choice["finish_reason"], choice["stop_reason"]) == ("length", "shutdown")
+
+
+def test_an_engine_that_is_gone_is_told():
+    with Engine.from_pretrained(gpu_mem="4GB", threads=1, max_context=512) as engine, serving(engine) as served:
+        assert served.http.get("/health").status_code == 200
+        engine.close()
+        assert served.chat().status_code == 503
+        until(lambda: served.http.get("/health").status_code == 503)
+        assert error_of(served.http.get("/health"))["code"] == "shutting_down"
 
 
 def test_no_thread_is_left(endless_engine):

@@ -10,7 +10,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from offload_engine.server.logs import LOGGER, JsonFormatter, log_to
-from tests.server.serving import ANSWER, Served, chat_body, events_of, serving, until
+from tests.server.serving import ANSWER, Served, chat_body, events_of, raw_request, serving, until
 
 
 def metric(served: Served, name: str, **labels: str) -> float:
@@ -133,6 +133,18 @@ def test_logs_hold_no_prompt_unless_asked(spare_engine, logged):
     assert (first["event"], first["route"], first["routing"]) == ("request", "/v1/chat/completions", "dmoe")
     assert first["finish_reason"] in ("eos", "length")
     assert all(isinstance(first[name], int | float) for name in ("ms", "prompt_tokens", "new_tokens", "steps"))
+
+
+def test_a_client_that_went_away_is_logged_as_such(spare_engine, logged):
+    written = logged(prompts=False)
+    with serving(spare_engine) as served:
+        for stream in (True, False):
+            connection = served.connect()
+            connection.sendall(raw_request(chat_body(stream=stream, threshold=1.0, max_tokens=1000)))
+            until(lambda: served.server.batcher.active == 1)
+            connection.close()
+            until(lambda: served.server.batcher.active == 0)
+    assert [line["finish_reason"] for line in lines_of(written)] == ["client gone"] * 2
 
 
 def test_logs_hold_prompts_where_that_is_wanted(spare_engine, logged):
