@@ -32,6 +32,7 @@ from offload_engine.dropping import dropped
 from offload_engine.engine_facts import EngineFacts
 from offload_engine.engine_options import EngineOptions
 from offload_engine.errors import TokenizerError, UsageError
+from offload_engine.experts.activity import ExpertActivity
 from offload_engine.experts.observe import ObservedExperts, TraceRecorder
 from offload_engine.extending import Custom
 from offload_engine.memory import MemoryPlan, score_bytes
@@ -64,7 +65,9 @@ class Engine(EngineFacts):
         self._parts = parts
         self._recorder: TraceRecorder | None = None
         self._access = Access()
-        self._observed = ObservedExperts(parts.experts, [self._count_unique, self._tell_prefill])
+        self.activity = ExpertActivity(parts.experts, parts.source.config.num_experts)
+        """Where experts are and which are used, for whoever watches."""
+        self._observed = ObservedExperts(parts.experts, [self._count_unique, self._tell_prefill, self.activity])
         source, plan = parts.source, parts.plan
         self._decoder = BlockDiffusionDecoder(
             model=parts.model,

@@ -12,7 +12,7 @@ from typing import Any
 from offload_engine.config import format_bytes
 from offload_engine.core import Phase
 
-_GAUGES = frozenset(
+GAUGES = frozenset(
     {"planned_peak_bytes", "measured_peak_bytes", "limit_bytes", "slots", "slots_per_layer", "lanes_together"}
 )
 """Fields that say how things stand; all others only grow."""
@@ -120,7 +120,7 @@ class EngineStats:
             if isinstance(now, dict):
                 values[item.name] = _difference(now, then)
             else:
-                values[item.name] = now if item.name in _GAUGES else now - then
+                values[item.name] = now if item.name in GAUGES else now - then
         return EngineStats(**values)
 
     @property

@@ -290,6 +290,11 @@ class ExpertCache:
         """Every RESIDENT key, by rising slot. O(slots)."""
         return [key for key in self._keys if key is not None and key not in self._loading]
 
+    def states(self) -> dict[ExpertKey, SlotState]:
+        """Every key that has a slot, and whether it is LOADING or RESIDENT. O(slots)."""
+        loading = self._loading
+        return {key: SlotState.LOADING if key in loading else SlotState.RESIDENT for key in self._slot_of}
+
     def held(self, keys: Iterable[ExpertKey]) -> list[ExpertKey]:
         """Those of `keys` that have a slot, LOADING or RESIDENT, in the order given."""
         return [key for key in keys if key in self._slot_of]

@@ -13,7 +13,7 @@ from torch import Tensor
 from offload_engine.core import ExpertKey, ForwardInfo, Phase, RoutingDecision
 from offload_engine.errors import InternalError, OffloadError, TransferError
 from offload_engine.experts.arena import Slots
-from offload_engine.experts.cache import Occupancy
+from offload_engine.experts.cache import Occupancy, SlotState
 from offload_engine.experts.hot_set import HotSet
 from offload_engine.experts.predictor import ExpertPredictor
 from offload_engine.experts.prefetch import PREDICTION_SHARE, RECENT_RUNS, prefetch_order
@@ -257,6 +257,11 @@ class OffloadedExperts:
         """The cache's slots by state."""
         with self._changed:
             return self.scheduler.cache.occupancy()
+
+    def states(self) -> dict[ExpertKey, SlotState]:
+        """Every expert that has a slot just now, and whether it is there already. May be called from any thread."""
+        with self._changed:
+            return self.scheduler.cache.states()
 
     def residents(self, layer: int) -> list[int]:
         """The experts of `layer` that have a slot just now: here already, or on their way."""
