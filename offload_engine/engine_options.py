@@ -39,6 +39,7 @@ class EngineOptions(TypedDict, total=False):
     verify: Literal["first", "always", "never"]
     prefill_chunk: int
     batch_size: int
+    lanes_together: int | Literal["auto"]
     fused_commit: bool
     threads: int | None
     mask_token_id: int | None
