@@ -191,6 +191,7 @@ class HostExperts:
         """Have `layer`'s activations on their way already, ahead of work that is enqueued before it is known
         what is missing, if it had something for the CPU the last time. Else `take` does it.
         """
+        self._brought = None  # of a layer that was broken off; what replays work has its outputs in the same place
         if layer in self._shared and hidden.shape[0] <= self.shape.tokens:
             self._copy_down(hidden)
             self._brought = hidden
@@ -229,7 +230,8 @@ class HostExperts:
         self._arrived.record(Stream.COMPUTE)
 
     def withdraw(self) -> None:
-        """Wait until the worker is idle: what was taken won't be delivered."""
+        """Wait until the worker is idle: what was taken won't be delivered, nor what was brought be taken."""
+        self._brought = None
         self.worker.drain()
 
     def close(self) -> None:

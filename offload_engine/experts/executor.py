@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -14,7 +13,7 @@ from torch import Tensor
 from offload_engine.core import ExpertKey, ForwardInfo, Phase, RoutingDecision
 from offload_engine.errors import InternalError, OffloadError, TransferError
 from offload_engine.experts.arena import Slots
-from offload_engine.experts.cache import Occupancy
+from offload_engine.experts.cache import Occupancy, SlotState
 from offload_engine.experts.cpu_experts import NO_ERRAND, Errand
 from offload_engine.experts.hot_set import HotSet
 from offload_engine.experts.predictor import ExpertPredictor
@@ -42,6 +41,9 @@ SWEEP_SHARE = 0.8
 
 def _add_one(total: ExpertSum, tokens: ExpertTokens, work: Sequence[ExpertWork]) -> None:
     total.add(tokens, work[0].weights)
+
+
+def _nothing() -> None: ...
 
 
 class OffloadedExperts:
@@ -178,8 +180,9 @@ class OffloadedExperts:
         return NO_ERRAND
 
     def _fetch_results(self, errand: Errand, outputs: LayerOutputs) -> None:
-        with self.stats.phase("stall"):
+        with self.transfers.waiting():
             errand.wait()
+        self.transfers.launch(Stream.COMPUTE, _nothing, reads=())  # which ends the stall
         errand.deliver(outputs)
 
     def warm_up(self) -> None:
@@ -256,6 +259,7 @@ class OffloadedExperts:
                     f"{self.scheduler.transfers_under_way} transfers did not end within {timeout:.0f} s"
                 )
             self.scheduler.cache.check()
+            self.stats.stall_seconds += self.transfers.stalled()
 
     def wait_warm(self, timeout: float = 60.0) -> None:
         """Wait until `warm_up` has filled what slots it can. Raises `InternalError` after `timeout` seconds."""
@@ -271,6 +275,11 @@ class OffloadedExperts:
         """The cache's slots by state."""
         with self._changed:
             return self.scheduler.cache.occupancy()
+
+    def states(self) -> dict[ExpertKey, SlotState]:
+        """Every expert that has a slot just now, and whether it is there already. May be called from any thread."""
+        with self._changed:
+            return self.scheduler.cache.states()
 
     def residents(self, layer: int) -> list[int]:
         """The experts of `layer` that have a slot just now: here already, or on their way."""
@@ -290,6 +299,7 @@ class OffloadedExperts:
         self.idle()
         self.wait_warm()
         self.wait_for_slots()
+        self._works.clear()  # nobody may hold on to a slot
         if slots > self.arena.slots:
             self.arena.resize(slots)
         self._half_done = True
@@ -320,9 +330,9 @@ class OffloadedExperts:
         """
         with self._changed:
             if not self._ready and self._failure is None:
-                began = time.perf_counter()
-                self._arrival.wait_for(lambda: bool(self._ready) or self._failure is not None)
-                self.stats.stall_seconds += time.perf_counter() - began
+                with self.transfers.waiting():
+                    self._arrival.wait_for(lambda: bool(self._ready) or self._failure is not None)
+                self.stats.stall_seconds += self.transfers.stalled()
             if self._failure is not None:
                 raise self._failure
             ready, self._ready = self._ready, deque(islice(self._ready, LAUNCH_EXPERTS, None))
@@ -335,6 +345,7 @@ class OffloadedExperts:
             return
         with self._changed:
             self.scheduler.abandon()
+            self.transfers.abandon()
             self._ready.clear()
             self._failure = None
             self._half_done = False

@@ -144,8 +144,8 @@ class _Layer:
         """(chance, last event, expert) of the candidates, rising."""
         if self._order is None:
             cells, chances = self._standing().tolist(), calibration.chances(self._opening)
-            candidates = self.candidates.items()
-            self._order = sorted([(chances[cells[expert]], event, expert) for expert, event in candidates])
+            ranks = [(chances[cells[expert]], event, expert) for expert, event in self.candidates.items()]
+            self._order = sorted(ranks)
         return self._order
 
     def _standing(self) -> Integers:

@@ -42,6 +42,8 @@ class Setup:
     """Bounce buffers between disk and device; only "cuda" needs them."""
     shared_tokens: int = 0
     """Tokens of the largest forward of whose experts the CPU may compute some, beside a device; 0: it never does."""
+    step_graphs: bool = False
+    """Attention and routers of denoising steps are replayed from recordings, which have memory of their own."""
 
     @property
     def block(self) -> int:

@@ -280,7 +280,13 @@ class MoEBlock(nn.Module):
 
     def forward(self, hidden: Tensor, block_ids: Tensor, policy: Route, experts: ExpertExecutor) -> Tensor:
         """[.., H] -> [.., H]; `block_ids` [T] with T the product of the leading dimensions."""
-        decision = self.route(hidden, block_ids, policy)
+        return self.routed(hidden, self.gate(hidden.flatten(0, -2)), block_ids, policy, experts)
+
+    def routed(
+        self, hidden: Tensor, logits: Tensor, block_ids: Tensor, policy: Route, experts: ExpertExecutor
+    ) -> Tensor:
+        """As `forward`, once the router has spoken: `logits` [T, E]."""
+        decision = policy(logits, self.gate.expert_bias, block_ids)
         return self.with_shared(experts.run(self.layer, hidden.flatten(0, -2), decision).view_as(hidden), hidden)
 
     def with_shared(self, routed: Tensor, hidden: Tensor) -> Tensor:

@@ -167,7 +167,7 @@ class FaultyEvent(SimulatedEvent):
     device: FaultyDevice
 
     def record(self, stream: Stream) -> None:
-        if not self.device.left_out("record", stream):
+        if self.timed or not self.device.left_out("record", stream):  # what keeps the time orders nothing
             super().record(stream)
 
     def before(self, stream: Stream) -> None:
@@ -197,8 +197,8 @@ class FaultyDevice(SimulatedDevice):
         self.heard += 1
         return self.heard % self.every == 0
 
-    def event(self) -> FaultyEvent:
-        event = FaultyEvent(self)
+    def event(self, *, timed: bool = False) -> FaultyEvent:
+        event = FaultyEvent(self, timed)
         self.events.append(event)
         return event
 

@@ -87,7 +87,8 @@ def test_the_engine_on_streams_equals_the_resident_one_in_every_order(
         experts.close()
     device.check()
     assert device.most_copies <= in_flight
-    assert len(device.events) <= 2 * slots + in_flight + (host_slots or 0) + 4, "events are used again"
+    marks = [event for event in device.events if not event.timed]
+    assert len(marks) <= 2 * slots + in_flight + (host_slots or 0) + 4, "events are used again"
     assert isinstance(experts.transfers, CudaTransfers)
     if experts.transfers.host is not None:
         held = experts.transfers.host.occupancy()
