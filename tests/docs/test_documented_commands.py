@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 import shlex
 import subprocess
 import sys
+from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
 
 import click
 import pytest
 
+from offload_engine import Engine
 from offload_engine.cli.commands import dmoe, run
 from tests.docs.documents import DOCUMENTS, ROOT, Shown, command_lines, programs, shown
+from tests.server.serving import serving
 
+SERVER = "http://127.0.0.1:8000"
+"""Where the documentation's programs expect `dmoe serve`."""
 BROUGHT = ["configs", "examples", "tests", "tools"]
 """What of the checkout the commands find where they run."""
 
@@ -93,9 +99,19 @@ def test_commands_do_what_the_documentation_shows(path, workshop):
         assert wrong is None, f"{path.name}: $ {one.command}\n{wrong}"
 
 
+@pytest.fixture(scope="module")
+def server() -> Iterator[str]:
+    """The address of a server, for programs that ask one at the default address."""
+    pytest.importorskip("openai")
+    with Engine.from_pretrained(gpu_mem="4GB", batch_size=2, max_context=2048) as engine, serving(engine) as served:
+        yield served.url
+
+
 @pytest.mark.parametrize("path", [path for path in DOCUMENTS if programs(path)], ids=lambda path: path.name)
-def test_programs_run(path, workshop):
+def test_programs_run(path, workshop, request):
     for program in programs(path):
+        if SERVER in program:
+            program = program.replace(SERVER, request.getfixturevalue("server"))
         done = subprocess.run(
             [sys.executable, "-c", program],
             cwd=workshop,
