@@ -145,7 +145,7 @@ def test_options_that_are_named_exist(path):
             continue
         known = {option for parameter in command.params for option in (*parameter.opts, *parameter.secondary_opts)}
         known |= {"--help"}
-        for word in arguments:
+        for word in itertools.takewhile(lambda word: word != "--", arguments):  # the rest is for another command
             option = word.split("=")[0]
             if re.fullmatch(r"--?[a-z][\w-]*", option):
                 assert option in known, f"{path.name}: {line!r} has {option}"
