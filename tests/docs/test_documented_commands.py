@@ -109,19 +109,19 @@ def server() -> Iterator[str]:
 
 @pytest.mark.parametrize("path", [path for path in DOCUMENTS if programs(path)], ids=lambda path: path.name)
 def test_programs_run(path, workshop, request):
-    for program in programs(path):
-        if SERVER in program:
-            program = program.replace(SERVER, request.getfixturevalue("server"))
-        done = subprocess.run(
-            [sys.executable, "-c", program],
-            cwd=workshop,
-            env=environment(workshop),
-            capture_output=True,
-            text=True,
-            timeout=600,
-            check=False,
-        )
-        assert done.returncode == 0, f"{path.name}:\n{program}\n{done.stderr}"
+    program = "\n\n".join(programs(path))  # what one defines those after it may use
+    if SERVER in program:
+        program = program.replace(SERVER, request.getfixturevalue("server"))
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=workshop,
+        env=environment(workshop),
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+    )
+    assert done.returncode == 0, f"{path.name}:\n{program}\n{done.stderr}"
 
 
 def command_of(words: list[str]) -> tuple[click.Command, list[str]]:
@@ -131,9 +131,7 @@ def command_of(words: list[str]) -> tuple[click.Command, list[str]]:
     if words[0] == "dmoe":
         return dmoe.commands[words[1]], words[2:]
     module = import_module(words[2])
-    return next(value for value in (getattr(module, "main", None), getattr(module, "command", None)) if value), words[
-        3:
-    ]
+    return import_module(words[2]).main, words[3:]
 
 
 @pytest.mark.parametrize("path", [path for path in DOCUMENTS if command_lines(path)], ids=lambda path: path.name)
