@@ -12,13 +12,13 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeVar, Unpack
 
-from offload_engine.assembly import Progress
 from offload_engine.config import EngineConfig
 from offload_engine.core import Completion, SamplingParams, StepEvent
 from offload_engine.decode.prompts import Prompt
 from offload_engine.engine import Engine
 from offload_engine.engine_options import EngineOptions
 from offload_engine.errors import EngineClosedError, InternalError
+from offload_engine.model.hub import Progress
 
 Result = TypeVar("Result")
 

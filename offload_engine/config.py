@@ -92,6 +92,8 @@ def _unit(suffix: str) -> int:
     return int(1024**power if "i" in suffix else 1000**power)
 
 
+_WORDS = ["device", "dtype", "routing", "eviction", "predictor", "hot_set", "tuned", "cuda_graphs", "verify"]
+"""Fields that are words, whose case doesn't matter."""
 _ALIASES = {
     "topk": "top-k",
     "des-s": "des-seq",
@@ -159,12 +161,20 @@ class EngineConfig(BaseModel):
     """Whether the experts used most are remembered with the checkpoint, to fill free slots at the next start; the
     built-in model, which is small, does without.
     """
+    tuned: Literal["on", "off"] = "on"
+    """Whether a `gpu_mem` of "auto", and options that move experts and were left alone, follow what `dmoe tune` found
+    for this model on this device.
+    """
     transfers_in_flight: Annotated[int, Field(ge=1, le=2)] = 2
     """Transfers started and not finished; more would only delay a demand load that comes after them."""
     reader_threads: Annotated[int, Field(ge=1, le=64)] = 2
     """Threads that read experts from disk."""
     verify: Literal["first", "always", "never"] = "first"
     """When an expert of a converted checkpoint is held against its checksum: when read first, always, or never."""
+    cuda_graphs: Literal["auto", "on", "off"] = "auto"
+    """Whether a GPU replays attention and routers of a block's denoising steps as recorded in one of them. auto: until
+    CUDA refuses, or what was recorded differs in one bit; on: that is an error.
+    """
     prefill_chunk: Annotated[int, Field(ge=1, le=2**20)] = 512
     """Prompt tokens that attend together in a prefill; rounded to whole blocks by the engine."""
     batch_size: Annotated[int, Field(ge=1, le=4096)] = 1
@@ -215,7 +225,17 @@ class EngineConfig(BaseModel):
         return int(word) if isinstance(word, str) and word.isdecimal() else word
 
     @field_validator(
-        "device", "dtype", "routing", "eviction", "predictor", "hot_set", "prefix_reuse", "verify", mode="before"
+        "device",
+        "dtype",
+        "routing",
+        "eviction",
+        "predictor",
+        "hot_set",
+        "prefix_reuse",
+        "tuned",
+        "cuda_graphs",
+        "verify",
+        mode="before",
     )
     @classmethod
     def _spelling(cls, value: Any) -> Any:

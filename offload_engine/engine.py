@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from offload_engine.adjusting import changed, reroute, resize
-from offload_engine.assembly import Parts, Progress, assemble, keep_hot_set
+from offload_engine.assembly import Parts, assemble, keep_hot_set
 from offload_engine.config import EngineConfig
 from offload_engine.core import Completion, ForwardInfo, Phase, RoutingDecision, SamplingParams, StepEvent
 from offload_engine.decode.access import Access
@@ -38,6 +38,7 @@ from offload_engine.extending import Custom
 from offload_engine.memory import MemoryPlan, score_bytes
 from offload_engine.memory.refusal import refusals
 from offload_engine.metrics import EngineStats, measure_peak
+from offload_engine.model.hub import Progress
 from offload_engine.model.moe import ExpertExecutor
 from offload_engine.text import Message
 
@@ -57,11 +58,10 @@ class Engine(EngineFacts):
         self.config = config
         self.stats = stats
         """Counted since the engine was made; each `Completion` carries its own share."""
-        self.notices = parts.notices
-        """What the user should know: the routing chosen, warnings of the plan."""
         self.on_prefill: Callable[[int, int], None] | None = None
         """Told during each prefill, by the thread that runs it, how many of its tokens are done, and how many there
-        are: a long prompt takes a while, and nothing else is told meanwhile."""
+        are; once more when it is over: a long prompt takes a while, and nothing else is told meanwhile."""
+        self._prefilling = 0
         self._parts = parts
         self._recorder: TraceRecorder | None = None
         self._access = Access()
@@ -84,6 +84,7 @@ class Engine(EngineFacts):
             context=plan.context,
             fused_commit=config.fused_commit,
             forward_tokens=plan.forward_tokens,
+            graphs=parts.graphs,
             grouping=None if plan.sequences == 1 else Grouping(lambda: stats.slots_per_layer, config.lanes_together),
         )
         stats.planned_peak_bytes, stats.limit_bytes = plan.total, plan.budget
@@ -217,7 +218,8 @@ class Engine(EngineFacts):
         decisions: list[LayerRouting] = []
 
         def keep(_info: ForwardInfo, _layer: int, decision: RoutingDecision) -> None:
-            decisions.append(LayerRouting(decision.experts, decision.weights))
+            experts, weights = decision.experts, decision.weights
+            decisions.append(LayerRouting(experts.to(weights.device), weights))
 
         with self._access.call(), self._access.work(), torch.inference_mode():
             self._score(token_ids, block_length, ObservedExperts(self._parts.experts, [keep]))
@@ -291,8 +293,7 @@ class Engine(EngineFacts):
             self._access.wait()
             keep_hot_set(self.config, self._parts)
         finally:
-            self._parts.store.close()
-            self._parts.model.to("meta")
+            self._parts.unload()
             for cache in self._decoder.caches:
                 cache.release()
             self.close_trace()
@@ -379,9 +380,11 @@ class Engine(EngineFacts):
                 self._decoder.grouping.saw(info.blocks[0].lane, layer, distinct)
 
     def _tell_prefill(self, info: ForwardInfo, layer: int, _decision: RoutingDecision) -> None:
-        if self.on_prefill is not None and info.phase is Phase.PREFILL:
-            tokens = sum(one.tokens for one in info.blocks)
-            self.on_prefill(tokens * layer // self.model_config.num_hidden_layers, tokens)
+        over = info.phase is not Phase.PREFILL
+        tokens = self._prefilling if over else sum(one.tokens for one in info.blocks)
+        self._prefilling = 0 if over else tokens
+        if self.on_prefill is not None and tokens:
+            self.on_prefill(tokens if over else tokens * layer // self.model_config.num_hidden_layers, tokens)
 
     def _score(self, token_ids: Sequence[int], block_length: int, experts: ExpertExecutor) -> Tensor:
         """Hidden states [T, H] of one block-causal forward over `token_ids`."""

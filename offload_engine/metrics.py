@@ -75,7 +75,7 @@ class EngineStats:
     commit_seconds: float = 0.0
     score_seconds: float = 0.0
     stall_seconds: float = 0.0
-    """Time in which compute waited for transfers; part of the seconds of the phases."""
+    """Time in which compute waited for transfers, on a GPU by its own clock; part of the seconds of the phases."""
 
     planned_peak_bytes: int = 0
     measured_peak_bytes: int = 0

@@ -121,7 +121,7 @@ def test_whoever_joins_and_leaves_everyone_gets_the_answer_they_would_get_alone(
         done, expected = ticket.result(timeout=0), alone[which]
         if done.finish_reason == "cancelled":
             assert left
-            assert done.token_ids == expected.token_ids[: len(done.token_ids)] or requests()[which[1]][1].steps > 1
+            assert done.token_ids == expected.token_ids[: len(done.token_ids)], "what is decided stays"
             continue
         assert (done.token_ids, done.finish_reason) == (expected.token_ids, expected.finish_reason)
         assert events == done.stats.denoise_steps + done.stats.blocks

@@ -58,9 +58,9 @@ def test_an_async_program_goes_on_while_the_engine_answers() -> None:
 
 def test_an_eviction_policy_of_ones_own_reads_other_experts_for_the_same_answer() -> None:
     shown = run("own_eviction.py")
-    found = re.findall(r"^(.+): (\d+) experts read, answer: ", shown, re.MULTILINE)
+    found = re.findall(r"^(.+): (\d+) experts read for \[", shown, re.MULTILINE)
     assert [name for name, _count in found] == ["next-use", "first-in"]
-    assert found[0][1] != found[1][1]
+    assert int(found[0][1]) < int(found[1][1])
 
 
 @pytest.mark.parametrize("program", PROGRAMS, ids=lambda path: path.name)

@@ -18,7 +18,7 @@ FLOORS: list[tuple[str, ...]] = [
     ("memory",),
     ("experts",),
     ("decode", "simulate"),
-    ("placement",),
+    ("placement", "learned"),
     (
         "engine",
         "adjusting",
@@ -29,6 +29,7 @@ FLOORS: list[tuple[str, ...]] = [
         "engine_facts",
         "engine_options",
         "extending",
+        "planning",
         "routing_notices",
     ),
     ("server", "evaluate", "bench", "doctor", "tune"),

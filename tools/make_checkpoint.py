@@ -10,7 +10,7 @@ import json
 import shutil
 import sys
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import click
 import torch
@@ -18,6 +18,8 @@ import torch
 if __package__ in (None, ""):  # run as a script: the repository's root is not on the path
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from offload_engine.cli.progress import Progress
+from offload_engine.cli.terminal import note
 from offload_engine.config import format_bytes, parse_bytes
 from offload_engine.errors import MemoryBudgetError, OffloadError, UsageError
 from offload_engine.experts.packed_header import SOURCE_KEY
@@ -28,7 +30,7 @@ from tools.checkpoint_maker.packed import describe, packed_bytes, write_experts
 from tools.checkpoint_maker.presets import PRESETS, config_of
 from tools.checkpoint_maker.tensors import blanks
 from tools.checkpoint_maker.weights import RoutingStatistics, Weights
-from tools.sharded_writer import Progress, header, shards, write_json, write_shards
+from tools.sharded_writer import header, shards, write_json, write_shards
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
@@ -62,7 +64,6 @@ def make_checkpoint(
     seed: int,
     shard_bytes: int,
     tokenizer: Path | None,
-    log: IO[str],
     statistics: RoutingStatistics = DEFAULTS,
     packed: str | None = None,
 ) -> int:
@@ -93,17 +94,17 @@ def make_checkpoint(
                 f"--out {out}: needs {format_bytes(needed, round_up=True)} of disk, but {format_bytes(free)} are free; "
                 "free some, choose a smaller preset, or fewer --layers"
             )
-        progress = Progress(total, log)
         metadata = {}
-        if description is not None:
-            write_experts(partial, description, model, dtype, weights, progress)
-            metadata = {SOURCE_KEY: description.source}
-        write_shards(partial, split, weights.draw, progress, metadata)
+        with Progress("writing weights", total) as progress:
+            if description is not None:
+                write_experts(partial, description, model, dtype, weights, progress)
+                metadata = {SOURCE_KEY: description.source}
+            write_shards(partial, split, weights.draw, progress, metadata)
         write_json(partial / "config.json", config)
         if tokenizer is not None:
             for name in TOKENIZER_FILES:
                 shutil.copyfile(tokenizer / name, partial / name)
-    progress.finish()
+    note(progress.line())
     return total
 
 
@@ -187,7 +188,6 @@ def main(
             seed=seed,
             shard_bytes=shard_bytes,
             tokenizer=tokenizer,
-            log=sys.stderr,
             statistics=statistics,
             packed=packed,
         )

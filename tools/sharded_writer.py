@@ -7,7 +7,6 @@ from __future__ import annotations
 import itertools
 import json
 import os
-import time
 from collections.abc import Callable, Iterable, Mapping
 from math import prod
 from pathlib import Path
@@ -17,7 +16,7 @@ from typing import IO, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from offload_engine.config import format_bytes
+from offload_engine.cli.progress import Progress
 
 SETTLE_BYTES = 128 * 2**20
 """How much of a file the page cache holds before it is settled."""
@@ -71,36 +70,6 @@ def header(shard: list[Blank], metadata: Mapping[str, str] = NOTHING) -> bytes:
     text = json.dumps(entries, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text
-
-
-class Progress:
-    """Bytes written, rate and time left, on one line that a terminal overwrites."""
-
-    def __init__(self, total: int, stream: IO[str]) -> None:
-        self.total, self.done, self.stream = total, 0, stream
-        self.terminal = stream.isatty()
-        self.began = self.shown = time.monotonic()
-
-    def advance(self, count: int) -> None:
-        self.done += count
-        now = time.monotonic()
-        if now - self.shown >= (0.2 if self.terminal else 5.0):
-            self.shown = now
-            self.show(now - self.began)
-
-    def show(self, seconds: float) -> None:
-        rate = max(1, int(self.done / max(seconds, 1e-9)))
-        line = (
-            f"{format_bytes(self.done)} of {format_bytes(self.total)}, {format_bytes(rate)}/s, "
-            f"{(self.total - self.done) / rate:.0f} s left"
-        )
-        self.stream.write(f"\r{line:<60}" if self.terminal else f"{line}\n")
-        self.stream.flush()
-
-    def finish(self) -> None:
-        self.show(time.monotonic() - self.began)
-        if self.terminal:
-            self.stream.write("\n")
 
 
 def write_shards(

@@ -19,6 +19,7 @@ os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "20000")  # one per sha
 import click
 import torch
 
+from offload_engine.cli.progress import duration
 from offload_engine.model.config import ModelConfig
 from offload_engine.routing import RoutingOptions, RoutingPolicy, make_policy
 from tools.training import checkpoint
@@ -73,18 +74,18 @@ class Progress:
         with self.log.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
         print(
-            "  ".join(f"{key} {value}" for key, value in line.items()) + f"  eta {self._eta(now, steps):.1f} min",
+            "  ".join(f"{key} {value}" for key, value in line.items()) + f"  {duration(self._left(now, steps))} left",
             file=sys.stderr,
             flush=True,
         )
         self.reports, self.tokens, self.since = [], 0, now
 
-    def _eta(self, now: float, steps: int) -> float:
-        """Minutes left."""
+    def _left(self, now: float, steps: int) -> float:
+        """Seconds left."""
         elapsed = now - self.began
         if self.schedule.end is not None:
-            return (self.schedule.end - steps) * elapsed / max(1, steps - self.first_step) / 60
-        return self.clock.minutes - elapsed / 60 if self.clock else float("nan")
+            return (self.schedule.end - steps) * elapsed / max(1, steps - self.first_step)
+        return 60 * self.clock.minutes - elapsed if self.clock else 0.0
 
 
 @dataclass

@@ -17,6 +17,7 @@ from offload_engine.bench.report import Conditions, Findings, prepare, save
 from offload_engine.bench.rounds import refusal, run_rounds
 from offload_engine.bench.spec import Run
 from offload_engine.cli.errors import FAILED, INTERRUPTED
+from offload_engine.cli.loading import loading_progress
 from offload_engine.cli.terminal import Output, note
 from offload_engine.errors import CheckpointError, OffloadError
 from offload_engine.experts.packed_header import PACKED_FILE
@@ -97,7 +98,9 @@ def run_benchmark(request: Request, wanted: Wanted) -> int:
 def _model_folders(request: Request) -> list[Path]:
     """The model's directory, then those of its other weight formats. Raises `ModelError`s."""
     model = request.config.model
-    return [BUILT_IN if model is None else resolve_model(model), *(resolve_model(str(one)) for one in request.packed)]
+    with loading_progress() as progress:
+        own = BUILT_IN if model is None else resolve_model(model, progress=progress)
+        return [own, *(resolve_model(str(one), progress=progress) for one in request.packed)]
 
 
 def _weight_files(folders: Sequence[Path]) -> list[Path]:

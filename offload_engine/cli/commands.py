@@ -9,7 +9,10 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
+from offload_engine.cli.chat_command import chat
+from offload_engine.cli.completion import completion
 from offload_engine.cli.errors import ReportingCommand, ReportingGroup
+from offload_engine.cli.help import examples
 from offload_engine.cli.machine_commands import doctor, tuning
 from offload_engine.cli.options import (
     EVALUATION_NAMES,
@@ -30,7 +33,17 @@ from offload_engine.config import EngineConfig, parse_bytes
 from offload_engine.errors import UsageError
 
 
-@click.command("run", cls=ReportingCommand, context_settings=_SETTINGS)
+@click.command(
+    "run",
+    cls=ReportingCommand,
+    context_settings=_SETTINGS,
+    epilog=examples(
+        "dmoe-run --gpu-mem 8GB prompt.txt",
+        "dmoe-run --model DIR --gpu-mem 8GB --routing dmoe --stats -p 'How many are 2 and 2?'",
+        "dmoe-run --model owner/name --config configs/gpu-8gb.toml --watch prompt.txt",
+        "cat prompt.txt | dmoe-run --json - | jq .text",
+    ),
+)
 @click.argument("files", nargs=-1, metavar="[PROMPT_FILE|-]...")
 @click.option("-p", "--prompt", "texts", multiple=True, metavar="TEXT", help="A prompt; may be given several times.")
 @click.option("--raw", is_flag=True, help="Leave the chat template out: continue the prompt as it stands.")
@@ -57,7 +70,15 @@ def run(files: tuple[str, ...], texts: tuple[str, ...], **options: Any) -> int:
     return answer_prompts(config, Request(prompts=prompts, params=params, **options))
 
 
-@click.command("plan", cls=ReportingCommand, context_settings=_SETTINGS)
+@click.command(
+    "plan",
+    cls=ReportingCommand,
+    context_settings=_SETTINGS,
+    epilog=examples(
+        "dmoe plan --gpu-mem 8GB",
+        "dmoe plan --model config.json --device cuda --gpu-mem 8GB --host-mem 24GB",
+    ),
+)
 @engine_options
 @click.option("--json", "as_json", is_flag=True, help="Print the plan as a JSON object.")
 @common_options
@@ -73,7 +94,16 @@ def plan(as_json: bool, **options: Any) -> None:
     show_plan(config, as_json=as_json)
 
 
-@click.command("eval", cls=ReportingCommand, context_settings=_SETTINGS)
+@click.command(
+    "eval",
+    cls=ReportingCommand,
+    context_settings=_SETTINGS,
+    epilog=examples(
+        "dmoe eval --task tiny-arithmetic --n 100 --gpu-mem 8GB",
+        "dmoe eval --task gsm8k --model DIR --routing dmoe --out runs/dmoe",
+        "dmoe eval --compare runs/original runs/dmoe",
+    ),
+)
 @click.option("--task", metavar="NAME", help="tiny-arithmetic, gsm8k, math500, arc-c, mmlu or mmlu:SUBJECT.")
 @click.option(
     "--n", "count", type=click.INT, metavar="N", help="Only the first N samples.  [default: all; 1000 if generated]"
@@ -128,7 +158,15 @@ def evaluation(**options: Any) -> int:
     return run_task(config, Request(task=task, params=params, out=options["out"], as_json=as_json))
 
 
-@click.command("bench", cls=ReportingCommand, context_settings=_SETTINGS)
+@click.command(
+    "bench",
+    cls=ReportingCommand,
+    context_settings=_SETTINGS,
+    epilog=examples(
+        "dmoe bench --preset llada2-2gb --limit 2GB --routing dmoe --out results",
+        "dmoe bench --model DIR --limit 8GB --only engine --rounds 3",
+    ),
+)
 @click.option("--preset", metavar="NAME", help="The checkpoint that tools/make_checkpoint wrote to checkpoints/NAME.")
 @click.option("--layers", type=click.IntRange(min=1), metavar="N", help="Of --preset: its version with N layers.")
 @click.option("--limit", metavar="SIZE", help="Most memory of each contender, page cache included.  [default: none]")
@@ -197,7 +235,15 @@ def bench(**options: Any) -> int:
     return run_benchmark(request, Wanted(**options))
 
 
-@click.command("convert", cls=ReportingCommand, context_settings=_SETTINGS)
+@click.command(
+    "convert",
+    cls=ReportingCommand,
+    context_settings=_SETTINGS,
+    epilog=examples(
+        "dmoe convert --model DIR --out DIR-int4 --experts int4",
+        "dmoe convert --model DIR --out DIR-packed --evaluate 100",
+    ),
+)
 @click.option("--model", metavar="TEXT", help="Checkpoint directory or hub id.  [default: the built-in model]")
 @click.option("--out", type=_PATH, required=True, metavar="DIR", help="New directory; written as DIR.partial first.")
 @click.option(
@@ -233,7 +279,13 @@ def _refuse_beside(option: str, allowed: set[str]) -> None:
             raise UsageError(f"{parameter.opts[0]} has no effect beside {option}; leave one of them out")
 
 
-@click.group("dmoe", cls=ReportingGroup, context_settings=_SETTINGS, no_args_is_help=False)
+@click.group(
+    "dmoe",
+    cls=ReportingGroup,
+    context_settings=_SETTINGS,
+    no_args_is_help=False,
+    epilog="`dmoe COMMAND --help` says more; `dmoe-run` is `dmoe run`.",
+)
 @version_option
 def dmoe() -> None:
     """Memory-constrained inference for Mixture-of-Experts diffusion language models."""
@@ -246,6 +298,7 @@ def version() -> None:
 
 
 dmoe.add_command(run)
+dmoe.add_command(chat)
 dmoe.add_command(plan)
 dmoe.add_command(serving)
 dmoe.add_command(evaluation)
@@ -254,6 +307,7 @@ dmoe.add_command(conversion)
 dmoe.add_command(doctor)
 dmoe.add_command(tuning)
 dmoe.add_command(simulation)
+dmoe.add_command(completion)
 
 
 def run_main() -> None:

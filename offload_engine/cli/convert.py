@@ -45,7 +45,8 @@ def convert_model(request: Request) -> None:
         raise UsageError(
             f"--group-size has no effect on {request.experts} experts; leave it out, or use --experts int4"
         )
-    source = BUILT_IN if request.model is None else resolve_model(request.model)
+    with loading_progress() as progress:
+        source = BUILT_IN if request.model is None else resolve_model(request.model, progress=progress)
     if request.evaluate is not None and not (source / "tokenizer.json").exists():
         raise UsageError(f"{source}: has no tokenizer.json, and --evaluate asks questions in text; leave it out")
     task = None if request.evaluate is None else make_task(ARITHMETIC, n=request.evaluate)
@@ -71,7 +72,9 @@ def _compared(model: str | None, converted: Path, task: Task) -> dict[str, Any]:
     for name in (model, str(converted)):
         said = name or "built-in"
         with loading_progress() as progress:
-            engine = Engine.from_pretrained(config=EngineConfig(model=name, hot_set="off"), progress=progress)
+            engine = Engine.from_pretrained(
+                config=EngineConfig(model=name, hot_set="off", tuned="off"), progress=progress
+            )
         with engine:
             recorder = Memory()
             for _record in evaluate(engine, task, params, recorder):

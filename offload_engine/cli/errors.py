@@ -9,6 +9,7 @@ from typing import Any
 
 import click
 
+from offload_engine.cli.help import write_commands, write_options
 from offload_engine.cli.terminal import note
 from offload_engine.errors import MemoryBudgetError, OffloadError
 
@@ -34,11 +35,20 @@ class _Reporting:
 class ReportingCommand(_Reporting, click.Command):
     """A command whose failures are one line and an exit code."""
 
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """As click, in sections."""
+        write_options(self, ctx, formatter)
+
 
 class ReportingGroup(_Reporting, click.Group):
     """A group whose commands' failures are one line and an exit code."""
 
     command_class = ReportingCommand
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Commands first, in sections: they are what one is looking for."""
+        write_commands(self, formatter)
+        write_options(self, ctx, formatter)
 
 
 def _exit_code(command: Callable[[], Any], shared: dict[str, bool]) -> int:

@@ -14,8 +14,9 @@ _NOTICE = b"\nstopping after this step; Ctrl-C again stops at once\n"
 
 
 @contextmanager
-def interruptible() -> Iterator[Callable[[], bool]]:
-    """While open, the first SIGINT is only remembered, and the second is a `KeyboardInterrupt`.
+def interruptible(notice: bytes = _NOTICE) -> Iterator[Callable[[], bool]]:
+    """While open, the first SIGINT is only remembered, with a `notice` on stderr, and the second is a
+    `KeyboardInterrupt`.
 
     Yields a function that says whether there was one. A SIGINT that this process was started to ignore stays ignored.
     """
@@ -27,7 +28,7 @@ def interruptible() -> Iterator[Callable[[], bool]]:
         if interrupts > 1:
             raise KeyboardInterrupt
         with suppress(OSError, ValueError, AttributeError):  # past Python's buffers, which a handler mustn't enter
-            os.write(sys.stderr.fileno(), _NOTICE)
+            os.write(sys.stderr.fileno(), notice)
 
     if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
         yield lambda: False

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Self
 
 from rich.console import Console, Group, RenderableType
@@ -11,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from offload_engine.cli.terminal import visible
-from offload_engine.cli.watch import END, OPEN, Board, Frame, percent
+from offload_engine.cli.watch import END, OPEN, Board, Frame, Token, percent
 from offload_engine.config import format_bytes
 
 if TYPE_CHECKING:
@@ -75,8 +76,13 @@ def render(frame: Frame, threshold: float, width: int) -> RenderableType:
 
 def _words(frame: Frame, threshold: float) -> Text:
     """The answer's tail, then the block, what is new in it by how sure it is."""
-    text = Text(visible(frame.answer[-TAIL:]), style="dim")
-    for token in frame.tokens:
+    return Text(visible(frame.answer[-TAIL:]), style="dim").append_text(block_text(frame.tokens, threshold))
+
+
+def block_text(tokens: Sequence[Token], threshold: float) -> Text:
+    """A block, what is new in it by how sure it is."""
+    text = Text(style="dim")
+    for token in tokens:
         if token.open:
             text.append(token.text, style="dim not bold")
         elif token.confidence is None:

@@ -1,4 +1,4 @@
-"""Progress while weights are loaded: a bar on a terminal, else a line now and then."""
+"""An engine for a command, with everything on the way to its first token that takes long shown on stderr."""
 
 from __future__ import annotations
 
@@ -8,17 +8,21 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from offload_engine.cli.terminal import note, stderr_console, stderr_is_live
+from offload_engine.cli.progress import TOKENS, Progress
+from offload_engine.cli.terminal import note
 from offload_engine.config import EngineConfig, format_bytes
 
 if TYPE_CHECKING:
     from offload_engine.engine import Engine
 
-LINE_SECONDS = 5.0
-"""A terminal's bar apart, progress is told this often."""
+PATIENCE = 1.0
+"""Seconds of a prefill before it is shown: most are over by then."""
 
 Report = Callable[[str, int, int], None]
-"""What is loaded, bytes done, bytes in all."""
+"""What is being brought, bytes done, bytes in all."""
+
+DOWNLOAD = "download"
+"""What `resolve_model` calls what it brings."""
 
 
 def load_engine(config: EngineConfig) -> Engine:
@@ -32,76 +36,69 @@ def load_engine(config: EngineConfig) -> Engine:
 
 
 @contextmanager
-def loading_progress(doing: str = "loading", done: str = "loaded") -> Iterator[Report]:
-    """Shows what is reported while open, and sums it up at the end, in the words given for it."""
-    summary = _Lines(doing, done)
-    if not stderr_is_live():
-        yield summary
-    else:
-        with _bar(doing) as bar:
-
-            def both(what: str, done: int, total: int) -> None:
-                summary.count(what, done)
-                bar(what, done, total)
-
-            yield both
-    summary.close()
+def loading_progress(doing: str = "loading", did: str = "loaded") -> Iterator[Report]:
+    """Shows what is reported while open, one thing after the other, and sums each up, in the words given for it."""
+    stages = _Stages(doing, did)
+    try:
+        yield stages.report
+        stages.finish()
+    finally:
+        stages.close()
 
 
-class _Lines:
-    """Plain lines of progress."""
+class _Stages:
+    """A download, then weights: each has a progress of its own."""
 
-    def __init__(self, doing: str, done: str) -> None:
-        self._doing, self._did = doing, done
-        self._began = self._told = time.monotonic()
-        self._what, self._done = "", 0
-        self._first: tuple[float, int] | None = None
-        """When the first report came, and the bytes it told of: what came before may be a download."""
+    def __init__(self, doing: str, did: str) -> None:
+        self._doing, self._did = doing, did
+        self._began = time.monotonic()
+        self._what = ""
+        self._shown: Progress | None = None
 
-    def __call__(self, what: str, done: int, total: int) -> None:
-        self.count(what, done)
-        now = time.monotonic()
-        if done < total and now - self._told >= LINE_SECONDS:
-            self._told = now
-            note(f"{self._doing} {what}: {format_bytes(done)} of {format_bytes(total)}{self._rate(now, total - done)}")
+    def report(self, what: str, done: int, total: int) -> None:
+        if self._shown is None or what != self._what:
+            self.finish()
+            doing = "downloading" if what == DOWNLOAD else f"{self._doing} {what}"
+            self._what, self._shown = what, Progress(doing, total, done=done)
+        self._shown.show(done)
 
-    def count(self, what: str, done: int) -> None:
-        self._what, self._done = what, done
-        self._first = self._first or (time.monotonic(), done)
+    def finish(self) -> None:
+        """What was reported last is done."""
+        if self._shown is not None:
+            self.close()
+            size, now = format_bytes(self._shown.done), time.monotonic()
+            did = f"downloaded {size}" if self._what == DOWNLOAD else f"{self._did} {size} of {self._what}"
+            note(f"{did} in {now - self._began:.1f} s")
+            self._began, self._shown = now, None
 
     def close(self) -> None:
-        if self._what:
-            note(f"{self._did} {format_bytes(self._done)} of {self._what} in {time.monotonic() - self._began:.1f} s")
-
-    def _rate(self, now: float, left: int) -> str:
-        """Speed and time left; nothing as long as they aren't known."""
-        assert self._first is not None
-        seconds, done = now - self._first[0], self._done - self._first[1]
-        if seconds <= 0 or done <= 0:
-            return ""
-        return f", {format_bytes(round(done / seconds))}/s, {left * seconds / done:.0f} s left"
+        if self._shown is not None:
+            self._shown.close()
 
 
 @contextmanager
-def _bar(doing: str) -> Iterator[Report]:
-    from rich.progress import (
-        BarColumn,
-        DownloadColumn,
-        Progress,
-        TextColumn,
-        TimeRemainingColumn,
-        TransferSpeedColumn,
-    )
+def prefill_progress(engine: Engine) -> Iterator[None]:
+    """While open, prefills that take a while are shown."""
+    shown: Progress | None = None
 
-    columns = (
-        TextColumn("{task.description}", markup=False),
-        BarColumn(),
-        DownloadColumn(),
-        TransferSpeedColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=stderr_console(), transient=True) as progress:
-        task = progress.add_task(f"{doing} model", total=None)
-        yield lambda what, done, total: progress.update(
-            task, description=f"{doing} {what}", completed=done, total=total
-        )
+    def told(done: int, total: int) -> None:
+        nonlocal shown
+        if shown is None or done < shown.done:
+            close()
+            shown = Progress("reading the prompt", total, TOKENS, patience=PATIENCE)
+        shown.show(done)
+        if done == total:
+            close()
+
+    def close() -> None:
+        nonlocal shown
+        if shown is not None:
+            shown.close()
+            shown = None
+
+    engine.on_prefill = told
+    try:
+        yield
+    finally:
+        engine.on_prefill = None
+        close()

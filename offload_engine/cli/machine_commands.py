@@ -8,11 +8,20 @@ from typing import Any
 import click
 
 from offload_engine.cli.errors import ReportingCommand
+from offload_engine.cli.help import examples
 from offload_engine.cli.options import PATH, SETTINGS, common_options, engine_options, take_engine_config
 from offload_engine.errors import UsageError
 
 
-@click.command("doctor", cls=ReportingCommand, context_settings=SETTINGS)
+@click.command(
+    "doctor",
+    cls=ReportingCommand,
+    context_settings=SETTINGS,
+    epilog=examples(
+        "dmoe doctor --model DIR --gpu-mem 8GB",
+        "dmoe doctor --measure --out this-machine.toml",
+    ),
+)
 @click.option("--measure", is_flag=True, help="Also measure disk, memory and products, and write them as a profile.")
 @click.option(
     "--out",
@@ -36,7 +45,15 @@ def doctor(**options: Any) -> int:
     return examine(config, Request(**options | {"out": options["out"] or Path("hardware-profile.toml")}))
 
 
-@click.command("tune", cls=ReportingCommand, context_settings=SETTINGS)
+@click.command(
+    "tune",
+    cls=ReportingCommand,
+    context_settings=SETTINGS,
+    epilog=examples(
+        "dmoe tune --gpu-mem 8GB",
+        "dmoe tune trace.jsonl --gpu rtx4060 --out tuned.toml && dmoe-run --config tuned.toml prompt.txt",
+    ),
+)
 @click.argument("traces", nargs=-1, metavar="[TRACE]...", type=PATH)
 @click.option(
     "--gpu",

@@ -6,16 +6,18 @@ judged by the two classes alone, so that a preset, a keyword and an option are r
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, Final, Literal, TypeVar, Union, get_args, get_origin
 
 import click
+from click.shell_completion import CompletionItem
 from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
 import offload_engine
+from offload_engine.cli.help import SectionOption
 from offload_engine.config import EngineConfig
 from offload_engine.core import SamplingParams
 
@@ -43,9 +45,11 @@ ENGINE_HELP: Final = {
     "predictor": "What guesses a layer's experts before its router has spoken.",
     "prefetch_depth": "MoE layers to prefetch ahead; 0: none.",
     "hot_set": "Remember the experts used most, and start with them.",
+    "tuned": "Whether --gpu-mem auto follows what dmoe tune found.",
     "transfers_in_flight": "Transfers started and not finished, 1 or 2.",
     "reader_threads": "Threads that read experts from disk.",
     "verify": "When a converted checkpoint's experts are held against their checksums.",
+    "cuda_graphs": "Whether a GPU replays attention and routers from CUDA graphs.",
     "prefill_chunk": "Prompt tokens that attend together in a prefill.",
     "batch_size": "Prompts answered together; each takes a KV cache.",
     "lanes_together": "Of these, how many share forwards.",
@@ -72,6 +76,17 @@ SAMPLING_NAMES: Final = {"top_p": "sample_top_p"}
 EVALUATION_NAMES: Final = SAMPLING_NAMES | {"seed": "sample_seed"}
 """The same for `dmoe eval`, whose --seed chooses the problems."""
 
+ENGINE, DECODING = "The engine", "Decoding"
+"""Headings of options in --help."""
+CHOICES: Final[Mapping[str, tuple[str, ...]]] = {
+    "model": ("DIR",),
+    "device": ("auto", "cpu", "cuda"),
+    "gpu_mem": ("auto",),
+    "host_mem": ("auto", "none"),
+    "routing": ("original", "top-k", "dmoe", "des-seq", "des-vote", "block-capacity"),
+}
+"""What a shell may offer for options whose type doesn't say it."""
+
 PATH: Final = click.Path(path_type=Path)
 SETTINGS: Final = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
 """Of every command."""
@@ -82,9 +97,15 @@ _SIZES = frozenset({"gpu_mem", "host_mem", "expert_mem"})
 def engine_options(command: Decorated) -> Decorated:
     """Give a command every field of `EngineConfig`, and --config."""
     for name in reversed(EngineConfig.model_fields):
-        command = _option(EngineConfig, name, name, ENGINE_HELP[name])(command)
+        command = _option(EngineConfig, name, name, ENGINE_HELP[name], section=ENGINE)(command)
     return click.option(
-        "--config", "config_file", type=click.Path(path_type=Path), metavar="FILE", help="TOML preset of these options."
+        "--config",
+        "config_file",
+        cls=SectionOption,
+        section=ENGINE,
+        type=click.Path(path_type=Path),
+        metavar="FILE",
+        help="TOML preset of these options.",
     )(command)
 
 
@@ -93,7 +114,7 @@ def sampling_options(command: Decorated, names: Mapping[str, str] = SAMPLING_NAM
     for field in reversed(SamplingParams.model_fields):
         name = names.get(field, field)
         text = SAMPLING_HELP.get(name, SAMPLING_HELP[field])
-        command = _option(SamplingParams, field, name, text)(command)
+        command = _option(SamplingParams, field, name, text, section=DECODING)(command)
     return command
 
 
@@ -124,18 +145,41 @@ def take_sampling_params(options: dict[str, Any], names: Mapping[str, str] = SAM
     return SamplingParams(**{name: value for name, value in values.items() if value not in (None, ())})
 
 
-def _option(owner: type[BaseModel], field: str, name: str, text: str) -> Callable[[Decorated], Decorated]:
+def _option(owner: type[BaseModel], field: str, name: str, text: str, section: str) -> Callable[[Decorated], Decorated]:
     info = owner.model_fields[field]
+    of_section: dict[str, Any] = {"cls": SectionOption, "section": section, "default": None}
     if info.annotation is bool:
         text = f"{text}  [default: {'yes' if info.default else 'no'}]"
         flag = name.replace("_", "-")
-        return click.option(f"--{flag}/--no-{flag}", name, default=None, help=text)
+        return click.option(f"--{flag}/--no-{flag}", name, help=text, **of_section)
     kind, metavar, multiple = _parameter(field, info.annotation)
     if info.default not in (None, (), PydanticUndefined):
         text = f"{text}  [default: {info.default}]"
+    words = CHOICES.get(name, metavar.split("|") if "|" in metavar else ())
     return click.option(
-        f"--{name.replace('_', '-')}", name, type=kind, metavar=metavar, multiple=multiple, default=None, help=text
+        f"--{name.replace('_', '-')}",
+        name,
+        type=kind,
+        metavar=metavar,
+        multiple=multiple,
+        help=text,
+        shell_complete=_completes(words),
+        **of_section,
     )
+
+
+def _completes(words: Iterable[str]) -> Callable[..., list[CompletionItem]]:
+    """What a shell offers for an option's value: those of `words` that begin as it does; "DIR": directories."""
+    kinds = {"DIR": "dir"}
+
+    def complete(_context: click.Context, _parameter: click.Parameter, incomplete: str) -> list[CompletionItem]:
+        return [
+            CompletionItem(incomplete if word in kinds else word, type=kinds.get(word, "plain"))
+            for word in words
+            if word in kinds or word.startswith(incomplete)
+        ]
+
+    return complete
 
 
 def _parameter(field: str, annotation: Any) -> tuple[click.ParamType[Any], str, bool]:

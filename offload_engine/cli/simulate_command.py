@@ -8,13 +8,21 @@ from typing import Any, Final
 import click
 
 from offload_engine.cli.errors import ReportingCommand
+from offload_engine.cli.help import examples
 from offload_engine.cli.options import common_options
 from offload_engine.simulate.gate import ACCURACY
 
 SETTINGS: Final = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
 
 
-@click.command("simulate", cls=ReportingCommand, context_settings=SETTINGS)
+@click.command(
+    "simulate",
+    cls=ReportingCommand,
+    context_settings=SETTINGS,
+    epilog=examples(
+        "dmoe-run --trace trace.jsonl prompt.txt && dmoe simulate trace.jsonl --gpu rtx4060 --gpu rtx4090",
+    ),
+)
 @click.argument("trace", type=click.Path(path_type=Path))
 @click.option(
     "--gpu",

@@ -43,7 +43,16 @@ def stderr_console() -> Console:
 
 def stderr_is_live() -> bool:
     """Whether stderr is a terminal that can redraw what it shows."""
-    return sys.stderr is not None and sys.stderr.isatty() and os.environ.get("TERM", "") not in ("dumb", "unknown")
+    return _is_live(sys.stderr)
+
+
+def stdout_is_live() -> bool:
+    """Likewise."""
+    return _is_live(sys.stdout)
+
+
+def _is_live(stream: TextIO | None) -> bool:
+    return stream is not None and stream.isatty() and os.environ.get("TERM", "") not in ("dumb", "unknown")
 
 
 class Output:

@@ -144,8 +144,8 @@ class Batch:
             self._turns.leave(lane.index)
         if lane.state.error is not None:
             lane.cache.reset()  # who knows what is in there
-        order = self._decoder.order
-        order.append(order.pop(order.index(lane.index)))
+        others = [index for index in self._decoder.order if index != lane.index]
+        self._decoder.order = [*others, lane.index]  # at once: an interrupt must not lose a lane
         yield lane.number, lane.state
 
 

@@ -18,8 +18,8 @@ class Turns:
     of the groups before it.
 
     `blocks` None: lanes of a kind don't take turns, and the first to come are the first to end. That is what moves the
-    fewest bytes: on a recorded trace of llada2-mini under dMoE (44 slots per layer), changing after every block of 32
-    tokens took 1.7 times the loads (docs/LOG.md).
+    fewest bytes: on a recorded trace of llada2-mini's shape under dMoE (44 slots per layer), changing after every block
+    of 32 tokens took 1.7 times the loads (docs/LOG.md).
     """
 
     def __init__(self, group_size: GroupSize, blocks: int | None = None) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from offload_engine.errors import CheckpointError, HubError
@@ -12,6 +12,9 @@ from offload_engine.errors import CheckpointError, HubError
 logger = logging.getLogger(__name__)
 
 _HUB_ID = re.compile(r"(?P<repo>[A-Za-z0-9_][\w.-]*/[A-Za-z0-9_][\w.-]*)(?:@(?P<revision>[^\s@]+))?", re.ASCII)
+
+Progress = Callable[[str, int, int], None]
+"""Told what is being done, how much of it is done and how much there is, in bytes."""
 
 FILES = (
     "config.json",
@@ -29,11 +32,14 @@ NOT_FILES = ("*/*",)
 """Subdirectories hold other formats of the same weights."""
 
 
-def resolve_model(model: str, *, offline: bool | None = None, files: Sequence[str] = FILES) -> Path:
+def resolve_model(
+    model: str, *, offline: bool | None = None, files: Sequence[str] = FILES, progress: Progress | None = None
+) -> Path:
     """The directory of the checkpoint that `model` names.
 
     A directory is taken as it is. `owner/name`, or `owner/name@revision`, is fetched from the Hugging Face hub into
-    its usual cache unless it is there; a download that was interrupted goes on where it stopped, with progress on
+    its usual cache unless it is there; a download that was interrupted goes on where it stopped. `progress` is told
+    "download", the bytes that are there and the bytes in all; where there is none, the hub's library shows its own on
     stderr. Only `files`, names or patterns, are fetched. `offline` (by default, whether HF_HUB_OFFLINE is set)
     restricts the search to that cache, which also serves when the hub can't be reached.
 
@@ -51,7 +57,7 @@ def resolve_model(model: str, *, offline: bool | None = None, files: Sequence[st
         raise CheckpointError(
             f"{model}: no such model directory (and no hub id, which looks like owner/name or owner/name@revision)"
         )
-    return _from_hub(named["repo"], named["revision"], offline, files)
+    return _from_hub(named["repo"], named["revision"], offline, files, progress)
 
 
 def _checked_directory(path: Path) -> Path:
@@ -62,7 +68,9 @@ def _checked_directory(path: Path) -> Path:
     return path
 
 
-def _from_hub(repo: str, revision: str | None, offline: bool | None, files: Sequence[str]) -> Path:
+def _from_hub(
+    repo: str, revision: str | None, offline: bool | None, files: Sequence[str], progress: Progress | None
+) -> Path:
     try:
         import huggingface_hub
 
@@ -78,7 +86,7 @@ def _from_hub(repo: str, revision: str | None, offline: bool | None, files: Sequ
     reason = "offline mode is on" if offline else None
     if reason is None:
         try:
-            return hub_download.fetch(repo, revision, files, NOT_FILES)
+            return hub_download.fetch(repo, revision, files, NOT_FILES, progress)
         except hub_download.UnavailableError as error:
             reason = str(error)
     path = hub_download.cached(repo, revision, files, NOT_FILES)

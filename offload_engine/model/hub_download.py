@@ -8,11 +8,13 @@ names, resuming partial ones; `snapshot_download` then finds them there and adds
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import cast
+from typing import BinaryIO, cast
 
 from huggingface_hub import HfApi, constants, hf_hub_url, snapshot_download, try_to_load_from_cache
 from huggingface_hub.errors import (
@@ -27,7 +29,10 @@ from huggingface_hub.file_download import http_get, repo_folder_name
 from huggingface_hub.hf_api import ModelInfo, RepoSibling
 from huggingface_hub.utils import (  # type: ignore[attr-defined]  # star imports
     WeakFileLock,
+    are_progress_bars_disabled,
     build_hf_headers,
+    disable_progress_bars,
+    enable_progress_bars,
     filter_repo_objects,
 )
 
@@ -63,8 +68,16 @@ def cached(repo: str, revision: str | None, allow: Sequence[str], ignore: Sequen
     return path if (path / "config.json").is_file() else None
 
 
-def fetch(repo: str, revision: str | None, allow: Sequence[str], ignore: Sequence[str]) -> Path:
+def fetch(
+    repo: str,
+    revision: str | None,
+    allow: Sequence[str],
+    ignore: Sequence[str],
+    progress: Callable[[str, int, int], None] | None = None,
+) -> Path:
     """Bring the files of `repo` that match `allow` and not `ignore` into the cache; its snapshot's directory.
+
+    `progress` is told of the large files: "download", bytes done, bytes in all.
 
     Raises `UnavailableError` when the hub can't be asked or won't tell, `HubError` when what it tells can't be used,
     the disk has too little room, or a download breaks off.
@@ -83,19 +96,20 @@ def fetch(repo: str, revision: str | None, allow: Sequence[str], ignore: Sequenc
     missing = [file for file in files if _is_missing(repo, info, file)]
     blobs = Path(constants.HF_HUB_CACHE).expanduser() / repo_folder_name(repo_id=repo, repo_type="model") / "blobs"
     _require_space(repo, missing, blobs)
+    large = [file for file in missing if file.lfs is not None and _SHA256.fullmatch(file.lfs.sha256)]
     try:
-        for file in missing:
-            if file.lfs is not None and _SHA256.fullmatch(file.lfs.sha256):
-                _fetch_blob(repo, info, file, blobs)
-        return Path(
-            snapshot_download(
-                repo,
-                revision=revision,
-                cache_dir=constants.HF_HUB_CACHE,
-                allow_patterns=list(allow),
-                ignore_patterns=list(ignore),
+        with _shown_by(progress, sum(file.lfs.size for file in large if file.lfs is not None)) as count:
+            for file in large:
+                _fetch_blob(repo, info, file, blobs, count)
+            return Path(
+                snapshot_download(
+                    repo,
+                    revision=revision,
+                    cache_dir=constants.HF_HUB_CACHE,
+                    allow_patterns=list(allow),
+                    ignore_patterns=list(ignore),
+                )
             )
-        )
     except _NETWORK_ERRORS as error:
         raise HubError(
             f"{repo}: the download broke off ({_one_line(error)}); run the same command again to go on from there"
@@ -151,7 +165,54 @@ def _require_space(repo: str, missing: Sequence[RepoSibling], blobs: Path) -> No
         )
 
 
-def _fetch_blob(repo: str, info: ModelInfo, file: RepoSibling, blobs: Path) -> None:
+Count = Callable[[int], None]
+"""Told how many more bytes are there; fewer than 0 where some were thrown away."""
+
+
+@contextmanager
+def _shown_by(progress: Callable[[str, int, int], None] | None, total: int) -> Iterator[Count]:
+    """Tells `progress` what is counted, and keeps the hub's own bars away meanwhile; None: they stay."""
+    if progress is None or not total:
+        yield lambda _count: None
+        return
+    done = 0
+
+    def count(more: int) -> None:
+        nonlocal done
+        done += more
+        progress("download", done, total)
+
+    silent = are_progress_bars_disabled()
+    disable_progress_bars()
+    try:
+        yield count
+    finally:
+        if not silent:
+            enable_progress_bars()
+
+
+class _Counted:
+    """A file that tells how far it has been written: as much of one as `http_get` uses."""
+
+    def __init__(self, file: BinaryIO, count: Count) -> None:
+        self._file, self._count = file, count
+        self.seek, self.tell = file.seek, file.tell
+
+    def write(self, data: bytes) -> int:
+        written = self._file.write(data)
+        self._count(written)
+        return written
+
+    def truncate(self) -> int:
+        """Throw away what is behind the current position, for the server would not go on from there."""
+        place = self._file.tell()
+        size = self._file.seek(0, os.SEEK_END)
+        self._file.seek(place)
+        self._count(place - size)
+        return self._file.truncate()
+
+
+def _fetch_blob(repo: str, info: ModelInfo, file: RepoSibling, blobs: Path, count: Count) -> None:
     """Download one large file into the cache, going on where an earlier attempt stopped."""
     assert file.lfs is not None
     blob = blobs / file.lfs.sha256
@@ -160,15 +221,17 @@ def _fetch_blob(repo: str, info: ModelInfo, file: RepoSibling, blobs: Path) -> N
     lock.parent.mkdir(parents=True, exist_ok=True)
     with WeakFileLock(lock):  # the hub's own lock of this file
         if blob.exists():
+            count(file.lfs.size)
             return
         partial = _partial(blob)
         with partial.open("ab") as target:
             if target.tell() > file.lfs.size:
                 target.truncate(0)
                 target.seek(0)
+            count(target.tell())
             http_get(
                 hf_hub_url(repo, file.rfilename, revision=info.sha),
-                target,
+                cast(BinaryIO, _Counted(target, count)),
                 resume_size=target.tell(),
                 headers=build_hf_headers(library_name="offload_engine"),
                 expected_size=file.lfs.size,

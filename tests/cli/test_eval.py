@@ -27,7 +27,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         result = dmoe_command(*SUMS, "--routing", name, *options, "--out", folders[name])
         assert result.exit_code == 0, result.stderr
         assert result.stdout.startswith("task            tiny-arithmetic\n")
-        assert "4/4 answers, " in result.stderr
+        assert "answers: 4 of 4, " in result.stderr
     return folders
 
 

@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from offload_engine.cli import evaluation_progress as progress
+from offload_engine.cli import progress
 from offload_engine.cli.evaluation_progress import evaluation_progress
 
 RIGHT, WRONG = {"strict": True}, {"strict": False}
@@ -25,8 +25,9 @@ def test_lines_come_now_and_then_with_accuracy_and_time_left(clock, capsys):
             clock[0] += 1
             show(RIGHT if number % 5 else WRONG)
     assert capsys.readouterr().err.splitlines() == [
-        "10/200 answers, 80.0 % right, 1.0/s, 3:10 left",
-        "20/200 answers, 80.0 % right, 1.0/s, 3:00 left",
+        "answers: 10 of 200, 80.0 % right, 1.0/s, 3:10 left",
+        "answers: 20 of 200, 80.0 % right, 1.0/s, 3:00 left",
+        "answers: 25 of 200, 80.0 % right, 1.0/s, 2:55 left",
     ]
 
 
@@ -37,7 +38,7 @@ def test_answers_of_an_earlier_run_count_for_accuracy_but_not_for_speed(clock, c
             show(RIGHT)
     assert capsys.readouterr().err.splitlines() == [
         "going on after 2 of 4 answers",
-        "4/4 answers, 75.0 % right, 0.5/s, 0:00 left",
+        "answers: 4 of 4, 75.0 % right, 0.5/s, 0 s left",
     ]
 
 
@@ -45,8 +46,8 @@ def test_answers_of_an_earlier_run_count_for_accuracy_but_not_for_speed(clock, c
 @pytest.mark.parametrize(
     ("before", "told"),
     [
-        ({"a": True, "b": False}, "2/2 answers, 50.0 % right"),
-        ({"a": True}, "1/2 answers, 100.0 % right"),
+        ({"a": True, "b": False}, "answers: 2 of 2, 50.0 % right"),
+        ({"a": True}, "answers: 1 of 2, 100.0 % right"),
         ({}, "no answers"),
     ],
 )
@@ -55,7 +56,7 @@ def test_nothing_new_is_no_division_by_zero(capsys, monkeypatch, live: bool, bef
     monkeypatch.setenv("FORCE_COLOR", "1")
     with evaluation_progress(2, before):
         pass
-    assert not live or capsys.readouterr().err.splitlines()[-1].endswith(told)
+    assert capsys.readouterr().err.splitlines()[-1].endswith(told)
 
 
 def test_a_terminal_gets_a_bar_and_the_last_line(capsys, monkeypatch):
@@ -65,6 +66,6 @@ def test_a_terminal_gets_a_bar_and_the_last_line(capsys, monkeypatch):
         show(RIGHT)
         show(WRONG)
     shown = capsys.readouterr().err
-    assert "2/2" in shown
+    assert "2 of 2" in shown
     assert "50.0 % right" in shown
     assert shown.splitlines()[-1].endswith(" left")

@@ -276,6 +276,41 @@ def test_progress_goes_to_stderr(hub, capfd, monkeypatch):
     assert "100%" in err
 
 
+def test_progress_is_told_instead_where_somebody_listens(hub, cache, capfd, monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_PROGRESS_BARS", False)
+    monkeypatch.setattr(huggingface_hub.constants, "DOWNLOAD_CHUNK_SIZE", 100_000)
+    monkeypatch.setenv("TQDM_POSITION", "-1")
+    told = []
+    hub.break_at = 300_000
+    with pytest.raises(HubError):
+        resolve_model(REPO, progress=lambda *report: told.append(report))
+    assert told[-1] == ("download", 300_000, 2 * len(SHARD))
+    hub.status, hub.break_at = 200, None
+    told.clear()
+    resolve_model(REPO, progress=lambda *report: told.append(report))
+    done = [report[1] for report in told]
+    assert done == sorted(done)
+    assert (done[0], done[-1]) == (300_000, 2 * len(SHARD)), "what was there already counts as done"
+    assert len(done) > 15
+    out, err = capfd.readouterr()
+    assert "safetensors" not in out + err, "the library's own bars are not in the way"
+    told.clear()
+    resolve_model(REPO, progress=lambda *report: told.append(report))
+    assert not told
+
+
+def test_what_a_server_wont_go_on_with_is_counted_anew(tmp_path):
+    counted = []
+    with (tmp_path / "file").open("wb") as file:
+        file = hub_download._Counted(file, counted.append)
+        file.write(b"12345678")
+        file.seek(max(file.tell() - 5, 0))
+        file.truncate()
+        file.write(b"45678")
+    assert counted == [8, -5, 5]
+    assert (tmp_path / "file").read_bytes() == b"12345678"
+
+
 def test_an_interrupted_download_goes_on_where_it_stopped(hub, cache, monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "DOWNLOAD_CHUNK_SIZE", 100_000)
     hub.break_at = 300_000

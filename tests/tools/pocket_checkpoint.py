@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ def write(
     out: Path, config: dict[str, Any] = POCKET, seed: int = 0, shard: int = 10**9, tok: Path | None = None
 ) -> int:
     """`make_checkpoint`, in silence."""
-    return make_checkpoint(out, config, seed=seed, shard_bytes=shard, tokenizer=tok, log=io.StringIO())
+    return make_checkpoint(out, config, seed=seed, shard_bytes=shard, tokenizer=tok)
 
 
 def read(folder: Path) -> dict[str, Tensor]:

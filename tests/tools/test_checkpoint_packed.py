@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from pathlib import Path
 
 import pytest
@@ -18,7 +17,7 @@ SHORT = SamplingParams(max_new_tokens=32, steps=2)
 
 
 def made(out: Path, packed: str | None = None, seed: int = 3) -> Path:
-    tool.make_checkpoint(out, POCKET, seed=seed, shard_bytes=10**9, tokenizer=None, log=io.StringIO(), packed=packed)
+    tool.make_checkpoint(out, POCKET, seed=seed, shard_bytes=10**9, tokenizer=None, packed=packed)
     return out
 
 

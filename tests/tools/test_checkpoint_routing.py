@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -31,7 +30,7 @@ def answered(tmp_path_factory: pytest.TempPathFactory) -> Answer:
     @cache
     def run(wanted: RoutingStatistics) -> dict[str, Measured]:
         out = tmp_path_factory.mktemp("nano") / "made"
-        make_checkpoint(out, CONFIG, seed=0, shard_bytes=10**9, tokenizer=None, log=io.StringIO(), statistics=wanted)
+        make_checkpoint(out, CONFIG, seed=0, shard_bytes=10**9, tokenizer=None, statistics=wanted)
         return {one.routing: one for one in measure(out, blocks=3, gpu_mem="2GB")}
 
     return run

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import io
 import json
 import shutil
 import subprocess
@@ -27,7 +26,7 @@ from tools import make_checkpoint as tool
 from tools.checkpoint_maker.presets import PRESETS, config_of
 from tools.checkpoint_maker.tensors import blanks
 from tools.checkpoint_maker.weights import Weights
-from tools.sharded_writer import Blank, Progress
+from tools.sharded_writer import Blank
 
 ROOT = Path(__file__).resolve().parents[2]
 GOLDEN = ROOT.parent / "shared" / "golden" / "llada2_tiny"
@@ -263,14 +262,3 @@ def test_a_shard_size_is_checked(tmp_path: Path, size: str) -> None:
     result = cli("--preset", "llada2-nano", "--out", tmp_path / "made", "--shard-size", size)
     assert result.exit_code == 2
     assert f"--shard-size is '{size}'" in result.stderr
-
-
-def test_progress_tells_rate_and_time_left(monkeypatch: pytest.MonkeyPatch) -> None:
-    clock = iter([100.0, 102.0, 106.0, 110.0])
-    monkeypatch.setattr("tools.sharded_writer.time.monotonic", lambda: next(clock))
-    log = io.StringIO()
-    progress = Progress(1_000_000, log)
-    progress.advance(200_000)  # too soon to say anything
-    progress.advance(100_000)
-    progress.advance(700_000)
-    assert log.getvalue().splitlines() == ["300 KB of 1.00 MB, 50.0 KB/s, 14 s left"]

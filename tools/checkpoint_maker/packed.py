@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from offload_engine.cli.progress import Progress
 from offload_engine.errors import UsageError
 from offload_engine.experts.conversion import DEFAULT_GROUP
 from offload_engine.experts.layout import packed_layout
@@ -22,7 +23,6 @@ from offload_engine.model.quantized import fitting_group
 from offload_engine.model.weights import expert_keys
 from tools.checkpoint_maker.tensors import expert_blanks
 from tools.checkpoint_maker.weights import RoutingStatistics, Weights
-from tools.sharded_writer import Progress
 
 
 def describe(config: Mapping[str, Any], kind: str, seed: int, statistics: RoutingStatistics) -> Description:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
 
-from offload_engine.cli.terminal import note, stderr_console, stderr_is_live
+from offload_engine.cli.progress import PIECES, Progress
+from offload_engine.cli.terminal import stderr_is_live
 from tools.distillation.shards import DROPPED_PREFIX, WORK
 
 BAR_SECONDS, LINE_SECONDS = 1.0, 10.0
@@ -65,13 +65,13 @@ def _journalled(path: Path) -> Tally:
 @contextmanager
 def showing(tally: Callable[[], Tally], total: int) -> Iterator[None]:
     """While open, shows on stderr how much of `total` is done."""
-    first, began, over = tally(), time.monotonic(), threading.Event()
-    with _display(total, first) as show:
+    over = threading.Event()
+    with Progress("answering", total, PIECES, done=tally().done, every=0) as progress:
 
         def follow() -> None:
             while not over.wait(BAR_SECONDS if stderr_is_live() else LINE_SECONDS):
                 now = tally()
-                show(now, (now.done - first.done) / (time.monotonic() - began))
+                progress.show(now.done, f"{now.kept} kept, {now.dropped} dropped")
 
         thread = threading.Thread(target=follow, daemon=True)
         thread.start()
@@ -80,31 +80,3 @@ def showing(tally: Callable[[], Tally], total: int) -> Iterator[None]:
         finally:
             over.set()
             thread.join()
-
-
-Show = Callable[[Tally, float], None]
-"""Takes what is done, and answers per second."""
-
-
-@contextmanager
-def _display(total: int, first: Tally) -> Iterator[Show]:
-    if not stderr_is_live():
-        yield lambda tally, rate: note(f"{tally.done} of {total} prompts: {_summary(tally, rate, total)}")
-        return
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
-
-    columns = (TextColumn("answering"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"))
-    with Progress(*columns, console=stderr_console(), transient=True) as progress:
-        task = progress.add_task("", total=total, completed=first.done)
-        yield lambda tally, rate: progress.update(task, completed=tally.done, description=_summary(tally, rate, total))
-
-
-def _summary(tally: Tally, rate: float, total: int) -> str:
-    left = f", {_duration((total - tally.done) / rate)} left" if rate > 0 else ""
-    return f"{tally.kept} kept, {tally.dropped} dropped, {rate:.2f}/s{left}"
-
-
-def _duration(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{rest:02d}"

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from offload_engine.cli.progress import duration
 from offload_engine.errors import OffloadError
 from offload_engine.files import write_aside
 from tools.finetuning.tuner import StepReport
@@ -65,7 +66,7 @@ class Progress:
         left = (self.steps - done) * (now - self.began) / max(1, done - self.first_step)
         print(
             f"step {done}/{self.steps}  loss {loss:.4f}  accuracy {accuracy:.4f}  lr {rate:.2e}  "
-            f"{speed:.0f} tokens/s  {_clock(left)} left",
+            f"{speed:.0f} tokens/s  {duration(left)} left",
             file=sys.stderr,
             flush=True,
         )
@@ -82,9 +83,3 @@ def writing(path: Path) -> Iterator[None]:
             f"{path}: can't be written ({error.strerror or error}); free some space, or see to its permissions, and go "
             "on with --resume"
         ) from None
-
-
-def _clock(seconds: float) -> str:
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{seconds:02d}"

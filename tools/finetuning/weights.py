@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import sys
 from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from offload_engine.cli.progress import Progress
 from offload_engine.cli.terminal import note
 from offload_engine.model.checkpoint import Checkpoint
 from offload_engine.model.config import ModelConfig
@@ -27,7 +27,7 @@ from offload_engine.model.weights import (
     split_name,
 )
 from tools.finetuning.parallel import Processes, copy_whole, shard, whole
-from tools.sharded_writer import Blank, Progress, shards, write_model
+from tools.sharded_writer import Blank, shards, write_model
 from tools.training.trainer import Network
 
 COMPANIONS = (
@@ -176,10 +176,10 @@ def export(
     for leftover in (aside, old):
         shutil.rmtree(leftover, ignore_errors=True)
     aside.mkdir(parents=True)
-    progress = Progress(sum(blank.nbytes for blank in published.blanks), sys.stderr)
-    with torch.no_grad():
+    total = sum(blank.nbytes for blank in published.blanks)
+    with torch.no_grad(), Progress("writing weights", total) as progress:
         write_model(aside, split, published, progress)
-    progress.finish()
+    note(progress.line())
     (aside / "config.json").write_text(json.dumps(dict(raw), indent=2) + "\n", encoding="utf-8")
     found, lacking = companions(source)
     for name in found:

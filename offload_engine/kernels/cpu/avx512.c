@@ -218,7 +218,9 @@ TARGET DMOE_INLINE void tile_integer(const struct product *p, int64_t first, con
     }
 }
 
-static const struct tiling TILING = {LANES, PIECE, GROUPS, 1}, INTEGER_TILING = {LANES, PIECE, INTEGER_GROUPS, 2};
+/* Macros, since clang takes no other object's value as a constant. */
+#define TILING {LANES, PIECE, GROUPS, 1}
+#define INTEGER_TILING {LANES, PIECE, INTEGER_GROUPS, 2}
 
 /* Groups of the tile that begins at token `t`, of tiles of `width`. */
 DMOE_INLINE int64_t groups_at(const struct product *p, int64_t t, int64_t width)
@@ -229,7 +231,7 @@ DMOE_INLINE int64_t groups_at(const struct product *p, int64_t t, int64_t width)
 
 TARGET static void multiply(const struct product *p)
 {
-    int64_t width = tile_groups(&TILING, p->tokens);
+    int64_t width = tile_groups(&(struct tiling)TILING, p->tokens);
     for (int64_t t = 0; t < p->tokens; t += LANES * width)
         switch (groups_at(p, t, width)) {
         case 1: tile(p, t, 1); break;
@@ -241,7 +243,7 @@ TARGET static void multiply(const struct product *p)
 
 TARGET static void multiply_integer(const struct product *p)
 {
-    int64_t width = tile_groups(&INTEGER_TILING, p->tokens);
+    int64_t width = tile_groups(&(struct tiling)INTEGER_TILING, p->tokens);
     for (int64_t t = 0; t < p->tokens; t += LANES * width)
         if (groups_at(p, t, width) == 1)
             tile_integer(p, t, 1);

@@ -180,7 +180,8 @@ static void limit_groups(
     }
     for (int64_t g = 0; g < r->groups; g++)
         insert(&best, worth[g], g);
-    memset(kept, 0, (size_t)r->groups);
+    for (int64_t g = 0; g < r->groups; g++)
+        kept[g] = 0;
     for (int64_t c = 0; c < best.count; c++)
         kept[best.experts[c]] = 1;
 }
