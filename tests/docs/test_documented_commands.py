@@ -130,7 +130,6 @@ def command_of(words: list[str]) -> tuple[click.Command, list[str]]:
         return run, words[1:]
     if words[0] == "dmoe":
         return dmoe.commands[words[1]], words[2:]
-    module = import_module(words[2])
     return import_module(words[2]).main, words[3:]
 
 
