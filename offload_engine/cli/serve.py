@@ -21,6 +21,8 @@ TOGETHER = 4
 NEEDED = ("fastapi", "uvicorn", "prometheus_client")
 RESERVED = 24 * 2**20
 """Bytes of the process that serving takes beside the model: connections, bodies, and answers on their way."""
+TOKENIZING = 600
+"""And what tokenizing takes, for each byte of the longest prompt; 580 were measured at worst."""
 
 
 def run_server(config: EngineConfig, options: Mapping[str, Any], key_file: Path | None) -> int:
@@ -34,7 +36,8 @@ def run_server(config: EngineConfig, options: Mapping[str, Any], key_file: Path 
     with running.bind(settings) as listener:
         if "batch_size" not in config.model_fields_set:
             config = EngineConfig(**config.model_dump(exclude_unset=True) | {"batch_size": TOGETHER})
-        reserve = b"\1" * RESERVED  # so that the plan, which counts what the process holds, leaves room for it
+        # the plan counts what the process holds: so it leaves room for what serving will take
+        reserve = b"\1" * (RESERVED + TOKENIZING * settings.max_prompt)
         engine = load_engine(config)
         del reserve
         with engine:
@@ -47,8 +50,8 @@ def run_server(config: EngineConfig, options: Mapping[str, Any], key_file: Path 
 def settings_of(options: Mapping[str, Any], key_file: Path | None) -> ServerSettings:
     """What was given on the command line, the key from wherever it is. Raises `ConfigError`."""
     values = {name: value for name, value in options.items() if value is not None and value != ()}
-    if "max_body" in values:
-        values["max_body"] = parse_bytes(values["max_body"], "--max-body")
+    for name in values.keys() & {"max_body", "max_prompt"}:
+        values[name] = parse_bytes(values[name], f"--{name.replace('_', '-')}")
     if "api_key" in values and key_file is not None:
         raise ConfigError("--api-key and --api-key-file both say the key; leave one of them out")
     if key_file is not None:

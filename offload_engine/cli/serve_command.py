@@ -22,6 +22,7 @@ from offload_engine.cli.options import PATH, SETTINGS, common_options, engine_op
 @click.option("--max-waiting", type=click.INT, metavar="N", help="Requests that may wait.  [default: 64]")
 @click.option("--deadline", type=click.FLOAT, metavar="SECONDS", help="Time a request may take.  [default: 600]")
 @click.option("--max-body", metavar="SIZE", help="Largest body of a request.  [default: 1MiB]")
+@click.option("--max-prompt", metavar="SIZE", help="Longest prompt, in UTF-8.  [default: 64KiB]")
 @click.option("--max-connections", type=click.INT, metavar="N", help="Connections answered.  [default: 256]")
 @click.option(
     "--patience",

@@ -17,6 +17,7 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import Response
 
 from offload_engine.batching import Batcher
+from offload_engine.config import format_bytes
 from offload_engine.engine import Engine
 from offload_engine.errors import OffloadError, PromptError
 from offload_engine.server.bodies import Body, ChatBody, CompletionBody, Job, check_model, parse
@@ -33,9 +34,6 @@ from offload_engine.server.wire import Wire
 
 CLIENT_GONE = 499
 """Status, in logs only, of a response that nobody was there to receive."""
-
-CHARACTERS_PER_TOKEN = 64
-"""More than any text has."""
 
 
 def create_app(engine: Engine, batcher: Batcher, settings: ServerSettings) -> FastAPI:
@@ -157,14 +155,15 @@ class _Service:
         return following
 
     def _check_length(self, job: Job) -> None:
-        """Refuse what can't fit the context without tokenizing it, which takes seconds per megabyte."""
-        context = self._engine.plan.context
-        if job.characters > CHARACTERS_PER_TOKEN * context:
+        """Refuse what would take more than its share of memory and time to tokenize."""
+        most = self._settings.max_prompt
+        if job.size > most:
             raise RefusedError(
                 400,
-                f"the prompt has {job.characters} characters, but the context holds {context} tokens; shorten it",
+                f"the prompt has {format_bytes(job.size)}, but this server takes {format_bytes(most)}; shorten it, or "
+                "start the server with a larger --max-prompt",
                 param="prompt" if job.raw else "messages",
-                code="context_length_exceeded",
+                code="prompt_too_long",
             )
 
     def _card(self) -> dict[str, Any]:

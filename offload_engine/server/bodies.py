@@ -232,11 +232,11 @@ class Job:
     """Of the routing, not of the sampler."""
 
     @property
-    def characters(self) -> int:
-        """Of all text in the prompt."""
-        if isinstance(self.prompt, str):
-            return len(self.prompt)
-        return sum(len(turn["content"]) for turn in self.prompt if isinstance(turn, dict))
+    def size(self) -> int:
+        """Bytes of all text in the prompt, in UTF-8."""
+        turns = [self.prompt] if isinstance(self.prompt, str) else self.prompt
+        texts = (turn["content"] if isinstance(turn, dict) else turn for turn in turns)
+        return sum(len(text.encode("utf-8", "surrogatepass")) for text in texts if isinstance(text, str))
 
 
 def parse(kind: type[Parsed], body: bytes) -> Parsed:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import socket
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from types import FrameType
 
@@ -84,6 +85,8 @@ class Server(uvicorn.Server):
 
     async def serve(self, sockets: list[socket.socket] | None = None) -> None:
         """See `uvicorn.Server`."""
+        # prompts are tokenized one after the other anyway, and each thread that did would keep memory for it
+        asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(1, thread_name_prefix="prompts"))
         time_keeping = asyncio.create_task(keep_time(self.server_state))
         try:
             await super().serve(sockets)

@@ -41,6 +41,8 @@ class ServerSettings(BaseModel):
     """Seconds a request may take, waiting included."""
     max_body: Annotated[int, Field(ge=1024, le=2**26)] = 2**20
     """Bytes of a request's body."""
+    max_prompt: Annotated[int, Field(ge=1, le=2**26)] = 2**16
+    """Bytes of a prompt in UTF-8, all turns of a conversation together: what tokenizing them takes is kept free."""
     max_connections: Annotated[int, Field(ge=1, le=65536)] = 256
     """Connections answered; more get 503, and twice as many are not taken at all."""
     patience: Annotated[float, Field(gt=0, le=3600, allow_inf_nan=False)] = 20.0

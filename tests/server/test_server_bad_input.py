@@ -104,9 +104,19 @@ def test_token_ids_outside_the_vocabulary(served: Served):
         assert error_of(response)["param"] == "prompt"
 
 
-@pytest.mark.parametrize("words", [2000, 20_000, 100_000])
-def test_a_prompt_longer_than_the_context(served: Served, words: int):
-    response = served.chat("word " * words)
+def test_a_prompt_longer_than_the_server_takes(served: Served):
+    for content in ("x" * (2**16 + 1), "word " * 100_000, "日" * 22_000):
+        response = served.chat(content)
+        assert response.status_code == 400
+        error = error_of(response)
+        assert (error["code"], error["param"]) == ("prompt_too_long", "messages")
+        assert "this server takes 65.5 KB; shorten it" in error["message"]
+    response = served.http.post("/v1/completions", json={"prompt": "x" * (2**16 + 1)})
+    assert error_of(response)["param"] == "prompt"
+
+
+def test_a_prompt_longer_than_the_context(served: Served):
+    response = served.chat("word " * 10_000)
     assert response.status_code == 400
     error = error_of(response)
     assert error["code"] == "context_length_exceeded"
@@ -116,7 +126,7 @@ def test_a_prompt_longer_than_the_context(served: Served, words: int):
 
 def test_a_prompt_of_markers_alone_takes_no_longer_than_its_size(served: Served):
     for marker in ("<role><|mask|><|role_end|>", "<ro<role>le>", "<role", " "):
-        assert served.chat(marker * (130_000 // len(marker))).status_code == 400
+        assert served.chat(marker * (2**16 // len(marker))).status_code == 400
 
 
 def test_a_body_that_is_too_large(spare_engine):
