@@ -282,15 +282,29 @@ class EngineConfig(BaseModel):
         return cls(**values)
 
 
+def presets() -> dict[str, Path]:
+    """The presets that come with the package, by name."""
+    here = Path(__file__).parent
+    folder = here / "configs"  # of an installed package; a checkout has them beside it
+    if not folder.is_dir() and (here.parent / "pyproject.toml").is_file():
+        folder = here.parent / "configs"
+    return {file.stem: file for file in sorted(folder.glob("*.toml"))}
+
+
 def load_config(path: Path) -> dict[str, Any]:
     """The options a TOML preset sets, checked one by one and normalised (sizes in bytes).
 
-    Raises `ConfigError` that names the file, and the line or the key.
+    `path` may also be a name of `presets`, where there is no such file. Raises `ConfigError` that names the file, and
+    the line or the key.
     """
+    if not path.exists():
+        path = presets().get(str(path), path)
     try:
         values = tomllib.loads(path.read_bytes().decode("utf-8-sig"))
     except FileNotFoundError:
-        raise ConfigError(f"{path}: not found; wanted a TOML file of engine options") from None
+        raise ConfigError(
+            f"{path}: not found; wanted a TOML file of engine options, or one of {', '.join(presets()) or 'no presets'}"
+        ) from None
     except IsADirectoryError:
         raise ConfigError(f"{path}: is a directory; wanted a TOML file of engine options") from None
     except OSError as error:

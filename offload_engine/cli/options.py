@@ -105,7 +105,7 @@ def engine_options(command: Decorated) -> Decorated:
         section=ENGINE,
         type=click.Path(path_type=Path),
         metavar="FILE",
-        help="TOML preset of these options.",
+        help="TOML file of these options, or the name of a preset, such as gpu-8gb.",
     )(command)
 
 

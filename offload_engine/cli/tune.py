@@ -11,6 +11,7 @@ from typing import Any
 
 from offload_engine.assembly import native_routing, routing_options
 from offload_engine.cli.plan import Described, make_plan, plan_dtype
+from offload_engine.cli.progress import PIECES, Progress
 from offload_engine.cli.simulate import BOUNCE_SLOTS, model_of, shape_of
 from offload_engine.cli.terminal import Output, note
 from offload_engine.config import EngineConfig
@@ -172,7 +173,8 @@ def _search(
     sizes = search.budgets(plan.fixed, plan.slab_bytes, plan.slots)
     note(f"replaying {len(routings)} ways to route under {len(sizes)} budgets")
     surveyed, _ = search.best_knobs(machine.trial(routings[0].records, plan.slots), Knobs())
-    points = search.survey(routings, sizes, machine, surveyed)
+    with Progress("replaying", len(routings) * len(sizes), PIECES) as progress:
+        points = search.survey(routings, sizes, machine, surveyed, progress.advance)
     acceptable = search.acceptable(points, least_kept, routings[0])
     fastest = search.fastest([point for point in acceptable if point.budget == sizes[0]])
     smallest = search.smallest_near(acceptable)

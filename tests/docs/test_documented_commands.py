@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 import shlex
 import subprocess
 import sys
+from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
 
 import click
 import pytest
 
+from offload_engine import Engine
 from offload_engine.cli.commands import dmoe, run
 from tests.docs.documents import DOCUMENTS, ROOT, Shown, command_lines, programs, shown
+from tests.server.serving import serving
 
+SERVER = "http://127.0.0.1:8000"
+"""Where the documentation's programs expect `dmoe serve`."""
 BROUGHT = ["configs", "examples", "tests", "tools"]
 """What of the checkout the commands find where they run."""
 
@@ -93,19 +99,29 @@ def test_commands_do_what_the_documentation_shows(path, workshop):
         assert wrong is None, f"{path.name}: $ {one.command}\n{wrong}"
 
 
+@pytest.fixture(scope="module")
+def server() -> Iterator[str]:
+    """The address of a server, for programs that ask one at the default address."""
+    pytest.importorskip("openai")
+    with Engine.from_pretrained(gpu_mem="4GB", batch_size=2, max_context=2048) as engine, serving(engine) as served:
+        yield served.url
+
+
 @pytest.mark.parametrize("path", [path for path in DOCUMENTS if programs(path)], ids=lambda path: path.name)
-def test_programs_run(path, workshop):
-    for program in programs(path):
-        done = subprocess.run(
-            [sys.executable, "-c", program],
-            cwd=workshop,
-            env=environment(workshop),
-            capture_output=True,
-            text=True,
-            timeout=600,
-            check=False,
-        )
-        assert done.returncode == 0, f"{path.name}:\n{program}\n{done.stderr}"
+def test_programs_run(path, workshop, request):
+    program = "\n\n".join(programs(path))  # what one defines those after it may use
+    if SERVER in program:
+        program = program.replace(SERVER, request.getfixturevalue("server"))
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=workshop,
+        env=environment(workshop),
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+    )
+    assert done.returncode == 0, f"{path.name}:\n{program}\n{done.stderr}"
 
 
 def command_of(words: list[str]) -> tuple[click.Command, list[str]]:
@@ -114,10 +130,7 @@ def command_of(words: list[str]) -> tuple[click.Command, list[str]]:
         return run, words[1:]
     if words[0] == "dmoe":
         return dmoe.commands[words[1]], words[2:]
-    module = import_module(words[2])
-    return next(value for value in (getattr(module, "main", None), getattr(module, "command", None)) if value), words[
-        3:
-    ]
+    return import_module(words[2]).main, words[3:]
 
 
 @pytest.mark.parametrize("path", [path for path in DOCUMENTS if command_lines(path)], ids=lambda path: path.name)
@@ -129,7 +142,7 @@ def test_options_that_are_named_exist(path):
             continue
         known = {option for parameter in command.params for option in (*parameter.opts, *parameter.secondary_opts)}
         known |= {"--help"}
-        for word in arguments:
+        for word in itertools.takewhile(lambda word: word != "--", arguments):  # the rest is for another command
             option = word.split("=")[0]
             if re.fullmatch(r"--?[a-z][\w-]*", option):
                 assert option in known, f"{path.name}: {line!r} has {option}"
