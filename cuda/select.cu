@@ -1,7 +1,8 @@
 /* dMoE's routing of the tokens of a forward, in one launch: sigmoid and bias, every token's vote for its best experts, the
- * coreset of each block, each token's group-limited choice inside it with its weights, and where those experts lie.
+ * coreset of each block, each token's group-limited choice inside it with its weights, and where those experts lie. Without
+ * coresets, token-level routing: the same but for vote and coreset, and block scores are summed over what was chosen.
  *
- * Decides as offload_engine/routing does (base.py, coreset.py), given the same scores: bit for bit. So, as in
+ * Decides as offload_engine/routing does (base.py, coreset.py, topk.py), given the same scores: bit for bit. So, as in
  * offload_engine/kernels/cpu/select.c, every comparison is made on the same float32 numbers and every sum runs in the same
  * order: votes token by token in float32, all other sums in double from the first to the last.
  *
@@ -76,7 +77,79 @@ __device__ void mark_ballot(const dmoe_selection &s, int64_t token, uint32_t *ke
     }
 }
 
-/* routing/base.py, block_votes: window by window, that votes are added token by token. */
+/* Makes absent what lies outside a token's best groups; inside a coreset unless nothing would be left. routing/base.py,
+ * group_limited.
+ */
+__device__ void limit_groups(const dmoe_selection &s, uint32_t *keys, uint32_t *worth)
+{
+    if (s.groups <= 1 || s.kept_groups >= s.groups)
+        return;
+    int lane = threadIdx.x % WARP, size = s.experts / s.groups;
+    for (int g = lane; g < s.groups; g += WARP) {
+        uint32_t first = ABSENT_KEY, second = ABSENT_KEY;
+        for (int e = g * size; e < (g + 1) * size; e++) {
+            uint32_t lesser = keys[e] < first ? keys[e] : first;
+            first = keys[e] > first ? keys[e] : first;
+            second = lesser > second ? lesser : second;
+        }
+        worth[g] = size == 1 ? first : key_of(value_of(first) + value_of(second));
+    }
+    __syncwarp();
+    uint64_t last_kept = 0;
+    for (int c = 0; c < s.kept_groups; c++)
+        last_kept = next_place(worth, s.groups, c ? last_kept + 1 : 0);
+    bool some = !s.coreset;
+    for (int e = lane; e < s.experts; e += WARP)
+        some |= keys[e] != ABSENT_KEY && place_of(worth[e / size], e / size) <= last_kept;
+    if (__any_sync(ALL_LANES, some))
+        for (int e = lane; e < s.experts; e += WARP)
+            if (place_of(worth[e / size], e / size) > last_kept)
+                keys[e] = ABSENT_KEY;
+    __syncwarp();
+}
+
+/* A token's best experts of those whose key isn't absent, and their weights, by one warp; marked in `ballot` too, if there
+ * is one. routing/base.py, choose.
+ */
+__device__ void settle(const dmoe_selection &s, int64_t token, const uint32_t *keys, uint8_t *used, uint32_t *ballot)
+{
+    int64_t *chosen = s.chosen + token * s.choices;
+    float *weights = s.weights + token * s.choices;
+    double sum = 0;
+    uint64_t from = 0;
+    for (int c = 0; c < s.choices; c++) {
+        uint64_t place = next_place(keys, s.experts, from);
+        from = place + 1;
+        if (threadIdx.x % WARP)
+            continue;
+        bool found = key_at(place) != ABSENT_KEY;
+        chosen[c] = found ? index_at(place) : -1;
+        weights[c] = found ? s.scores[token * s.experts + index_at(place)] : 0;
+        sum += weights[c];
+        if (found)
+            used[index_at(place)] = 1;
+        if (found && ballot)
+            ballot[index_at(place) / 32] |= 1u << index_at(place) % 32;
+    }
+    if (threadIdx.x % WARP)
+        return;
+    float total = static_cast<float>(sum) + EPSILON;
+    for (int c = 0; c < s.choices; c++)
+        weights[c] = (s.normalise ? weights[c] / total : weights[c]) * s.scale;
+}
+
+/* routing/topk.py: a token's choice among all experts, by one warp. */
+__device__ void choose_freely(const dmoe_selection &s, Room &room, int64_t token, uint32_t *ballot)
+{
+    uint32_t *keys = room.keys[threadIdx.x / WARP];
+    for (int e = threadIdx.x % WARP; e < s.experts; e += WARP)
+        keys[e] = key_of(s.selection[token * s.experts + e]);
+    __syncwarp();
+    limit_groups(s, keys, room.worth[threadIdx.x / WARP]);
+    settle(s, token, keys, room.used, ballot);
+}
+
+/* routing/base.py, block_votes, or without coresets tally: window by window, that votes are added token by token. */
 __device__ void vote(const dmoe_selection &s, Room &room)
 {
     int warp = threadIdx.x / WARP, words = (s.experts + 31) / 32;
@@ -85,6 +158,7 @@ __device__ void vote(const dmoe_selection &s, Room &room)
         room.voted[e] = 0;
         room.used[e] = 0;
     }
+    __syncthreads();
     for (int64_t first = 0; first < s.tokens; first += WINDOW) {
         for (int i = warp; i < WINDOW; i += WARPS) {
             for (int word = threadIdx.x % WARP; word < words; word += WARP)
@@ -94,7 +168,10 @@ __device__ void vote(const dmoe_selection &s, Room &room)
                 continue;
             if (s.logits)
                 score(s, first + i);
-            mark_ballot(s, first + i, room.keys[warp], room.ballots[i]);
+            if (s.coreset)
+                mark_ballot(s, first + i, room.keys[warp], room.ballots[i]);
+            else
+                choose_freely(s, room, first + i, room.ballots[i]);
         }
         __syncthreads();
         for (int e = threadIdx.x; e < s.experts; e += THREADS)
@@ -105,7 +182,8 @@ __device__ void vote(const dmoe_selection &s, Room &room)
                 }
         __syncthreads();
     }
-    __syncthreads(); /* where there are no tokens */
+    for (int e = threadIdx.x; e < s.experts; e += THREADS)
+        s.block_scores[static_cast<int64_t>(blockIdx.x) * s.experts + e] = room.votes[e] < 0 ? 0 : room.votes[e];
 }
 
 /* routing/coreset.py, top_p_coreset. */
@@ -136,67 +214,11 @@ __device__ void elect(const dmoe_selection &s, Room &room)
         }
     }
     __syncthreads();
-    for (int e = threadIdx.x; e < s.experts; e += THREADS) {
-        int64_t at = static_cast<int64_t>(blockIdx.x) * s.experts + e;
-        s.coreset[at] = room.coreset[e];
-        s.block_scores[at] = room.votes[e] < 0 ? 0 : room.votes[e];
-    }
+    for (int e = threadIdx.x; e < s.experts; e += THREADS)
+        s.coreset[static_cast<int64_t>(blockIdx.x) * s.experts + e] = room.coreset[e];
 }
 
-/* Makes absent what lies outside a token's best groups, unless nothing would be left. routing/base.py, group_limited. */
-__device__ void limit_groups(const dmoe_selection &s, uint32_t *keys, uint32_t *worth)
-{
-    int lane = threadIdx.x % WARP, size = s.experts / s.groups;
-    for (int g = lane; g < s.groups; g += WARP) {
-        uint32_t first = ABSENT_KEY, second = ABSENT_KEY;
-        for (int e = g * size; e < (g + 1) * size; e++) {
-            uint32_t lesser = keys[e] < first ? keys[e] : first;
-            first = keys[e] > first ? keys[e] : first;
-            second = lesser > second ? lesser : second;
-        }
-        worth[g] = size == 1 ? first : key_of(value_of(first) + value_of(second));
-    }
-    __syncwarp();
-    uint64_t last_kept = 0;
-    for (int c = 0; c < s.kept_groups; c++)
-        last_kept = next_place(worth, s.groups, c ? last_kept + 1 : 0);
-    bool some = false;
-    for (int e = lane; e < s.experts; e += WARP)
-        some |= keys[e] != ABSENT_KEY && place_of(worth[e / size], e / size) <= last_kept;
-    if (__any_sync(ALL_LANES, some))
-        for (int e = lane; e < s.experts; e += WARP)
-            if (place_of(worth[e / size], e / size) > last_kept)
-                keys[e] = ABSENT_KEY;
-    __syncwarp();
-}
-
-/* A token's best experts of those whose key isn't absent, and their weights, by one warp. routing/base.py, choose. */
-__device__ void settle(const dmoe_selection &s, int64_t token, const uint32_t *keys, uint8_t *used)
-{
-    int64_t *chosen = s.chosen + token * s.choices;
-    float *weights = s.weights + token * s.choices;
-    double sum = 0;
-    uint64_t from = 0;
-    for (int c = 0; c < s.choices; c++) {
-        uint64_t place = next_place(keys, s.experts, from);
-        from = place + 1;
-        if (threadIdx.x % WARP)
-            continue;
-        bool found = key_at(place) != ABSENT_KEY;
-        chosen[c] = found ? index_at(place) : -1;
-        weights[c] = found ? s.scores[token * s.experts + index_at(place)] : 0;
-        sum += weights[c];
-        if (found)
-            used[index_at(place)] = 1;
-    }
-    if (threadIdx.x % WARP)
-        return;
-    float total = static_cast<float>(sum) + EPSILON;
-    for (int c = 0; c < s.choices; c++)
-        weights[c] = (s.normalise ? weights[c] / total : weights[c]) * s.scale;
-}
-
-/* routing/base.py, choose_inside. */
+/* routing/base.py, choose_inside; without coresets tokens have chosen already, and only pads are left. */
 __device__ void choose(const dmoe_selection &s, Room &room)
 {
     int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
@@ -207,14 +229,13 @@ __device__ void choose(const dmoe_selection &s, Room &room)
                 s.chosen[c] = -1;
                 s.weights[c] = 0;
             }
-        } else if (block == blockIdx.x) {
+        } else if (block == blockIdx.x && s.coreset) {
             uint32_t *keys = room.keys[warp];
             for (int e = lane; e < s.experts; e += WARP)
                 keys[e] = room.coreset[e] ? key_of(s.selection[t * s.experts + e]) : ABSENT_KEY;
             __syncwarp();
-            if (s.groups > 1 && s.kept_groups < s.groups)
-                limit_groups(s, keys, room.worth[warp]);
-            settle(s, t, keys, room.used);
+            limit_groups(s, keys, room.worth[warp]);
+            settle(s, t, keys, room.used, nullptr);
         }
     }
     __syncthreads();
@@ -269,7 +290,8 @@ __global__ void __launch_bounds__(THREADS) select_experts(const dmoe_selection s
 {
     DMOE_SHARED(Room, room);
     vote(s, room);
-    elect(s, room);
+    if (s.coreset)
+        elect(s, room);
     choose(s, room);
     if (s.table && last_to_finish(s, room))
         look_up(s, room);

@@ -22,8 +22,8 @@ struct dmoe_selection {
     float *selection;         /* [T, E]; likewise */
     int64_t *chosen;          /* out [T, k]; -1: none */
     float *weights;           /* out [T, k] */
-    uint8_t *coreset;         /* out [B, E] */
-    float *block_scores;      /* out [B, E] */
+    uint8_t *coreset;         /* out [B, E]; null: there is none, and tokens choose among all experts */
+    float *block_scores;      /* out [B, E]: votes of all tokens for their best; without coresets, of those that chose */
     uint8_t *used;            /* out [B, E]: some token of the block chose it */
     const int32_t *table;     /* [E]: an expert's slot, -1: absent; null: nothing is looked up, the rest may be null */
     int32_t *slots;           /* out [E]: a used expert's slot or -1, -2 for the others */

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from offload_engine.asynchronous import AsyncEngine
+    from offload_engine.batching import Batcher, Ticket
     from offload_engine.config import EngineConfig
     from offload_engine.core import (
         Completion,
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
         ModelError,
         OffloadError,
         PromptError,
+        QueueFullError,
         TokenizerError,
         TraceError,
         TraceWriteError,
@@ -52,6 +54,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "AsyncEngine",
+    "Batcher",
     "CheckpointError",
     "Completion",
     "ConfigError",
@@ -76,11 +79,13 @@ __all__ = [
     "Outlook",
     "Phase",
     "PromptError",
+    "QueueFullError",
     "RouterShape",
     "RoutingDecision",
     "RoutingPolicy",
     "SamplingParams",
     "StepEvent",
+    "Ticket",
     "TokenizerError",
     "TraceError",
     "TraceWriteError",
@@ -91,6 +96,7 @@ __all__ = [
 
 _HOMES = {
     "AsyncEngine": "asynchronous",
+    "Batcher": "batching",
     "Completion": "core",
     "Engine": "engine",
     "EngineConfig": "config",
@@ -110,6 +116,7 @@ _HOMES = {
     "RoutingPolicy": "routing.base",
     "SamplingParams": "core",
     "StepEvent": "core",
+    "Ticket": "batching",
 }
 """Where the public names live; errors are in `errors`."""
 

@@ -6,10 +6,11 @@ from dataclasses import replace
 from typing import Any
 
 from offload_engine import assembly
-from offload_engine.assembly import Parts, choose_policy, plan_for
+from offload_engine.assembly import Parts, choose_policy
 from offload_engine.config import EngineConfig
 from offload_engine.errors import UsageError
 from offload_engine.metrics import EngineStats, reset_peak
+from offload_engine.planning import plan_for
 from offload_engine.routing import RoutingPolicy, SituatedCoreset
 
 

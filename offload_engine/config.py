@@ -92,6 +92,8 @@ def _unit(suffix: str) -> int:
     return int(1024**power if "i" in suffix else 1000**power)
 
 
+_WORDS = ["device", "dtype", "routing", "eviction", "predictor", "hot_set", "tuned", "cuda_graphs", "verify"]
+"""Fields that are words, whose case doesn't matter."""
 _ALIASES = {
     "topk": "top-k",
     "des-s": "des-seq",
@@ -159,18 +161,31 @@ class EngineConfig(BaseModel):
     """Whether the experts used most are remembered with the checkpoint, to fill free slots at the next start; the
     built-in model, which is small, does without.
     """
+    tuned: Literal["on", "off"] = "on"
+    """Whether a `gpu_mem` of "auto", and options that move experts and were left alone, follow what `dmoe tune` found
+    for this model on this device.
+    """
     transfers_in_flight: Annotated[int, Field(ge=1, le=2)] = 2
     """Transfers started and not finished; more would only delay a demand load that comes after them."""
     reader_threads: Annotated[int, Field(ge=1, le=64)] = 2
     """Threads that read experts from disk."""
     verify: Literal["first", "always", "never"] = "first"
     """When an expert of a converted checkpoint is held against its checksum: when read first, always, or never."""
+    cuda_graphs: Literal["auto", "on", "off"] = "auto"
+    """Whether a GPU replays attention and routers of a block's denoising steps as recorded in one of them. auto: until
+    CUDA refuses, or what was recorded differs in one bit; on: that is an error.
+    """
     prefill_chunk: Annotated[int, Field(ge=1, le=2**20)] = 512
     """Prompt tokens that attend together in a prefill; rounded to whole blocks by the engine."""
     batch_size: Annotated[int, Field(ge=1, le=4096)] = 1
     """Prompts answered together; each has a KV cache of its own in the memory plan."""
     lanes_together: Annotated[int, Field(ge=1, le=4096)] | Literal["auto"] = "auto"
     """Of these, how many share forwards; auto: as many as the expert cache serves, by what their blocks used lately."""
+    prefix_reuse: Literal["auto", "on", "off"] = "auto"
+    """Whether a prompt begins with the keys and values that an earlier one left of the blocks that it shares with it;
+    auto: where requests go through a `Batcher`, but not in `generate` and `stream`, whose answers then do not depend,
+    not even in the last bit, on what was asked before.
+    """
     fused_commit: bool = True
     """A finished block is committed in the first denoising step of the next one, which saves a forward per block."""
     threads: Annotated[int, Field(ge=1, le=1024)] | None = None
@@ -209,7 +224,19 @@ class EngineConfig(BaseModel):
         word = value.strip().lower() if isinstance(value, str) else value
         return int(word) if isinstance(word, str) and word.isdecimal() else word
 
-    @field_validator("device", "dtype", "routing", "eviction", "predictor", "hot_set", "verify", mode="before")
+    @field_validator(
+        "device",
+        "dtype",
+        "routing",
+        "eviction",
+        "predictor",
+        "hot_set",
+        "prefix_reuse",
+        "tuned",
+        "cuda_graphs",
+        "verify",
+        mode="before",
+    )
     @classmethod
     def _spelling(cls, value: Any) -> Any:
         """Case and underscores don't matter: Top_K and topk are top-k."""

@@ -40,6 +40,7 @@ class EngineOptions(TypedDict, total=False):
     prefill_chunk: int
     batch_size: int
     lanes_together: int | Literal["auto"]
+    prefix_reuse: Literal["auto", "on", "off"]
     fused_commit: bool
     threads: int | None
     mask_token_id: int | None

@@ -70,6 +70,15 @@ class TraceWriteError(TraceError):
     """A routing trace that the system takes no further writes for, such as one on a full disk."""
 
 
+class QueueFullError(OffloadError):
+    """As many requests wait as may."""
+
+    def __init__(self, message: str, retry_after: float) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
+        """Seconds after which a place is likely to be free."""
+
+
 class EngineClosedError(OffloadError):
     """The engine was used after `close()`."""
 

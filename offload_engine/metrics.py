@@ -12,7 +12,7 @@ from typing import Any
 from offload_engine.config import format_bytes
 from offload_engine.core import Phase
 
-_GAUGES = frozenset(
+GAUGES = frozenset(
     {"planned_peak_bytes", "measured_peak_bytes", "limit_bytes", "slots", "slots_per_layer", "lanes_together"}
 )
 """Fields that say how things stand; all others only grow."""
@@ -30,6 +30,8 @@ class EngineStats:
 
     prompts: int = 0
     prompt_tokens: int = 0
+    prompt_tokens_reused: int = 0
+    """Of these, the ones whose keys and values an earlier request left: nothing was computed for them."""
     new_tokens: int = 0
     """Answer tokens, the eos included."""
     blocks: int = 0
@@ -73,7 +75,7 @@ class EngineStats:
     commit_seconds: float = 0.0
     score_seconds: float = 0.0
     stall_seconds: float = 0.0
-    """Time in which compute waited for transfers; part of the seconds of the phases."""
+    """Time in which compute waited for transfers, on a GPU by its own clock; part of the seconds of the phases."""
 
     planned_peak_bytes: int = 0
     measured_peak_bytes: int = 0
@@ -118,7 +120,7 @@ class EngineStats:
             if isinstance(now, dict):
                 values[item.name] = _difference(now, then)
             else:
-                values[item.name] = now if item.name in _GAUGES else now - then
+                values[item.name] = now if item.name in GAUGES else now - then
         return EngineStats(**values)
 
     @property

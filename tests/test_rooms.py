@@ -18,16 +18,18 @@ FLOORS: list[tuple[str, ...]] = [
     ("memory",),
     ("experts",),
     ("decode", "simulate"),
-    ("placement",),
+    ("placement", "learned"),
     (
         "engine",
         "adjusting",
         "assembly",
         "asynchronous",
+        "batching",
         "dropping",
         "engine_facts",
         "engine_options",
         "extending",
+        "planning",
         "routing_notices",
     ),
     ("server", "evaluate", "bench", "doctor", "tune"),
@@ -38,7 +40,7 @@ TORCH_FREE = ["core", "errors", "metrics", "trace", "config", "memory", "simulat
     f"experts.{name}"
     for name in ("cache", "eviction", "hot_set", "next_use", "outlook", "predictor", "prefetch", "ranking", "scheduler")
 ]
-TORCH_FREE += ["decode.grouping", "decode.turns"]
+TORCH_FREE += ["decode.grouping", "decode.reuse", "decode.turns"]
 SIMULATED = {"core", "metrics", "trace", "errors"}
 SIMULATED_EXPERTS = ("cache", "eviction", "next_use", "outlook", "predictor", "prefetch", "ranking", "scheduler")
 

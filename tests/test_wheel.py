@@ -1,7 +1,7 @@
 """A release: wheel and sdist are built, installed where there is no checkout, and used.
 
-Installed means: in an environment of its own that holds the wheel and, of what this environment has, only what the wheel
-says it depends on. Needs hatchling, which is fetched from the package index where it isn't installed.
+Installed means: in an environment of its own that holds the wheel and, of what this environment has, only what the
+wheel says it depends on. Needs hatchling, which is fetched from the package index where it isn't installed.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from offload_engine import (
-    AsyncEngine, Completion, Engine, EngineConfig, EngineStats, ExpertKey, ForwardInfo, MemoryPlan, Message, OffloadError,
-    Outlook, SamplingParams, StepEvent,
+    AsyncEngine, Completion, Engine, EngineConfig, EngineStats, ExpertKey, ForwardInfo, MemoryPlan, Message,
+    OffloadError, Outlook, SamplingParams, StepEvent,
 )
 
 

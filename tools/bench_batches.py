@@ -23,11 +23,11 @@ import click
 from offload_engine.assembly import find_source
 from offload_engine.cli.errors import ReportingCommand
 from offload_engine.config import EngineConfig
-from offload_engine.core import SamplingParams
+from offload_engine.core import Phase, SamplingParams
 from offload_engine.engine import Engine
 
 BLOCK = 32
-MEDIANS = ("ms_per_token", "mb_per_token", "hit_rate", "stall_share")
+MEDIANS = ("ms_per_token", "mb_per_token", "hit_rate", "stall_share", "lanes")
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +42,8 @@ class Measured:
     hit_rate: float
     slots: int
     stall_share: float
+    lanes: float
+    """That shared a denoising forward, on average."""
 
     @property
     def ms_per_token(self) -> float:
@@ -78,6 +80,7 @@ def measure(
             hit_rate=stats.hit_rate or 0.0,
             slots=engine.plan.slots,
             stall_share=stats.stall_share or 0.0,
+            lanes=stats.denoise_steps / stats.forwards[Phase.DENOISE],
         )
 
 
@@ -92,15 +95,15 @@ def measure_apart(
 def table(rows: Sequence[Sequence[Measured]]) -> str:
     """Medians over the rounds, a line per batch size, as Markdown."""
     lines = [
-        "| batch | slots | ms / token | MB moved / token | hit rate | stalled |",
-        "|---:|---:|---:|---:|---:|---:|",
+        "| batch | together | slots | ms / token | MB moved / token | hit rate | stalled |",
+        "|---:|---:|---:|---:|---:|---:|---:|",
     ]
     for size in sorted({one.batch_size for row in rows for one in row}):
         found = [one for row in rows for one in row if one.batch_size == size]
         median = {name: statistics.median(getattr(one, name) for one in found) for name in MEDIANS}
         lines.append(
-            f"| {size} | {found[0].slots} | {median['ms_per_token']:.1f} | {median['mb_per_token']:.2f} "
-            f"| {median['hit_rate'] * 100:.1f} % | {median['stall_share'] * 100:.1f} % |"
+            f"| {size} | {median['lanes']:.1f} | {found[0].slots} | {median['ms_per_token']:.1f} "
+            f"| {median['mb_per_token']:.2f} | {median['hit_rate'] * 100:.1f} % | {median['stall_share'] * 100:.1f} % |"
         )
     return "\n".join(lines)
 
@@ -119,6 +122,7 @@ def batch_sizes(_context: click.Context, _option: click.Parameter, text: str) ->
 @click.option("--expert-mem", help="Cap of the slots alone, which gives all sizes equally many.")
 @click.option("--routing", default="dmoe", show_default=True)
 @click.option("--batches", default="1,2,4,8", show_default=True, callback=batch_sizes, help="Batch sizes.")
+@click.option("--lanes-together", default="auto", show_default=True, help="Of a batch; auto or a number.")
 @click.option("--prompts", "count", type=click.IntRange(min=1), default=8, show_default=True, help="Prompts per pass.")
 @click.option("--blocks", type=click.IntRange(min=1), default=2, show_default=True, help="Of 32 tokens, per answer.")
 @click.option("--steps", type=click.IntRange(1, BLOCK), default=8, show_default=True, help="Per block.")
@@ -133,6 +137,7 @@ def main(
     expert_mem: str | None,
     routing: str,
     batches: Sequence[int],
+    lanes_together: str,
     count: int,
     blocks: int,
     steps: int,
@@ -152,7 +157,7 @@ def main(
             print(f"round {number} of {rounds}: batches of {size}", file=sys.stderr, flush=True)
             config = EngineConfig.build(
                 None, model=model, gpu_mem=gpu_mem, expert_mem=expert_mem, routing=routing, max_context=context,
-                batch_size=size, threads=threads, hot_set="off",
+                batch_size=size, lanes_together=lanes_together, threads=threads, hot_set="off",
             )  # fmt: skip
             drawn = prompts(2 * count, prompt_tokens, find_source(config).config.vocab_size, seed)
             row.append(measure_apart(config, drawn[count:], drawn[:count], params))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -155,8 +155,7 @@ def probing(engine: Engine, *, offloaded: bool) -> Iterator[Probe]:
     probe = Probe()
     with ExitStack() as stack:
         for module, component in _modules(network(engine)):
-            for hook in _timed_module(module, component, probe):
-                stack.callback(hook.remove)
+            stack.enter_context(_patched(module, "forward", _timed(component, probe)))  # a hook takes longer
         stack.enter_context(_patched(BlockDiffusionDecoder, "_propose", _timed("head", probe)))
         stack.enter_context(_patched(MoEBlock, "route", _timed("routing", probe)))
         timed = _TimedExperts(engine._decoder.experts, probe, whole=not offloaded)
@@ -186,19 +185,6 @@ def _modules(model: LLaDA2Model) -> Iterator[tuple[nn.Module, str]]:
         yield layer.mlp.gate, "dense"
         if layer.mlp.shared_experts is not None:
             yield layer.mlp.shared_experts, "dense"
-
-
-def _timed_module(module: nn.Module, component: str, probe: Probe) -> Collection[Any]:
-    began = 0.0
-
-    def enter(_module: nn.Module, _arguments: tuple[Any, ...]) -> None:
-        nonlocal began
-        began = time.perf_counter()
-
-    def leave(_module: nn.Module, _arguments: tuple[Any, ...], _out: Any) -> None:
-        probe.add(component, time.perf_counter() - began)
-
-    return module.register_forward_pre_hook(enter), module.register_forward_hook(leave)
 
 
 @contextmanager

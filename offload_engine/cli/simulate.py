@@ -186,6 +186,7 @@ def _planned(request: Request, model: Described, profile: Profile, size: int) ->
         host_mem=_host_budget(request, profile),
         max_context=request.max_context,
         transfers_in_flight=request.transfers_in_flight or BOUNCE_SLOTS,
+        cuda_graphs="off",  # no kernel's time here is that of a replay
     )
     plan = make_plan(config, model, profile.device, plan_dtype(config, model, profile.device))
     if profile.device == "cpu":

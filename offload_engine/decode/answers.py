@@ -57,6 +57,7 @@ class Answer:
             self._stats.since(self._before),
             prompts=1,
             prompt_tokens=len(self.prompt),
+            prompt_tokens_reused=state.reused,
             new_tokens=len(state.answer),
             blocks=self._blocks,
             denoise_steps=self._steps,

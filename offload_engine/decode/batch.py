@@ -22,11 +22,18 @@ class Batch:
     """
 
     def __init__(
-        self, decoder: BlockDiffusionDecoder, lanes: int | None = None, turn_blocks: int | None = None
+        self,
+        decoder: BlockDiffusionDecoder,
+        lanes: int | None = None,
+        turn_blocks: int | None = None,
+        reuse: bool = False,
     ) -> None:
-        """At most `lanes` requests at a time, None: as many as there are caches; `turn_blocks`: see `Turns`."""
+        """At most `lanes` requests at a time, None: as many as there are caches. `turn_blocks`: see `Turns`. `reuse`:
+        begin with the keys and values that earlier requests left of what a prompt begins with.
+        """
         self._decoder = decoder
-        self._free = list(range(len(decoder.caches) if lanes is None else min(lanes, len(decoder.caches))))
+        self._most = len(decoder.caches) if lanes is None else min(lanes, len(decoder.caches))
+        self._reuse = reuse
         self._entering: list[Lane] = []
         self._active: dict[int, Lane] = {}
         """By index."""
@@ -35,7 +42,7 @@ class Batch:
     @property
     def has_room(self) -> bool:
         """Whether a lane is free."""
-        return bool(self._free)
+        return len(self._entering) + len(self._active) < self._most
 
     @property
     def empty(self) -> bool:
@@ -44,7 +51,9 @@ class Batch:
 
     def enter(self, number: int, request: Request) -> None:
         """Give a free lane to a request. A prompt and at least one answer token must fit a cache in whole blocks."""
-        self._entering.append(self._decoder.lane(self._free.pop(0), number, request))
+        taken = {lane.index for lane in self._entering} | set(self._active)
+        free = [index for index in self._decoder.order if index not in taken]
+        self._entering.append(self._decoder.lane(free, number, request, self._reuse))
 
     def advance(self) -> Iterator[Told]:
         """Prefill who has entered, then take a denoising step of those whose turn it is; to be consumed whole.
@@ -76,7 +85,7 @@ class Batch:
         for lane in entering:
             by_kind.setdefault(lane.kind, []).append(lane)
         for lanes in by_kind.values():
-            yield from packed(lanes, lambda lane: len(lane.state.ids), self._decoder.caches[0].context)
+            yield from packed(lanes, lambda lane: len(lane.missing), self._decoder.caches[0].context)
 
     def _attempt(self, lanes: Sequence[Lane], work: Callable[[Sequence[Lane]], None]) -> None:
         """Do `work` for all `lanes`; if that fails, one at a time. Who fails alone has its error."""
@@ -101,11 +110,10 @@ class Batch:
 
     def _conclude(self, lane: Lane) -> Iterator[Told]:
         """See whether the step that was just taken ends the block or the answer, and tell of it."""
-        state, request, mask = lane.state, lane.request, self._decoder.mask_token_id
+        state, mask = lane.state, self._decoder.mask_token_id
         if state.error is None:
-            state.check_end(mask, self._decoder.eos_token_id, request.stop)
-            if state.finish_reason is None and request.cancelled():
-                state.finish("cancelled", state.decided(mask))
+            self._attempt([lane], self._check_end)
+        if state.error is None:
             yield lane.number, state
             if state.finish_reason is None and state.masked(lane.length, mask):
                 return
@@ -119,14 +127,25 @@ class Batch:
         yield lane.number, state
         lane.uncommitted = True
         state.block += 1
-        state.open_block(request.prompt, lane.length, mask)
+        state.open_block(lane.request.prompt, lane.length, mask)
         self._turns.end_block(lane.index)
+
+    def _check_end(self, lanes: Sequence[Lane]) -> None:
+        """Early stop: an eos or a stop string, or nobody wants more."""
+        (lane,) = lanes
+        state, request, mask = lane.state, lane.request, self._decoder.mask_token_id
+        state.check_end(mask, self._decoder.eos_token_id, request.stop)
+        if state.finish_reason is None and request.cancelled():
+            state.finish("cancelled", state.decided(mask))
 
     def _end(self, lane: Lane) -> Iterator[Told]:
         """The answer is over; its lane is free."""
         if self._active.pop(lane.index, None) is not None:
             self._turns.leave(lane.index)
-        self._free.append(lane.index)
+        if lane.state.error is not None:
+            lane.cache.reset()  # who knows what is in there
+        others = [index for index in self._decoder.order if index != lane.index]
+        self._decoder.order = [*others, lane.index]  # at once: an interrupt must not lose a lane
         yield lane.number, lane.state
 
 

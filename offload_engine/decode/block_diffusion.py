@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
 import torch
@@ -14,11 +14,13 @@ from offload_engine.core import BlockPass, ForwardInfo, Phase
 from offload_engine.decode.grouping import Grouping
 from offload_engine.decode.kv_cache import PrefixCache, Span, side_by_side
 from offload_engine.decode.lane import Lane, generator_of
+from offload_engine.decode.reuse import choose
 from offload_engine.decode.sampler import Proposal, propose
 from offload_engine.decode.state import DecodingState, Request, never
 from offload_engine.decode.threads import compute_threads
 from offload_engine.errors import ModelError
 from offload_engine.metrics import EngineStats
+from offload_engine.model.graphs import LayerGraphs, StepGraphs
 from offload_engine.model.llada2 import Forward, LLaDA2Model
 from offload_engine.model.moe import ExpertExecutor
 from offload_engine.routing.base import RoutingPolicy
@@ -53,31 +55,51 @@ class BlockDiffusionDecoder:
     """Most tokens of one forward; None: no limit. At least a block."""
     grouping: Grouping | None = None
     """Says how many lanes go together; None: all."""
+    graphs: LayerGraphs | None = None
+    """Replays attention and router of a denoising step of one lane that commits nothing; None: nobody does."""
+    order: list[int] = field(init=False)
+    """The lanes by their last use, the newest last."""
+
+    def __post_init__(self) -> None:
+        self.order = list(range(len(self.caches)))
 
     def positions(self, block_length: int) -> int:
         """Most positions prompt and answer may have when blocks of this length must be denoised whole."""
         whole_blocks = self.caches[0].context // block_length * block_length
         return whole_blocks if self.context is None else min(self.context, whole_blocks)
 
-    def lane(self, index: int, number: int, request: Request) -> Lane:
-        """Give lane `index` to a request, of which nothing is computed yet."""
+    def lane(self, free: Sequence[int], number: int, request: Request, reuse: bool = False) -> Lane:
+        """Give one of the `free` lanes, the least recently used of which comes first, to a request, of which nothing is
+        computed yet; but `reuse` what any lane holds of its prompt.
+        """
         prompt, length = list(request.prompt), request.params.block_length
-        whole = len(prompt) // length * length
-        end = min(len(prompt) + request.params.max_new_tokens, self.positions(length))
-        state = DecodingState(prompt[:whole], len(prompt), end, len(prompt) // length, lane=index)
-        cache = self.caches[index]
-        cache.reset()
         policy = self.policy if request.policy is None else request.policy
-        return Lane(index, cache, number, request, policy, state, generator_of(request.params, cache.keys.device))
+        whole = len(prompt) // length * length
+        held = [cache.held_by(policy, length) if reuse else [] for cache in self.caches]
+        start = choose(held, free, prompt[:whole], length)
+        cache = self.caches[start.lane]
+        if start.source == start.lane:
+            cache.keep(start.positions)
+        else:
+            cache.begin_like(self.caches[start.source], start.positions)
+        cache.policy, cache.block_length = policy, length
+        end = min(len(prompt) + request.params.max_new_tokens, self.positions(length))
+        state = DecodingState(prompt[:whole], len(prompt), end, len(prompt) // length, lane=start.lane)
+        state.reused = start.positions
+        self.stats.prompt_tokens_reused += start.positions
+        return Lane(start.lane, cache, number, request, policy, state, generator_of(request.params, cache.keys.device))
 
     def prefill(self, lanes: Sequence[Lane]) -> None:
-        """Bring the whole blocks of the prompts of `lanes`, all of one kind, into their caches, and open the first
-        block of each answer. Where all are cancelled on the way, so are their answers.
+        """Bring what is missing of the prompts' whole blocks into the caches of `lanes`, all of one kind, and open the
+        first block of each answer. Where all are cancelled on the way, so are their answers.
         """
-        long = [lane for lane in lanes if lane.state.ids]
-        passes = [BlockPass(Phase.PREFILL, lane.index, 0, 0, len(lane.state.ids)) for lane in long]
+        long = [lane for lane in lanes if lane.missing]
+        passes = [
+            BlockPass(Phase.PREFILL, lane.index, lane.cache.length // lane.length, 0, len(lane.missing))
+            for lane in long
+        ]
         remembered = not long or self._remember(
-            [(lane, lane.state.ids) for lane in long],
+            [(lane, lane.missing) for lane in long],
             passes,
             lambda: all(lane.request.cancelled() for lane in long),
         )
@@ -111,7 +133,7 @@ class BlockDiffusionDecoder:
             if not self.model.prefill(token_ids, pieces, cancelled):
                 return False
             for lane, ids in shares:
-                lane.cache.commit(len(ids))
+                lane.cache.commit(ids)
         return True
 
     @contextmanager
@@ -177,10 +199,13 @@ class BlockDiffusionDecoder:
             passes += [lane.block_pass(Phase.COMMIT)] if fuse else []
             passes.append(lane.block_pass(Phase.DENOISE))
         forward = self._forward(ForwardInfo.of(passes), spans, active[0].policy)
+        if self.graphs is not None and len(spans) == 1 and not any(fused):
+            spans[0].claim()
+            forward = replace(forward, graphs=StepGraphs(self.graphs, spans[0].place))
         hidden = self.model(torch.tensor(ids), forward)
         for lane, fuse in zip(active, fused, strict=True):
             if fuse:
-                lane.cache.commit(lane.length)
+                lane.cache.commit(lane.state.ids[-2 * lane.length : -lane.length])
                 lane.uncommitted = False
         parts = hidden.split([span.tokens for span in spans])
         return [rows[-lane.length :] for lane, rows in zip(active, parts, strict=True)]

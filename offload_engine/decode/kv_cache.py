@@ -9,6 +9,7 @@ from torch import Tensor
 
 from offload_engine.model.attention import KeyValues, padded_positions, prefix_attention
 from offload_engine.model.config import ModelConfig
+from offload_engine.routing.base import RoutingPolicy
 
 
 class PrefixCache:
@@ -23,16 +24,43 @@ class PrefixCache:
         self.keys = torch.zeros(shape, dtype=dtype, device=device)
         self.values = torch.zeros(shape, dtype=dtype, device=device)
         self.context = context
-        self.length = 0
-        """Positions committed so far."""
+        self.ids: list[int] = []
+        """The tokens of the positions committed so far."""
+        self.policy: RoutingPolicy | None = None
+        """Who routed them; None: nobody whose keys and values are to be used again."""
+        self.block_length = 0
+        """Of the blocks that they are in."""
         self.written = 0
-        """Positions that a forward has left something in since the last `reset`."""
+        """Positions that a forward may have left something in."""
+
+    @property
+    def length(self) -> int:
+        """Positions committed so far."""
+        return len(self.ids)
 
     def reset(self) -> None:
-        """Forget everything. Attention multiplies what lies behind a prefix by 0, so it must not be NaN."""
-        self.length = 0
-        self.values[:, : self.written] = 0
-        self.written = 0
+        """Forget everything."""
+        self.keep(0)
+
+    def keep(self, positions: int) -> None:
+        """Forget all but the first `positions`. Attention multiplies what lies behind a prefix by 0, so it must not be
+        NaN.
+        """
+        del self.ids[positions:]
+        self.values[:, positions : self.written] = 0
+        self.written = min(self.written, positions)
+
+    def begin_like(self, other: PrefixCache, positions: int) -> None:
+        """Hold the first `positions` that `other` holds, and nothing else."""
+        self.reset()
+        self.written = positions
+        self.keys[:, :positions] = other.keys[:, :positions]
+        self.values[:, :positions] = other.values[:, :positions]
+        self.ids += other.ids[:positions]
+
+    def held_by(self, policy: RoutingPolicy, block_length: int) -> list[int]:
+        """The tokens committed, if this very policy routed them in blocks of this length; else none."""
+        return self.ids if self.policy is policy and self.block_length == block_length else []
 
     def release(self) -> None:
         """Give the memory back; the cache can't be used any more."""
@@ -42,9 +70,9 @@ class PrefixCache:
         """Where a forward's `tokens` go: `offset` positions behind the prefix."""
         return Span(self, self.length + offset, tokens, block_length)
 
-    def commit(self, tokens: int) -> None:
-        """The `tokens` positions behind the prefix are final: they join it."""
-        self.length += tokens
+    def commit(self, ids: Sequence[int]) -> None:
+        """The positions of these tokens, behind the prefix, are final: they join it."""
+        self.ids += ids
 
 
 class Span:
@@ -62,12 +90,22 @@ class Span:
         """[tokens] int64."""
         return torch.arange(self.start, self.start + self.tokens, device=self.cache.keys.device)
 
+    @property
+    def place(self) -> tuple[int, ...]:
+        """Everything that `attend` depends on beside its arguments: spans of the same place do the same."""
+        cache = self.cache
+        return cache.keys.data_ptr(), cache.values.data_ptr(), self.start, self.tokens, self.block_length
+
+    def claim(self) -> None:
+        """Something will be left here, by `attend` or by a replay of what it did."""
+        self.cache.written = max(self.cache.written, self.start + self.tokens)
+
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """See `KeyValues`; here without leading dimensions: [T, heads, d]."""
+        self.claim()
         keys, values = self.cache.keys[layer], self.cache.values[layer]
         keys[self.start : self.start + self.tokens] = key
         values[self.start : self.start + self.tokens] = value
-        self.cache.written = max(self.cache.written, self.start + self.tokens)
         outputs = []
         for first in range(0, self.tokens, self.block_length):
             rows = query[first : first + self.block_length]

@@ -46,6 +46,11 @@ class Lane:
         return id(self.policy), self.length
 
     @property
+    def missing(self) -> list[int]:
+        """Of the prompt's whole blocks, before the first block of the answer is opened: those not in the cache."""
+        return self.state.ids[self.cache.length :]
+
+    @property
     def over(self) -> bool:
         """Whether the answer has ended, well or not."""
         return self.state.finish_reason is not None or self.state.error is not None

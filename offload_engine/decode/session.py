@@ -28,14 +28,15 @@ class Session:
 
     def __init__(
         self,
-        batch: Batch,
+        make_batch: Callable[[], Batch],
         access: Access,
         tokenizer: Tokenizer | None,
         stats: EngineStats,
         concluded: Callable[[DecodingState], None],
     ) -> None:
         """`concluded` is told of every answer that has ended, before its statistics are taken."""
-        self._batch = batch
+        self._make_batch = make_batch
+        self._batch = make_batch()
         self._access = access
         self._tokenizer = tokenizer
         self._stats = stats
@@ -77,6 +78,11 @@ class Session:
                 told.append((number, self._outcome(number, state)))
             self._count_time()
         return told
+
+    def abandon(self) -> None:
+        """Forget everything that is under way: all lanes are free again."""
+        self._batch = self._make_batch()
+        self._answers.clear()
 
     def _outcome(self, number: int, state: DecodingState) -> Outcome:
         if state.error is not None:

@@ -41,6 +41,8 @@ class DecodingState:
     """Where the answer is cut: `ids[:end]` is prompt and answer at their longest."""
     block: int
     """Index of the current block in the sequence."""
+    reused: int = 0
+    """Tokens of the prompt whose keys and values an earlier request left."""
     lane: int = 0
     """Its place among the sequences that are decoded together."""
     step: int = 0

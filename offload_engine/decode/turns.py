@@ -18,8 +18,8 @@ class Turns:
     of the groups before it.
 
     `blocks` None: lanes of a kind don't take turns, and the first to come are the first to end. That is what moves the
-    fewest bytes: on a recorded trace of llada2-mini under dMoE (44 slots per layer), changing after every block of 32
-    tokens took 1.7 times the loads (docs/LOG.md).
+    fewest bytes: on a recorded trace of llada2-mini's shape under dMoE (44 slots per layer), changing after every block
+    of 32 tokens took 1.7 times the loads (docs/LOG.md).
     """
 
     def __init__(self, group_size: GroupSize, blocks: int | None = None) -> None:
@@ -90,6 +90,13 @@ class Turns:
             self._waiting.appendleft(lane)
 
     def _fill(self, kind: Hashable, room: int) -> None:
-        """Give free places to who comes next, as long as that is one of the group's kind."""
-        while self._waiting and len(self._had) < room and self._kinds[self._waiting[0]] == kind:
-            self._had[self._waiting.popleft()] = 0
+        """Give free places to who comes next: to a new group all of its kind may come, to one that is under way nobody
+        past a lane of another kind.
+        """
+        new = not self._had
+        for lane in list(self._waiting):
+            if len(self._had) >= room or (self._kinds[lane] != kind and not new):
+                break
+            if self._kinds[lane] == kind:
+                self._waiting.remove(lane)
+                self._had[lane] = 0

@@ -66,6 +66,6 @@ def _forwards(config: ModelConfig, model: LLaDA2Model, dtype: torch.dtype, devic
         return Forward(ForwardInfo(phase), span.positions, blocks, span, policy, experts)
 
     model.prefill(torch.arange(4 * BLOCK), [forward(Phase.PREFILL, 4 * BLOCK)])
-    cache.commit(4 * BLOCK)
+    cache.commit(range(4 * BLOCK))
     hidden: torch.Tensor = model(torch.arange(BLOCK), forward(Phase.DENOISE, BLOCK))
     return hidden

@@ -25,6 +25,9 @@ class SlotState(StrEnum):
     """Readable; evictable unless pinned."""
 
 
+_FREE, _LOADING, _RESIDENT = SlotState  # to look a member up costs more than a state's other work
+
+
 class Reservation(NamedTuple):
     """A slot that now belongs to a LOADING key."""
 
@@ -89,6 +92,8 @@ class ExpertCache:
         """By age of the prediction, oldest first."""
         self._expected: frozenset[ExpertKey] = frozenset()
         """What the layer under way has still to ask for."""
+        self._lent: int | None = None
+        """The layer of which nothing is evicted."""
 
     @property
     def probation_limit(self) -> int:
@@ -112,11 +117,15 @@ class ExpertCache:
         """These, which may have no slot, will be wanted by the layer under way; replaces what was expected before."""
         self._expected = frozenset(keys)
 
+    def lend(self, layer: int | None) -> None:
+        """From now on nothing of `layer` is evicted, as if all of it were pinned; None: of no layer."""
+        self._lent = layer
+
     def state(self, key: ExpertKey) -> SlotState:
         """Where `key` stands; FREE where it has no slot."""
-        if key not in self._slot_of:
-            return SlotState.FREE
-        return SlotState.LOADING if key in self._loading else SlotState.RESIDENT
+        if key in self._loading:
+            return _LOADING
+        return _RESIDENT if key in self._slot_of else _FREE
 
     def slot(self, key: ExpertKey) -> int | None:
         """The slot that holds `key`, None unless it is RESIDENT."""
@@ -132,7 +141,7 @@ class ExpertCache:
 
     def reserve(self, key: ExpertKey, *, prefetch: bool) -> Reservation | None:
         """FREE → LOADING, evicting if need be. None, and nothing changed, where no slot may be had now."""
-        self._expect(key, SlotState.FREE, "reserved")
+        self._expect(key, _FREE, "reserved")
         evicted = None
         if not self._free:
             evicted = self._prefetch_victim() if prefetch else self._demand_victim()
@@ -149,14 +158,14 @@ class ExpertCache:
 
     def loaded(self, key: ExpertKey) -> None:
         """LOADING → RESIDENT."""
-        self._expect(key, SlotState.LOADING, "loaded")
+        self._expect(key, _LOADING, "loaded")
         self._loading.remove(key)
         if key not in self._probation:
             self.policy.on_insert(key)
 
     def failed(self, key: ExpertKey) -> None:
         """LOADING → FREE."""
-        self._expect(key, SlotState.LOADING, "given up")
+        self._expect(key, _LOADING, "given up")
         self._loading.remove(key)
         self._probation.pop(key, None)
         self._release(key)
@@ -174,24 +183,46 @@ class ExpertCache:
 
     def pin(self, key: ExpertKey) -> int:
         """Keep a RESIDENT key from eviction until `unpin` was called once for every `pin`. Returns its slot."""
-        self._expect(key, SlotState.RESIDENT, "pinned")
+        self._expect(key, _RESIDENT, "pinned")
         self._pins[key] = self._pins.get(key, 0) + 1
         return self._slot_of[key]
 
     def unpin(self, key: ExpertKey) -> None:
         """Take back one `pin`."""
-        count = self._pins.get(key, 0)
+        count = self._pins.pop(key, 0)
         if not count:
             raise InternalError(f"{key} is unpinned more often than it was pinned")
-        if count == 1:
-            del self._pins[key]
-        else:
+        if count > 1:
             self._pins[key] = count - 1
+
+    def claim(self, key: ExpertKey) -> tuple[SlotState, int]:
+        """A layer wants `key`: its probation ends (`promote`), and if RESIDENT it is pinned. Returns its state, and its
+        slot or -1.
+        """
+        slot = self._slot_of.get(key, -1)
+        if slot < 0:
+            return _FREE, slot
+        if key in self._probation:
+            self.promote(key)
+        if key in self._loading:
+            return _LOADING, slot
+        self._pins[key] = self._pins.get(key, 0) + 1
+        return _RESIDENT, slot
+
+    def release(self, key: ExpertKey, score: float) -> None:
+        """The layer that claimed `key`, with block score `score`, is through with it: it was used (`use`), and its pin
+        is taken back.
+        """
+        self.unpin(key)
+        if key in self._probation:
+            self.promote(key)
+        self.policy.on_use(key, score)
 
     def use(self, key: ExpertKey, score: float) -> None:
         """A RESIDENT key was computed with, wanted with block score `score`; ends its probation."""
-        self._expect(key, SlotState.RESIDENT, "used")
-        self.promote(key)
+        self._expect(key, _RESIDENT, "used")
+        if key in self._probation:
+            self.promote(key)
         self.policy.on_use(key, score)
 
     def reset(self, loading: Mapping[ExpertKey, int]) -> None:
@@ -205,7 +236,16 @@ class ExpertCache:
         self._keys = [key_of.get(slot) for slot in range(self.slots)]
         self._free = [slot for slot in reversed(range(self.slots)) if slot not in key_of]
         self._pins = {}
+        self._lent = None
         self._probation = OrderedDict()
+
+    def shrink(self, slots: int) -> None:
+        """Do with the first `slots` slots from now on. Those behind them must be FREE, else `InternalError`."""
+        if any(key is not None for key in self._keys[slots:]):
+            raise InternalError(f"a cache is to shrink to {slots} slots, but holds experts behind them")
+        del self._keys[slots:]
+        self._free = [slot for slot in self._free if slot < slots]
+        self.slots = len(self._keys)
 
     def resize(self, slots: int) -> Resized:
         """Have `slots` slots, at least 1, from now on: new ones come behind, or the last ones go. What then has no
@@ -250,6 +290,11 @@ class ExpertCache:
         """Every RESIDENT key, by rising slot. O(slots)."""
         return [key for key in self._keys if key is not None and key not in self._loading]
 
+    def states(self) -> dict[ExpertKey, SlotState]:
+        """Every key that has a slot, and whether it is LOADING or RESIDENT. O(slots)."""
+        loading = self._loading
+        return {key: SlotState.LOADING if key in loading else SlotState.RESIDENT for key in self._slot_of}
+
     def held(self, keys: Iterable[ExpertKey]) -> list[ExpertKey]:
         """Those of `keys` that have a slot, LOADING or RESIDENT, in the order given."""
         return [key for key in keys if key in self._slot_of]
@@ -288,10 +333,10 @@ class ExpertCache:
         return next((key for key in self._probation if key not in self._loading and evictable(key)), None)
 
     def _unpinned(self, key: ExpertKey) -> bool:
-        return key not in self._pins
+        return key not in self._pins and key.layer != self._lent
 
     def _spare(self, key: ExpertKey) -> bool:
-        return key not in self._pins and key not in self._expected
+        return key not in self._pins and key.layer != self._lent and key not in self._expected
 
     def _evict(self, key: ExpertKey) -> None:
         if key in self._probation:

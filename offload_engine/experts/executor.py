@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import threading
-import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import islice
 
 from torch import Tensor
 
 from offload_engine.core import ExpertKey, ForwardInfo, Phase, RoutingDecision
 from offload_engine.errors import InternalError, OffloadError, TransferError
 from offload_engine.experts.arena import Slots
-from offload_engine.experts.cache import Occupancy
+from offload_engine.experts.cache import Occupancy, SlotState
 from offload_engine.experts.hot_set import HotSet
 from offload_engine.experts.predictor import ExpertPredictor
 from offload_engine.experts.prefetch import PREDICTION_SHARE, RECENT_RUNS, prefetch_order
@@ -27,6 +27,7 @@ from offload_engine.model.moe import (
     ExpertSum,
     ExpertTokens,
     ExpertWork,
+    LayerOutputs,
     Preview,
     tokens_by_expert,
 )
@@ -79,6 +80,8 @@ class OffloadedExperts:
         which an interrupt can leave locked."""
         self._arrival = threading.Condition(self._changed)
         self._ready: deque[Compute] = deque()
+        self._works: dict[int, tuple[ExpertKey, ExpertWork]] = {}
+        """By slot, what was last computed from it."""
         self._failure: OffloadError | None = None
         self._half_done = False
         """Whether the books are being changed for a layer; between layers, that something stopped it half way."""
@@ -110,6 +113,8 @@ class OffloadedExperts:
             predicted = self._keys_of_layer[layer][: self.scheduler.cache.probation_limit]
         else:
             predicted = self._predicted(layer, preview)
+        if not predicted:
+            return
         self._half_done = True
         try:
             with self._changed:
@@ -138,7 +143,7 @@ class OffloadedExperts:
         self.predictor.observe(layer, ranked.experts, ranked.scores, learned)
         if self.predictor.generating:
             self.hot.use(layer, learned.experts)
-        outputs = ExpertOutputs(hidden, decision)
+        outputs = self._outputs(layer, hidden, decision)
         self._half_done = True
         try:
             with self._changed:
@@ -205,13 +210,25 @@ class OffloadedExperts:
         self.transfers.synchronize()
         return total.sum
 
+    def _outputs(self, layer: int, hidden: Tensor, decision: RoutingDecision) -> LayerOutputs:  # noqa: ARG002
+        """What computes the experts of one layer in one forward."""
+        return ExpertOutputs(hidden, decision)
+
     def _launch(self, computes: Sequence[Compute], work: Callable[[Sequence[ExpertWork]], None]) -> None:
         """Have `work` done with the experts' weights, and give their slots free for what comes next."""
-        weights, layout = self.arena.weights, self.store.layout
-        todo = [ExpertWork(one.key.expert, weights(one.slot, layout(one.key))) for one in computes]
+        todo = [self._work(compute) for compute in computes]
         self.transfers.launch(Stream.COMPUTE, partial(work, todo), reads=[compute.slot for compute in computes])
         with self._changed:
-            self._carry_out(self.scheduler.computed(*(compute.key for compute in computes)))
+            self._carry_out(self.scheduler.computed(*[compute.key for compute in computes]))
+
+    def _work(self, compute: Compute) -> ExpertWork:
+        """An expert that is in its slot, as views of it."""
+        key, slot = compute
+        kept = self._works.get(slot)
+        if kept is None or kept[0] != key:  # asking store and arena for every use costs 1 % of a step
+            weights = self.arena.weights(slot, self.store.layout(key))
+            kept = self._works[slot] = key, ExpertWork(key.expert, weights, slot)
+        return kept[1]
 
     def idle(self, timeout: float = 60.0) -> None:
         """Wait until no transfer is under way but those of `warm_up`, then check that the cache conserves its slots.
@@ -224,6 +241,7 @@ class OffloadedExperts:
                     f"{self.scheduler.transfers_under_way} transfers did not end within {timeout:.0f} s"
                 )
             self.scheduler.cache.check()
+            self.stats.stall_seconds += self.transfers.stalled()
 
     def wait_warm(self, timeout: float = 60.0) -> None:
         """Wait until `warm_up` has filled what slots it can. Raises `InternalError` after `timeout` seconds."""
@@ -239,6 +257,11 @@ class OffloadedExperts:
         """The cache's slots by state."""
         with self._changed:
             return self.scheduler.cache.occupancy()
+
+    def states(self) -> dict[ExpertKey, SlotState]:
+        """Every expert that has a slot just now, and whether it is there already. May be called from any thread."""
+        with self._changed:
+            return self.scheduler.cache.states()
 
     def residents(self, layer: int) -> list[int]:
         """The experts of `layer` that have a slot just now: here already, or on their way."""
@@ -258,6 +281,7 @@ class OffloadedExperts:
         self.idle()
         self.wait_warm()
         self.wait_for_slots()
+        self._works.clear()  # nobody may hold on to a slot
         if slots > self.arena.slots:
             self.arena.resize(slots)
         self._half_done = True
@@ -279,6 +303,7 @@ class OffloadedExperts:
         with self._changed:
             self.scheduler.stop()
         self.transfers.close()
+        self._works.clear()
         self.arena.close()
 
     def _next_computes(self) -> list[Compute]:
@@ -287,12 +312,13 @@ class OffloadedExperts:
         """
         with self._changed:
             if not self._ready and self._failure is None:
-                began = time.perf_counter()
-                self._arrival.wait_for(lambda: bool(self._ready) or self._failure is not None)
-                self.stats.stall_seconds += time.perf_counter() - began
+                with self.transfers.waiting():
+                    self._arrival.wait_for(lambda: bool(self._ready) or self._failure is not None)
+                self.stats.stall_seconds += self.transfers.stalled()
             if self._failure is not None:
                 raise self._failure
-            return [self._ready.popleft() for _ in range(min(len(self._ready), LAUNCH_EXPERTS))]
+            ready, self._ready = self._ready, deque(islice(self._ready, LAUNCH_EXPERTS, None))
+            return list(islice(ready, LAUNCH_EXPERTS))
 
     def _abandon(self, error: BaseException) -> None:
         """Leave the layer half done: the cache is consistent again, and the next forward may begin."""
@@ -301,6 +327,7 @@ class OffloadedExperts:
             return
         with self._changed:
             self.scheduler.abandon()
+            self.transfers.abandon()
             self._ready.clear()
             self._failure = None
             self._half_done = False

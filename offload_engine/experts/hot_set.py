@@ -38,7 +38,10 @@ class HotSet:
     def __init__(self, shares: Iterable[tuple[ExpertKey, float]] = ()) -> None:
         self._unit = 1.0
         """What a use is worth now. It grows instead of all others fading, which keeps their order as it is."""
-        self._uses: dict[ExpertKey, float] = dict(shares)
+        self._uses: dict[int, dict[int, float]] = {}
+        """By layer and expert."""
+        for (layer, expert), uses in shares:
+            self._uses.setdefault(layer, {})[expert] = uses
         self.forwards = 0
         """Forwards noted; 0: there is nothing new to remember."""
 
@@ -47,19 +50,20 @@ class HotSet:
         self.forwards += 1
         self._unit *= 2.0 ** (1 / HALF_LIFE)
         if self._unit > _LARGEST_UNIT:
-            self._uses = {key: uses / self._unit for key, uses in self._uses.items()}
+            for of_layer in self._uses.values():
+                of_layer.update({expert: uses / self._unit for expert, uses in of_layer.items()})
             self._unit = 1.0
 
     def use(self, layer: int, experts: Sequence[int]) -> None:
         """`layer` uses these in the forward under way."""
+        uses, unit = self._uses.setdefault(layer, {}), self._unit
         for expert in experts:
-            key = ExpertKey(layer, expert)
-            self._uses[key] = self._uses.get(key, 0.0) + self._unit
+            uses[expert] = uses.get(expert, 0.0) + unit
 
     def hottest(self, count: int) -> list[tuple[ExpertKey, float]]:
         """The `count` experts used most, falling, with their faded uses; ties to the lower key."""
-        best = heapq.nsmallest(count, self._uses.items(), key=lambda item: (-item[1], item[0]))
-        return [(key, uses / self._unit) for key, uses in best]
+        ranks = ((-uses, layer, expert) for layer, of_layer in self._uses.items() for expert, uses in of_layer.items())
+        return [(ExpertKey(layer, expert), -rank / self._unit) for rank, layer, expert in heapq.nsmallest(count, ranks)]
 
 
 class _Saved(BaseModel):
@@ -105,14 +109,16 @@ def fingerprint(directory: Path) -> str:
     return digest.hexdigest()[:16]
 
 
-def places(directory: Path) -> tuple[Path, ...]:
-    """Where the hot set of the checkpoint in `directory` may be: beside it, else in the cache of a user who has one."""
+def places(directory: Path, name: str = FILE, kind: str = "hot-experts") -> tuple[Path, ...]:
+    """Where what was learned of the checkpoint in `directory` may be: beside it, else in the cache of a user who has
+    one. `name` of the file beside it, `kind` of those in the cache.
+    """
     base = Path(os.environ.get("XDG_CACHE_HOME", ""))
     try:
         cache = base if base.is_absolute() else Path.home() / ".cache"  # the XDG specification ignores relative ones
     except RuntimeError:  # neither HOME nor an entry among the system's users
-        return (directory / FILE,)
-    return directory / FILE, cache / "offload_engine" / "hot-experts" / f"{fingerprint(directory)}.json"
+        return (directory / name,)
+    return directory / name, cache / "offload_engine" / kind / f"{fingerprint(directory)}.json"
 
 
 def recall(directory: Path, known: Iterable[ExpertKey]) -> Remembered:

@@ -76,7 +76,8 @@ class SlabLayout:
 
 
 def _view(slab: Tensor, offset: int, dtype: torch.dtype, rows: int, columns: int) -> Tensor:
-    return slab[offset : offset + rows * columns * dtype.itemsize].view(dtype).view(rows, columns)
+    typed = slab.view(dtype)
+    return typed.as_strided((rows, columns), (columns, 1), typed.storage_offset() + offset // dtype.itemsize)
 
 
 def packed_layout(form: ExpertFormat, hidden: int, width: int) -> tuple[SlabLayout, int]:

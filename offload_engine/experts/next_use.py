@@ -96,7 +96,7 @@ class _Layer:
         """Whether the layer's next forward opens a block, as far as is known."""
         self._experts = 0
         """Those below this have been heard of."""
-        self._candidates: dict[int, int] = {}
+        self.candidates: dict[int, int] = {}
         """Experts, with the number of their last event."""
         self._averages: list[Floats] = [np.zeros(0), np.zeros(0)]
         """[E] each: of uses in all forwards, and in those that open a block."""
@@ -129,13 +129,14 @@ class _Layer:
 
     def touch(self, expert: int, event: int) -> None:
         """A candidate, new or not, had its latest event."""
-        self._reach(expert)
-        self._candidates[expert] = event
+        if expert >= self._experts:
+            self._reach(expert)
+        self.candidates[expert] = event
         self._order = None
 
     def remove(self, expert: int) -> None:
         """`expert` is no candidate any more."""
-        del self._candidates[expert]
+        del self.candidates[expert]
         if self._order is not None:
             self._order = [rank for rank in self._order if rank[2] != expert]
 
@@ -143,7 +144,7 @@ class _Layer:
         """(chance, last event, expert) of the candidates, rising."""
         if self._order is None:
             cells, chances = self._standing().tolist(), calibration.chances(self._opening)
-            ranks = [(chances[cells[expert]], event, expert) for expert, event in self._candidates.items()]
+            ranks = [(chances[cells[expert]], event, expert) for expert, event in self.candidates.items()]
             self._order = sorted(ranks)
         return self._order
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from offload_engine.core import ForwardInfo, Phase, RoutingDecision
 from offload_engine.errors import TraceError, TraceWriteError
+from offload_engine.experts.device.executor import DeviceExperts
 from offload_engine.experts.ranked import standing
 from offload_engine.model.moe import ExpertExecutor, Preview
 from offload_engine.routing.base import by_block
@@ -22,7 +23,9 @@ block, as if each had a forward of its own.
 
 
 class ObservedExperts:
-    """An `ExpertExecutor` that tells watchers of each decision, then lets another executor run it."""
+    """An `ExpertExecutor` that has another one run, and tells watchers of each decision: before it runs, or after where
+    that saves them from waiting for a device.
+    """
 
     def __init__(self, experts: ExpertExecutor, watchers: Sequence[Watcher]) -> None:
         self.experts = experts
@@ -40,6 +43,10 @@ class ObservedExperts:
 
     def run(self, layer: int, hidden: Tensor, decision: RoutingDecision) -> Tensor:
         """See `ExpertExecutor`."""
+        if isinstance(self.experts, DeviceExperts):
+            out = self.experts.run(layer, hidden, decision)
+            self._tell(layer, self.experts.read_back(decision))
+            return out
         self._tell(layer, decision)
         return self.experts.run(layer, hidden, decision)
 

@@ -17,6 +17,8 @@ Prediction = list[tuple[int, float]]
 """(expert, score) of distinct experts, best first."""
 Chosen = tuple[Sequence[int], Sequence[float]]
 """Distinct experts and their block scores, falling."""
+GENERATING = frozenset((Phase.DENOISE, Phase.COMMIT))
+"""Phases that work on one block of an answer."""
 
 
 class Kind(NamedTuple):
@@ -81,7 +83,7 @@ class ExpertPredictor(ABC):
     @property
     def generating(self) -> bool:
         """Whether the forward under way works on one block of an answer."""
-        return self.info.phase in (Phase.DENOISE, Phase.COMMIT)
+        return self.info.phase in GENERATING
 
     def begin(self, info: ForwardInfo) -> None:
         """A forward starts."""
@@ -108,9 +110,10 @@ class ExpertPredictor(ABC):
         block committed along with others is over.
         """
         if self.generating:
-            guessed = self._guessed.get(layer, set())
-            self.counts.predicted += len(guessed)
-            self.counts.correct += len(guessed.intersection(experts))
+            guessed = self._guessed.get(layer)
+            if guessed:
+                self.counts.predicted += len(guessed)
+                self.counts.correct += len(guessed.intersection(experts))
             self.counts.actual += len(experts)
         self._observe(layer, *((experts, scores) if learned is None else learned))
 
@@ -147,7 +150,7 @@ class PreviousStep(ExpertPredictor):
 
     def __init__(self) -> None:
         super().__init__()
-        self._sets: dict[int, Prediction] = {}
+        self._sets: dict[int, Chosen] = {}
         self._reached: dict[int, tuple[int, int]] = {}
         """By lane: (block, step) of its last denoising step."""
 
@@ -165,10 +168,10 @@ class PreviousStep(ExpertPredictor):
 
     def _observe(self, layer: int, experts: Sequence[int], scores: Sequence[float]) -> None:
         if self.generating:
-            self._sets[layer] = list(zip(experts, scores, strict=True))
+            self._sets[layer] = experts, scores
 
     def _predict(self, layer: int) -> Prediction:
-        return list(self._sets.get(layer, ())) if self.generating else []
+        return list(zip(*self._sets.get(layer, ((), ())), strict=True)) if self.generating else []
 
 
 class CrossLayerGate(ExpertPredictor):
@@ -306,9 +309,10 @@ class Combined(ExpertPredictor):
         super().observe(layer, experts, scores, learned)
         for source in self.sources:
             source.observe(layer, experts, scores, learned)
-        if self.generating:
+        kinds = self._kinds.get(layer)
+        if kinds and self.generating:
             chosen = set(experts)
-            for expert, kind in self._kinds.get(layer, ()):
+            for expert, kind in kinds:
                 self._learn(kind, expert in chosen)
 
     def _learn(self, kind: Kind, true: bool) -> None:

@@ -123,6 +123,12 @@ class ExpertScheduler:
         """Event: the layer under way will `want` these after what it wants next; those that are here should stay."""
         self.cache.expect(keys)
 
+    def lend(self, layer: int) -> None:
+        """Event: work is enqueued on whatever of `layer` is resident, before it is known what of it will be wanted.
+        Nothing of it is evicted until `want` says so.
+        """
+        self.cache.lend(layer)
+
     def want(
         self, layer: int, experts: Sequence[int], scores: Sequence[float], outlook: Outlook | None = None
     ) -> list[Command]:
@@ -134,19 +140,16 @@ class ExpertScheduler:
         if self._wanted:
             raise InternalError(f"layer {layer} was routed while {len(self._wanted)} experts were still to be computed")
         self.cache.route(layer, experts, outlook or Outlook(experts))
-        computes: list[Command] = []
-        for expert, score in zip(experts, scores, strict=True):
-            key = ExpertKey(layer, expert)
-            self._wanted[key] = score
-            state = self.cache.state(key)
+        self._wanted = {ExpertKey(layer, expert): score for expert, score in zip(experts, scores, strict=True)}
+        claims = [(key, *self.cache.claim(key)) for key in self._wanted]
+        for key, state, _slot in claims:
             self._count_request(key, state)
-            if state is SlotState.FREE:
-                self._demand.append(key)
-                continue
-            self.cache.promote(key)  # at once: what waits for its turn must not take the place of further prefetches
-            if state is SlotState.RESIDENT:
-                computes.append(self._compute(key))
-        self._prefetch = deque(key for key in self._prefetch if key.layer != layer)  # too late to be early
+        self._demand.extend(key for key, state, _slot in claims if state is SlotState.FREE)
+        computes = [Compute(key, slot) for key, state, slot in claims if state is SlotState.RESIDENT]
+        self._computing.update(compute.key for compute in computes)
+        self.cache.lend(None)  # what is wanted of it is pinned now
+        if self._prefetch:
+            self._prefetch = deque(key for key in self._prefetch if key.layer != layer)  # too late to be early
         return [*self._start_transfers(), *computes]
 
     def predict(self, keys: Iterable[ExpertKey], *, routed: bool = False) -> list[Command]:
@@ -182,9 +185,8 @@ class ExpertScheduler:
     def computed(self, *keys: ExpertKey) -> list[Command]:
         """Event: the last reader of each of `keys` in this layer has finished with its slot."""
         for key in keys:
-            self.cache.use(key, self._wanted.pop(key))
-            self._computing.remove(key)
-            self.cache.unpin(key)
+            self.cache.release(key, self._wanted.pop(key))
+        self._computing.difference_update(keys)
         return self._start_transfers()
 
     def abandon(self) -> None:
@@ -195,6 +197,7 @@ class ExpertScheduler:
         for key in self._computing:
             self.cache.unpin(key)
         self.cache.expect(())
+        self.cache.lend(None)
         self._computing.clear()
         self._wanted.clear()
         self._routed.clear()

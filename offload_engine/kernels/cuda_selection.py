@@ -1,7 +1,7 @@
-"""dMoE's routing on a CUDA device in one launch, with a look-up of where the chosen experts lie: checks and calls.
+"""Routing on a CUDA device in one launch, with a look-up of where the chosen experts lie: checks and calls.
 
-Given the same scores, the decisions are those of `routing.Coreset` on the CPU, bit for bit (cuda/select.cu says how).
-Nothing here waits for the device.
+Given the same scores, the decisions are those of `routing.Coreset` and `routing.TopK` on the CPU, bit for bit
+(cuda/select.cu says how). Nothing here waits for the device but `count_blocks`, the first time it is shown a tensor.
 """
 
 from __future__ import annotations
@@ -11,25 +11,30 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
-from offload_engine.kernels.cuda import CudaLibrary, SelectionCall
+from offload_engine.kernels.cuda import CudaLibrary, SelectionCall, status
 from offload_engine.kernels.selection import Router
 
 MOST_EXPERTS, MOST_GROUPS = 512, 64
 """What there is room for (cuda/select.cu)."""
+
+_counted = WeakTensorKeyDictionary()
+"""How many blocks tensors of block ids name that are still in use."""
 
 ABSENT, UNUSED = -1, -2
 """In place of a slot: the expert is in none, or no token wants it."""
 
 
 @dataclass(frozen=True, slots=True)
-class CoresetRule:
-    """The numbers of `routing.Coreset`."""
+class SelectionRule:
+    """The numbers of `routing.Coreset`, or of `routing.TopK`."""
 
     k: int
     router: Router
-    top_p: float
-    min_experts: int
+    top_p: float | None = None
+    """None: tokens are not confined to a coreset."""
+    min_experts: int = 0
 
     def fits(self, experts: int) -> bool:
         """Whether the kernel has room for a layer of so many experts."""
@@ -67,7 +72,7 @@ class Routed(NamedTuple):
 
     experts: Tensor
     weights: Tensor
-    coreset: Tensor
+    coreset: Tensor | None
     block_scores: Tensor
     used: Tensor
     """[B, E] bool: some token of the block chose it."""
@@ -77,9 +82,32 @@ class Routed(NamedTuple):
     lookup: Lookup | None
 
 
+def library_for(device: torch.device) -> CudaLibrary | None:
+    """What selects experts on `device`; None: torch."""
+    return status(device.index or 0).library if device.type == "cuda" else None
+
+
+def count_blocks(block_ids: Tensor) -> int:
+    """One more than the largest of `block_ids`, at least 1; remembered, since all layers of a forward ask."""
+    if block_ids not in _counted:
+        _counted[block_ids] = max(int(block_ids.max()), 0) + 1 if block_ids.numel() else 1
+    return int(_counted[block_ids])
+
+
+def decide(rule: SelectionRule, logits: Tensor, bias: Tensor | None, block_ids: Tensor) -> Routed | None:
+    """As a `RoutingPolicy`, by the kernel; None where there is none, it doesn't serve these or a gradient is wanted."""
+    library = library_for(logits.device)
+    if library is None or not rule.fits(logits.shape[1]) or logits.dtype != torch.float32:
+        return None
+    if (bias is not None and bias.dtype != torch.float32) or (torch.is_grad_enabled() and logits.requires_grad):
+        return None
+    blocks = count_blocks(block_ids)
+    return route_logits(library, rule, logits.contiguous(), bias, block_ids.contiguous(), blocks)
+
+
 def route_logits(
     library: CudaLibrary,
-    rule: CoresetRule,
+    rule: SelectionRule,
     logits: Tensor,
     bias: Tensor | None,
     block_ids: Tensor,
@@ -97,7 +125,7 @@ def route_logits(
 
 def route_scores(
     library: CudaLibrary,
-    rule: CoresetRule,
+    rule: SelectionRule,
     scores: Tensor,
     selection: Tensor,
     block_ids: Tensor,
@@ -110,7 +138,7 @@ def route_scores(
 
 def _run(
     library: CudaLibrary,
-    rule: CoresetRule,
+    rule: SelectionRule,
     scores: Tensor,
     selection: Tensor,
     block_ids: Tensor,
@@ -149,7 +177,7 @@ def _check(name: str, given: Tensor, dtype: torch.dtype, shape: tuple[int, ...],
         raise ValueError(f"{name}: {found}; wanted {dtype} {list(shape)} on {device}, without gaps")
 
 
-def _outputs(scores: Tensor, selection: Tensor, rule: CoresetRule, blocks: int, table: SlotTable | None) -> Routed:
+def _outputs(scores: Tensor, selection: Tensor, rule: SelectionRule, blocks: int, table: SlotTable | None) -> Routed:
     tokens, experts = scores.shape
     k = min(rule.k, experts)
     lookup = None
@@ -158,7 +186,7 @@ def _outputs(scores: Tensor, selection: Tensor, rule: CoresetRule, blocks: int, 
     return Routed(
         experts=scores.new_empty(tokens, k, dtype=torch.int64),
         weights=scores.new_empty(tokens, k),
-        coreset=scores.new_empty(blocks, experts, dtype=torch.bool),
+        coreset=None if rule.top_p is None else scores.new_empty(blocks, experts, dtype=torch.bool),
         block_scores=scores.new_empty(blocks, experts),
         used=scores.new_empty(blocks, experts, dtype=torch.bool),
         scores=scores,
@@ -168,7 +196,7 @@ def _outputs(scores: Tensor, selection: Tensor, rule: CoresetRule, blocks: int, 
 
 
 def _call(
-    rule: CoresetRule,
+    rule: SelectionRule,
     routed: Routed,
     block_ids: Tensor,
     logits: Tensor | None,
@@ -179,14 +207,14 @@ def _call(
     call = SelectionCall(
         tokens=tokens,
         experts=experts,
-        blocks=routed.coreset.shape[0],
+        blocks=routed.block_scores.shape[0],
         choices=routed.experts.shape[1],
         groups=router.n_group,
         kept_groups=router.topk_group,
         least=rule.min_experts,
         normalise=router.norm_topk_prob,
         scale=router.routed_scaling_factor,
-        top_p=rule.top_p,
+        top_p=rule.top_p or 0.0,
         block_ids=block_ids.data_ptr(),
         logits=_address(logits),
         bias=_address(bias),
@@ -194,7 +222,7 @@ def _call(
         selection=routed.selection.data_ptr(),
         chosen=routed.experts.data_ptr(),
         weights=routed.weights.data_ptr(),
-        coreset=routed.coreset.data_ptr(),
+        coreset=_address(routed.coreset),
         block_scores=routed.block_scores.data_ptr(),
         used=routed.used.data_ptr(),
     )

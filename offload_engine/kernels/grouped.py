@@ -127,6 +127,12 @@ def why_not(device: torch.device) -> str | None:
     return None
 
 
+def serves(hidden: Tensor) -> bool:
+    """Whether the kernels compute on `hidden`: they run on its device, know its dtype, and nobody wants a gradient."""
+    learning = torch.is_grad_enabled() and hidden.requires_grad
+    return hidden.dtype in DTYPES and not learning and why_not(hidden.device) is None
+
+
 def _installed() -> bool:
     return importlib.util.find_spec("triton") is not None
 

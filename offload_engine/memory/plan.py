@@ -40,6 +40,8 @@ class Setup:
     """What the process (cpu) or the driver and its libraries (cuda) already take; None: `RUNTIME_BYTES`."""
     transfers_in_flight: int = 2
     """Bounce buffers between disk and device; only "cuda" needs them."""
+    step_graphs: bool = False
+    """Attention and routers of denoising steps are replayed from recordings, which have memory of their own."""
 
     @property
     def block(self) -> int:

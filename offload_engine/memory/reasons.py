@@ -16,6 +16,7 @@ def reasons_of(plan: MemoryPlan, config: ModelConfig, setup: Setup) -> dict[str,
     slab = format_bytes(plan.slab_bytes)
     measured = "estimated" if setup.runtime_bytes is None else "measured"
     where = "CUDA context and libraries" if plan.device == "cuda" else "the process without the model"
+    graphs = ", and recordings of attention in denoising steps" if setup.step_graphs else ""
     several = f"{plan.sequences} sequences x " if plan.sequences > 1 else ""
     return {
         "weights": _weights(plan, config, setup),
@@ -23,7 +24,7 @@ def reasons_of(plan: MemoryPlan, config: ModelConfig, setup: Setup) -> dict[str,
             f"{several}{plan.kv_positions} positions x {config.num_hidden_layers} layers x keys and values of "
             f"{config.num_key_value_heads} heads x {config.head_dim}, {setup.itemsize} bytes each"
         ),
-        "workspace": f"upper bound for {plan.forward_tokens} tokens that see {plan.kv_positions} positions",
+        "workspace": f"upper bound for {plan.forward_tokens} tokens that see {plan.kv_positions} positions{graphs}",
         "staging": f"embedding rows of {plan.forward_tokens} tokens",
         "runtime": f"{where}, {measured}",
         "expert slots": (

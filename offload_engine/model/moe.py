@@ -80,6 +80,8 @@ class ExpertWork(NamedTuple):
 
     expert: int
     weights: ExpertWeights
+    slot: int = -1
+    """Where the weights lie, if that is in a slot of the expert cache."""
 
 
 def tokens_by_expert(experts: Tensor) -> list[ExpertTokens]:
@@ -133,15 +135,27 @@ def _kernel_matrix(matrix: Matrix) -> kernels.Matrix:
     return kernels.Matrix(matrix)
 
 
-class ExpertOutputs:
+class LayerOutputs(Protocol):
     """Outputs of the experts of one layer, kept apart by token and choice until all are there.
 
-    Every executor sums through this, over k in the decision's order, so that the order of computation can't show.
+    Every executor sums through one, over k in the decision's order, so that the order of computation can't show.
     """
 
-    def __init__(self, hidden: Tensor, decision: RoutingDecision) -> None:
+    def compute(self, work: Sequence[ExpertWork]) -> None:
+        """Run some of the experts, each on the tokens that chose it."""
+
+    def combine(self) -> Tensor:
+        """The weighted sum [T, H]: accumulated in float32, then cast (REFERENCE §1). Once all have been computed."""
+
+
+class ExpertOutputs:
+    """`LayerOutputs` by torch, or on the CPU by our kernels."""
+
+    def __init__(self, hidden: Tensor, decision: RoutingDecision, known: Tensor | None = None) -> None:
+        """`known`: the decision's experts [T, k] on the host, if it has them: then nobody waits for a device."""
         self.hidden = hidden.contiguous()
         self.chosen = decision.experts.contiguous()
+        self.known = self.chosen if known is None else known
         self.weights = decision.weights.contiguous()
         self.fused = hidden.dtype == torch.bfloat16 and not torch.is_grad_enabled() and kernels.serves(hidden)
         """Our kernels sum, and compute what they can. Places of no expert then stay unwritten, and are not read."""
@@ -151,25 +165,30 @@ class ExpertOutputs:
     @cached_property
     def places(self) -> dict[int, Tensor]:
         """By expert, where its outputs go: `ExpertTokens.places`."""
-        return {group.expert: group.places for group in tokens_by_expert(self.chosen)}
+        groups = tokens_by_expert(self.known)
+        if not groups:
+            return {}
+        joined = torch.cat([group.places for group in groups]).to(self.hidden.device, non_blocking=True)
+        places = joined.split([len(group.places) for group in groups])
+        return {group.expert: part for group, part in zip(groups, places, strict=True)}
 
     def compute(self, work: Sequence[ExpertWork]) -> None:
-        """Run some of the experts, each on the tokens that chose it."""
+        """See `LayerOutputs`."""
         if self.fused:
-            experts = [weights.kernel_expert for _expert, weights in work]
+            experts = [one.weights.kernel_expert for one in work]
             fitting = [expert for expert in experts if expert is not None]
             if len(fitting) == len(work) and kernels.serves(self.hidden, *fitting):
-                numbers = [expert for expert, _weights in work]
+                numbers = [one.expert for one in work]
                 kernels.experts_ffn(self.hidden, self.chosen, numbers, fitting, self.outputs)
                 return
         choices = self.chosen.shape[1]
-        for expert, weights in work:
+        for expert, weights, _slot in work:
             places = self.places[expert]
             rows = self.hidden.index_select(0, places.div(choices, rounding_mode="floor"))
             self.outputs.index_copy_(0, places, expert_ffn(rows, weights))
 
     def combine(self) -> Tensor:
-        """The weighted sum [T, H]: accumulated in float32, then cast (REFERENCE §1)."""
+        """See `LayerOutputs`."""
         per_choice = self.outputs.view(*self.chosen.shape, -1)
         if self.fused:
             return kernels.weighted_sum(per_choice, self.chosen, self.weights)
@@ -254,12 +273,21 @@ class MoEBlock(nn.Module):
 
     def forward(self, hidden: Tensor, block_ids: Tensor, policy: Route, experts: ExpertExecutor) -> Tensor:
         """[.., H] -> [.., H]; `block_ids` [T] with T the product of the leading dimensions."""
-        decision = self.route(hidden, block_ids, policy)
+        return self.routed(hidden, self.gate(hidden.flatten(0, -2)), block_ids, policy, experts)
+
+    def routed(
+        self, hidden: Tensor, logits: Tensor, block_ids: Tensor, policy: Route, experts: ExpertExecutor
+    ) -> Tensor:
+        """As `forward`, once the router has spoken: `logits` [T, E]."""
+        decision = policy(logits, self.gate.expert_bias, block_ids)
         return self.with_shared(experts.run(self.layer, hidden.flatten(0, -2), decision).view_as(hidden), hidden)
 
     def with_shared(self, routed: Tensor, hidden: Tensor) -> Tensor:
         """The routed experts' output and the shared ones' of `hidden`, both [.., H], together."""
-        return routed + self.shared_experts(hidden) if self.shared_experts is not None else routed
+        if self.shared_experts is None:
+            return routed
+        shared: Tensor = self.shared_experts(hidden)
+        return shared.add_(routed)
 
     def route(self, hidden: Tensor, block_ids: Tensor, policy: Route) -> RoutingDecision:
         """Where `hidden` [.., H], normed, goes."""

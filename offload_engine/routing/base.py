@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from offload_engine.core import ForwardInfo, Phase, RoutingDecision
+from offload_engine.kernels import cuda_selection as device
 from offload_engine.kernels import selection as fused
 
 EPSILON = 1e-20
@@ -83,6 +84,16 @@ def by_block(info: ForwardInfo, decision: RoutingDecision) -> list[tuple[Forward
         )
         for place, (block, experts, weights) in enumerate(parts)
     ]
+
+
+def decide_on_device(
+    rule: device.SelectionRule, logits: Tensor, bias: Tensor | None, block_ids: Tensor
+) -> RoutingDecision | None:
+    """As a `RoutingPolicy` with the numbers of `rule`, by the CUDA kernel; None where that does not serve these."""
+    routed = device.decide(rule, logits, bias, block_ids)
+    if routed is None:
+        return None
+    return RoutingDecision(routed.experts, routed.weights, routed.coreset, routed.block_scores)
 
 
 def select_scores(logits: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:

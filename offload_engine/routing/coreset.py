@@ -10,7 +10,8 @@ from torch import Tensor
 
 from offload_engine.core import RoutingDecision
 from offload_engine.kernels import selection as fused
-from offload_engine.routing.base import RouterShape, block_votes, choose_inside, select_scores, total
+from offload_engine.kernels.cuda_selection import SelectionRule
+from offload_engine.routing.base import RouterShape, block_votes, choose_inside, decide_on_device, select_scores, total
 
 Election = Callable[[Tensor, Tensor], Tensor]
 """Makes a coreset [B, E] bool of votes [B, E] float32 and whether there were any, [B, E] bool."""
@@ -30,6 +31,10 @@ class Coreset:
 
     def __call__(self, logits: Tensor, bias: Tensor | None, block_ids: Tensor) -> RoutingDecision:
         """See `RoutingPolicy`. Block scores are the votes; the coreset is [B, E] bool."""
+        rule = SelectionRule(self.shape.top_k, self.shape, self.top_p, self.min_experts)
+        decision = decide_on_device(rule, logits, bias, block_ids)
+        if decision is not None:
+            return decision
         scores, selection = select_scores(logits, bias)
         if fused.serves(block_ids, self.shape.top_k, self.shape, scores, selection):
             return RoutingDecision(

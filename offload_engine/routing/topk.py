@@ -8,7 +8,8 @@ from torch import Tensor
 
 from offload_engine.core import RoutingDecision
 from offload_engine.kernels import selection as fused
-from offload_engine.routing.base import RouterShape, choose, group_limited, select_scores, tally
+from offload_engine.kernels.cuda_selection import SelectionRule
+from offload_engine.routing.base import RouterShape, choose, decide_on_device, group_limited, select_scores, tally
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,6 +22,9 @@ class TopK:
 
     def __call__(self, logits: Tensor, bias: Tensor | None, block_ids: Tensor) -> RoutingDecision:
         """See `RoutingPolicy`. Block scores are the summed selection scores of the experts chosen."""
+        decision = decide_on_device(SelectionRule(self.k, self.shape), logits, bias, block_ids)
+        if decision is not None:
+            return decision
         scores, selection = select_scores(logits, bias)
         if fused.serves(block_ids, self.k, self.shape, scores, selection):
             experts, weights, wanted = fused.route(scores, selection, block_ids, self.k, self.shape)

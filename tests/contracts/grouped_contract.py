@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from offload_engine.core import RoutingDecision
-from offload_engine.experts.grouped import KernelOutputs, LayerSlabs, TorchOutputs, grouped_outputs
+from offload_engine.core import ExpertKey, RoutingDecision
+from offload_engine.experts.device.table import ABSENT, UNUSED
+from offload_engine.experts.grouped import KernelOutputs, LayerSlabs, SlotExperts, SlotOutputs
 from offload_engine.experts.layout import SlabLayout
 from offload_engine.kernels import grouped
+from offload_engine.model.moe import ExpertWork
 from tests.grouped_layers import (
     EPSILON,
     FORMS,
@@ -211,17 +215,43 @@ class GroupedContract:
         assert odd.slabs.slabs.aligned == 2
         assert torch.equal(computed(odd, torch.arange(6, dtype=torch.int32, device=self.DEVICE)), computed(layer))
 
-    def test_without_the_kernels_torch_does_the_same(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        layer = make_layer(self.DEVICE, tokens=20, form="int8")
-        assert isinstance(grouped_outputs(layer.hidden, layer.decision, layer.slabs), KernelOutputs)
+    def test_work_is_done_in_the_slots_it_names(self) -> None:
+        layer = make_layer(self.DEVICE, tokens=20, form="int8", missing=0.0)
+        outputs = SlotOutputs(layer.hidden, layer.decision, layer.slabs)
+        slots = layer.slots.tolist()
+        for experts in ((0, 4), (5,), (3, 1, 2)):
+            outputs.compute([ExpertWork(expert, layer.weights[expert], slots[expert]) for expert in experts])
+        assert torch.equal(outputs.combine(), computed(layer))
+
+    def test_what_a_look_up_finds_is_computed_first_and_the_rest_as_it_comes(self) -> None:
+        layer = make_layer(self.DEVICE, tokens=20, form="int4", missing=0.5)
+        layer.decision.experts[layer.decision.experts == 3] = -1
+        outputs = SlotOutputs(layer.hidden, layer.decision, layer.slabs)
+        slots = layer.slots.tolist()
+        found = outputs.look_up(layer.absent(2, 5)).tolist()
+        assert found == [*slots[:2], ABSENT, UNUSED, slots[4], ABSENT]
+        outputs.compute_found()
+        outputs.compute([ExpertWork(5, layer.weights[5], slots[5])])
+        outputs.compute([ExpertWork(2, layer.weights[2], slots[2])])
+        assert torch.equal(outputs.combine(), computed(layer))
+
+    def test_where_the_kernels_do_not_run_there_are_no_outputs(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        layer = make_layer(self.DEVICE)
+        store, arena = (
+            SimpleNamespace(
+                layout=lambda _key: layer.slabs.layouts[0],
+                keys=lambda: [ExpertKey(3, expert) for expert in range(6)],
+            ),
+            SimpleNamespace(whole=lambda: layer.slabs.slabs.memory, slab_bytes=layer.slabs.slabs.slab_bytes),
+        )
+        experts = SlotExperts(store, arena)  # type: ignore[arg-type]
+        assert experts.counts == {3: 6}
+        assert isinstance(experts.outputs(3, layer.hidden, layer.decision), SlotOutputs)
+        learning = layer.hidden.clone().requires_grad_()
+        assert experts.outputs(3, learning, layer.decision) is None
+        assert experts.outputs(3, layer.hidden.double(), layer.decision) is None
         monkeypatch.setattr(grouped, "why_not", lambda _device: "told so")
-        outputs = grouped_outputs(layer.hidden, layer.decision, layer.slabs)
-        assert isinstance(outputs, TorchOutputs)
-        outputs.compute(layer.absent(2))
-        assert outputs.missing().tolist() == [False, False, True, False, False, False]
-        outputs.compute(layer.slots)
-        assert torch.equal(outputs.combine(), by_torch(layer))
-        assert off_by(outputs.combine(), computed(layer)) < 6 * EPSILON[torch.bfloat16]
+        assert experts.outputs(3, layer.hidden, layer.decision) is None
 
     def test_shapes_that_do_not_fit_are_refused(self) -> None:
         layer = make_layer(self.DEVICE)

@@ -55,7 +55,7 @@ def test_who_has_nobody_behind_goes_on() -> None:
 def test_kinds_change_after_every_block() -> None:
     turns = entered(Turns(lambda _kind, lanes: lanes, blocks=4), {0: "a", 1: "b", 2: "a"})
     forwards = blocks_in_turn(turns, {0: [1, 1], 1: [2, 1], 2: [3]})
-    assert forwards == [[0], [1], [1], [2, 0], [2], [2], [1]]
+    assert forwards == [[0, 2], [2], [2], [1], [1], [0], [1]]
 
 
 def test_no_lane_joins_past_one_that_has_waited_longer() -> None:

@@ -56,6 +56,21 @@ def test_what_has_a_slot_is_held_loading_or_resident() -> None:
     assert cache.held(KEYS) == [C]
 
 
+def test_a_cache_shrinks_to_the_slots_that_are_there() -> None:
+    cache = make(8, share=0.5)
+    bring(cache, A, B)
+    with pytest.raises(InternalError, match="shrink to 1"):
+        cache.shrink(1)
+    cache.check()
+    cache.shrink(3)
+    cache.check()
+    assert (cache.slots, cache.probation_limit, cache.has_free) == (3, 1, True)
+    assert bring(cache, C, D) == [None, A]
+    cache.reset({})
+    cache.check()
+    assert cache.occupancy().free == 3
+
+
 def test_a_failed_load_gives_its_slot_back() -> None:
     cache = make(1)
     cache.reserve(A, prefetch=True)
@@ -77,6 +92,21 @@ def test_what_loads_or_is_pinned_stays() -> None:
     assert cache.reserve(C, prefetch=False) is None
     cache.unpin(A)
     assert cache.reserve(C, prefetch=False) == Reservation(0, A)
+
+
+def test_of_a_layer_that_is_lent_nothing_is_evicted() -> None:
+    cache = make(2, share=1.0)
+    bring(cache, A, E)  # of layers 1 and 2
+    cache.lend(1)
+    assert bring(cache, F) == [E]
+    assert bring(cache, E, prefetch=True) == [F]
+    bring(cache, B)
+    for prefetch in (False, True):
+        assert cache.reserve(F, prefetch=prefetch) is None
+    cache.lend(2)
+    assert bring(cache, F) == [A]
+    cache.lend(None)
+    assert bring(cache, A) == [B]
 
 
 def test_a_demand_evicts_the_oldest_prediction_before_anything_used() -> None:
@@ -154,6 +184,7 @@ def test_promotion_ends_probation(arrived: bool) -> None:
         lambda cache: cache.unpin(A),
         lambda cache: cache.unpin(C),
         lambda cache: cache.use(B, 1.0),
+        lambda cache: cache.release(A, 1.0),
         lambda cache: cache.use(C, 1.0),
     ],
 )
@@ -310,6 +341,26 @@ class CacheMachine(RuleBasedStateMachine):
             return
         self.cache.unpin(key)
         self.pins[key] -= 1
+
+    @rule(key=st.sampled_from(KEYS))
+    def claim(self, key: ExpertKey) -> None:
+        state = self.states[key]
+        assert self.cache.claim(key) == (state, self.slot_of.get(key, -1))
+        if state is not FREE:
+            self.end_probation(key)
+        if state is RESIDENT:
+            self.pins[key] += 1
+
+    @rule(key=st.sampled_from(KEYS), score=st.sampled_from((0.0, 0.5, 2.0)))
+    def release(self, key: ExpertKey, score: float) -> None:
+        if not self.pins[key]:
+            with pytest.raises(InternalError):
+                self.cache.release(key, score)
+            return
+        self.cache.release(key, score)
+        self.pins[key] -= 1
+        self.end_probation(key)
+        self.order.on_use(key, score)
 
     @rule(key=st.sampled_from(KEYS), score=st.sampled_from((0.0, 0.5, 2.0)))
     def use(self, key: ExpertKey, score: float) -> None:

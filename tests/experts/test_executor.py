@@ -26,6 +26,7 @@ from offload_engine.experts.scheduler import ExpertScheduler
 from offload_engine.experts.store import ExpertStore, load_all
 from offload_engine.experts.transfer.base import OnComplete, Stream, TransferTicket
 from offload_engine.experts.transfer.cpu import CpuTransfers
+from offload_engine.experts.transfer.stalls import HostStalls
 from offload_engine.metrics import EngineStats
 from offload_engine.model.attention import MaskedSequence, block_causal_mask
 from offload_engine.model.checkpoint import Checkpoint
@@ -37,10 +38,13 @@ from offload_engine.routing import POLICIES, RoutingOptions, make_policy
 from tests.checkpoints import tiny_config, write_checkpoint
 
 
-class ScrambledTransfers:
+class ScrambledTransfers(HostStalls):
     """A driver that completes copies in an order drawn in advance, and only once the slab has been scribbled over."""
 
+    notices = ()
+
     def __init__(self, store: ExpertStore, arena: SlotArena, order: Sequence[int]) -> None:
+        super().__init__()
         self.store = store
         self.arena = arena
         self.order = list(order) or [0]
@@ -426,10 +430,10 @@ def test_an_interrupt_before_a_load_is_handed_over_loses_no_slot(model: Model) -
         (want if len(arguments) > 1 else predict)(*arguments)  # type: ignore[arg-type, operator]
         raise KeyboardInterrupt
 
-    for name in ("want", "predict"):
+    for step, name in enumerate(("want", "predict"), start=1):
         setattr(scheduler, name, interrupted)
         with pytest.raises(KeyboardInterrupt):
-            model.hidden(experts, "original", torch.arange(12).flip(0), step=1)
+            model.hidden(experts, "original", torch.arange(12).flip(0), step=step)
         delattr(scheduler, name)
         experts.idle(timeout=20)
     expected = model.hidden(model.resident, "original", torch.arange(12))

@@ -1,32 +1,13 @@
-"""Experts out of slots where there are no kernels: torch computes them, in as many launches as it takes."""
+"""Where the grouped kernels are told that an expert's matrices lie, and torch where its outputs go."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from offload_engine.experts.grouped import TorchOutputs, grouped_outputs
-from tests.grouped_layers import FORMS, by_torch, make_layer
-
-pytestmark = pytest.mark.usefixtures("torch_computes")
-
-
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-def test_torch_computes_what_has_a_slot_and_leaves_the_rest_for_later(form: str, dtype: torch.dtype) -> None:
-    layer = make_layer("cpu", form=form, dtype=dtype, tokens=20, missing=0.0)
-    layer.decision.experts[layer.decision.experts == 5] = -1
-    outputs = grouped_outputs(layer.hidden, layer.decision, layer.slabs)
-    assert isinstance(outputs, TorchOutputs)
-    assert outputs.missing().tolist() == [True] * 5 + [False]
-    outputs.compute(layer.absent(0, 3))
-    assert outputs.missing().tolist() == [True, False, False, True, False, False]
-    outputs.compute(layer.absent(1))
-    assert not outputs.missing().any()
-    assert torch.equal(outputs.combine(), by_torch(layer))
-    layer.slabs.slabs.memory.fill_(0xFF)
-    outputs.compute(layer.slots)
-    assert torch.equal(outputs.combine(), by_torch(layer)), "nothing is computed twice"
+from offload_engine.core import RoutingDecision
+from offload_engine.model.moe import ExpertOutputs
+from tests.grouped_layers import make_layer
 
 
 @pytest.mark.parametrize(("form", "group"), [("plain", 0), ("int8", 1), ("int4", 16)])
@@ -36,3 +17,14 @@ def test_places_are_those_of_the_layout(form: str, group: int) -> None:
     assert (slabs.group, slabs.width, slabs.aligned) == (group, 48, 16)
     wanted = [where or 0 for one in (layout.gate, layout.up, layout.down) for where in (one.offset, one.scales)]
     assert slabs.places.tolist() == [wanted] * 6
+
+
+@pytest.mark.parametrize("chosen", [[[3, -1], [0, 3]], [[-1, -1], [-1, -1]]])
+def test_places_are_found_by_what_the_host_knows(chosen: list[list[int]]) -> None:
+    """The decision itself, which may be on a device, is not looked at."""
+    experts = torch.tensor(chosen)
+    decision = RoutingDecision(torch.full_like(experts, 7), torch.ones(2, 2))
+    outputs = ExpertOutputs(torch.randn(2, 4), decision, experts)
+    wanted = ExpertOutputs(torch.randn(2, 4), RoutingDecision(experts, torch.ones(2, 2))).places
+    assert list(outputs.places) == list(wanted)
+    assert all(torch.equal(outputs.places[expert], wanted[expert]) for expert in wanted)

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import random
+
 from offload_engine.core import BlockPass, ExpertKey, ForwardInfo, Phase
 from offload_engine.experts.cache import ExpertCache
 from offload_engine.experts.eviction import EvictionPolicy, make_eviction
@@ -19,7 +21,7 @@ def told(policy: NextUse, info: ForwardInfo, *layers: tuple[int, list[int]]) -> 
     for layer, experts in layers:
         policy.on_route(layer, experts, Outlook(experts))
         for key in keys(layer, *experts):
-            if key not in policy._layer(layer).candidates:
+            if key.expert not in policy._layer(layer).candidates:
                 policy.on_insert(key)
             policy.on_use(key, 1.0)
 
@@ -120,3 +122,29 @@ def test_a_working_set_larger_than_the_cache_does_not_thrash() -> None:
     """Six layers of 10 with 40 slots: recency misses all 60 each time; the best 60 + 5 * 21."""
     assert misses_of_sweeps("lru", 40, 6, 10, sweeps=6) == 360
     assert misses_of_sweeps("next-use", 40, 6, 10, sweeps=6) <= 1.15 * (60 + 5 * 21)
+
+
+def test_when_victims_are_asked_for_makes_no_difference() -> None:
+    """What a forward's layers routed is learnt from together, and late."""
+    generator = random.Random(0)
+    asked, unasked = NextUse(), NextUse()
+    for number in range(40):
+        phase = Phase.COMMIT if number % 8 == 7 else Phase.DENOISE
+        routed = [(layer, generator.sample(range(6 + number // 4), 4)) for layer in range(3)]
+        told(unasked, ForwardInfo(phase, 0, number % 8), *routed)
+        asked.begin(ForwardInfo(phase, 0, number % 8))
+        for layer, experts in routed:
+            asked.on_route(layer, experts, Outlook(experts))
+            for key in keys(layer, *experts):
+                asked.victim(lambda _key: False)
+                if key.expert not in asked._layer(layer).candidates:
+                    asked.on_insert(key)
+                asked.on_use(key, 1.0)
+    left = [key for layer in range(3) for key in keys(layer, *range(16))]
+    while left:
+        gone = asked.victim(left.__contains__)
+        assert gone == unasked.victim(left.__contains__)
+        if gone is None:
+            break
+        left.remove(gone)
+    assert len(left) < 20

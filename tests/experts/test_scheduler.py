@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -45,6 +47,29 @@ def test_a_demand_overtakes_queued_prefetches() -> None:
     assert loads(scheduler.want(1, [5], [1.0])) == []
     assert loads(scheduler.arrived(ExpertKey(2, 0))) == keys(1, 5)
     assert loads(scheduler.arrived(ExpertKey(1, 5))) == keys(2, 1)
+
+
+def test_what_is_lent_stays_until_the_layer_wants_something() -> None:
+    scheduler = scheduler_of(4)
+    scheduler.predict(keys(1, 0))
+    scheduler.arrived(ExpertKey(1, 0))
+    scheduler.lend(1)
+    for key in loads(scheduler.predict(keys(2, *range(8)))):
+        while key is not None:
+            following = loads(scheduler.arrived(key))
+            key = following[0] if following else None
+    assert scheduler.cache.state(ExpertKey(1, 0)) is SlotState.RESIDENT
+    assert computes(scheduler.want(1, [0], [1.0])) == keys(1, 0)
+    scheduler.computed(ExpertKey(1, 0))
+    assert scheduler.cache._lent is None
+
+
+@pytest.mark.parametrize("end", [ExpertScheduler.abandon, lambda scheduler: scheduler.reset({})])
+def test_a_layer_that_is_given_up_is_lent_no_longer(end: Callable[[ExpertScheduler], None]) -> None:
+    scheduler = scheduler_of(4)
+    scheduler.lend(1)
+    end(scheduler)
+    assert scheduler.cache._lent is None
 
 
 def test_an_expert_on_its_way_is_not_fetched_again() -> None:

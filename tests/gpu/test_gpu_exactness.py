@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,11 +12,13 @@ import torch
 
 from offload_engine.core import ExpertKey, ForwardInfo, Phase, RoutingDecision, SamplingParams
 from offload_engine.engine import Engine
+from offload_engine.errors import InternalError
 from offload_engine.experts import arena as arenas
 from offload_engine.experts.cache import ExpertCache
 from offload_engine.experts.conversion import Kind, convert
+from offload_engine.experts.device.executor import DeviceExperts
 from offload_engine.experts.eviction import EVICTION, make_eviction
-from offload_engine.experts.executor import OffloadedExperts
+from offload_engine.experts.observe import ObservedExperts
 from offload_engine.experts.opening import open_store
 from offload_engine.experts.predictor import make_predictor
 from offload_engine.experts.scheduler import ExpertScheduler
@@ -26,6 +29,7 @@ from offload_engine.model.checkpoint import Checkpoint
 from offload_engine.model.config import ModelConfig
 from offload_engine.model.moe import ExpertWeights, ResidentExperts
 from tests.checkpoints import tiny_config, write_checkpoint
+from tests.gpu.conftest import never_waiting
 from tests.grouped_layers import random_decision, to_device
 
 transfers = pytest.importorskip("offload_engine.experts.transfer.cuda")
@@ -105,10 +109,10 @@ class Layers:
         }
         self.resident = ResidentExperts(lambda layer, expert: kept[ExpertKey(layer, expert)])
 
-    def offloaded(self, slots: int, eviction: str) -> OffloadedExperts:
+    def offloaded(self, slots: int, eviction: str) -> DeviceExperts:
         driver = drivers.CudaDriver(self.device)
         arena = arenas.DeviceArena(slots, self.store.slab_bytes, driver.allocate)
-        return OffloadedExperts(
+        return DeviceExperts(
             store=self.store,
             arena=arena,
             transfers=transfers.CudaTransfers(self.store, arena, driver),
@@ -130,6 +134,45 @@ class Layers:
                     hidden,
                     RoutingDecision(decision.experts.to(self.device), decision.weights.to(self.device)),
                 )
+
+
+def test_a_layer_that_is_here_makes_the_host_wait_for_its_record_alone(checkpoint: Path, cuda: torch.device) -> None:
+    """Whatever else waits for the device is an error; the record's event is not among what torch looks out for."""
+    if grouped.why_not(cuda) is not None:
+        pytest.skip(str(grouped.why_not(cuda)))
+    layers = Layers(checkpoint, cuda)
+    experts = layers.offloaded(96, "lru")
+    watched = ObservedExperts(experts, [lambda _info, _layer, decision: decision.experts.unique()])
+    rounds = list(layers.steps(3))
+    with torch.inference_mode():
+        for waiting in (contextlib.nullcontext(), never_waiting()):  # first everything is fetched, and compiled
+            with waiting:
+                for step, layer, hidden, decision in rounds:
+                    if layer == 1:
+                        watched.begin(ForwardInfo(Phase.DENOISE, 0, step))
+                    watched.prepare(layer, lambda _layer, decision=decision: decision)  # type: ignore[misc]
+                    watched.run(layer, hidden, decision)
+            experts.idle()
+    assert experts.stats.misses < experts.stats.expert_requests / 2
+    experts.close()
+
+
+def test_a_slot_table_that_lies_is_found_out(checkpoint: Path, cuda: torch.device) -> None:
+    if grouped.why_not(cuda) is not None:
+        pytest.skip(str(grouped.why_not(cuda)))
+    layers = Layers(checkpoint, cuda)
+    experts = layers.offloaded(96, "lru")
+    step, layer, hidden, decision = next(iter(layers.steps(1)))
+    with torch.inference_mode():
+        experts.begin(ForwardInfo(Phase.DENOISE, 0, step))
+        wanted = experts.run(layer, hidden, decision)
+        experts.idle()
+        assert torch.equal(experts.run(layer, hidden, decision), wanted)
+        experts.table.on_device(layer).fill_(0)
+        with pytest.raises(InternalError, match="but the slot table on the device said 0"):
+            experts.run(layer, hidden, decision)
+        assert torch.equal(experts.run(layer, hidden, decision), wanted)
+    experts.close()
 
 
 @pytest.mark.parametrize("eviction", sorted(EVICTION))

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 
 from offload_engine.experts.grouped import KernelOutputs
 from offload_engine.kernels import grouped
 from tests.contracts.grouped_contract import GroupedContract
+from tests.gpu.conftest import never_waiting
 from tests.grouped_layers import EPSILON, FORMS, by_torch, computed, make_layer, off_by
 
 MINI = {"tokens": 32, "choices": 8, "experts": 64, "hidden": 2048, "width": 512, "group": 128, "missing": 0.0}
@@ -28,14 +27,6 @@ class TestGrouped(GroupedContract):
     EXAMPLES = 8  # every shape is compiled for
 
 
-@pytest.fixture
-def never_waiting() -> Iterator[None]:
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    yield
-    torch.cuda.set_sync_debug_mode("default")
-
-
 @pytest.mark.parametrize("tokens", [1, 32, 512])
 @pytest.mark.parametrize("form", FORMS)
 def test_a_layer_of_full_size(form: str, tokens: int, torch_computes: None) -> None:
@@ -44,16 +35,15 @@ def test_a_layer_of_full_size(form: str, tokens: int, torch_computes: None) -> N
     assert torch.equal(computed(layer, layer.absent(*range(0, 64, 3)), layer.slots), computed(layer))
 
 
-def test_the_host_never_waits_for_the_device(request: pytest.FixtureRequest) -> None:
+def test_the_host_never_waits_for_the_device() -> None:
     layer = make_layer("cuda", **MINI)
     some = layer.absent(1, 2, 3)
     wanted = computed(layer)  # and compiled
-    request.getfixturevalue("never_waiting")
-    outputs = KernelOutputs(layer.hidden, layer.decision, layer.slabs)
-    outputs.compute(some)
-    outputs.compute(layer.slots)
-    found = outputs.combine()
-    torch.cuda.set_sync_debug_mode("default")
+    with never_waiting():
+        outputs = KernelOutputs(layer.hidden, layer.decision, layer.slabs)
+        outputs.compute(some)
+        outputs.compute(layer.slots)
+        found = outputs.combine()
     assert torch.equal(found, wanted)
 
 

@@ -8,9 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from offload_engine.routing import RouterShape
-from offload_engine.routing.base import block_votes, choose_inside
+from offload_engine.routing import RouterShape, make_policy
+from offload_engine.routing.base import block_votes, choose, choose_inside, group_limited, tally
 from offload_engine.routing.coreset import top_p_coreset
+from tests.gpu.conftest import never_waiting
 
 libraries = pytest.importorskip("offload_engine.kernels.cuda")
 selection = pytest.importorskip("offload_engine.kernels.cuda_selection")
@@ -54,7 +55,7 @@ def test_the_gpu_decides_as_torch_on_the_cpu(
         votes, voted = block_votes(biased, ids, shape.top_k)
         coreset = top_p_coreset(votes, voted, 0.6, 4)
         experts, weights = choose_inside(scores, biased, coreset, ids, shape)
-        rule = selection.CoresetRule(shape.top_k, shape, 0.6, 4)
+        rule = selection.SelectionRule(shape.top_k, shape, 0.6, 4)
         table = selection.SlotTable(shape.num_experts, cuda)
         table.slots[::2] = torch.arange(len(table.slots[::2]), dtype=torch.int32, device=cuda)
         routed = selection.route_scores(library, rule, scores.to(cuda), biased.to(cuda), ids.to(cuda), blocks, table)
@@ -65,3 +66,22 @@ def test_the_gpu_decides_as_torch_on_the_cpu(
         used = set(experts[experts >= 0].tolist())
         count, *missing = routed.lookup.missing.tolist()
         assert set(missing[:count]) == {expert for expert in used if expert % 2}
+        free = selection.SelectionRule(shape.top_k, shape)
+        routed = selection.route_scores(library, free, scores.to(cuda), biased.to(cuda), ids.to(cuda), blocks)
+        experts, weights = choose(scores, group_limited(biased, shape), shape.top_k, shape, ids < 0)
+        assert same(routed.experts, experts)
+        assert same(routed.weights, weights)
+        assert same(routed.block_scores, tally(biased, experts, ids)[0].clamp(min=0.0))
+
+
+@pytest.mark.parametrize("name", ["original", "dmoe"])
+def test_policies_ask_the_kernel_and_the_host_waits_once_a_forward(library: Any, cuda: torch.device, name: str) -> None:
+    policy = make_policy(name, LLADA2)
+    ids, logits = torch.arange(64, device=cuda) // 32, torch.randn(64, 256, device=cuda)
+    policy(logits, None, ids)  # which counts the blocks
+    with never_waiting():
+        decision = policy(logits, None, ids)
+    assert decision.block_scores is not None
+    assert decision.block_scores.shape == (2, 256)
+    rule = selection.SelectionRule(8, LLADA2, None if name == "original" else 0.6, 16)
+    assert same(selection.route_logits(library, rule, logits, None, ids, 2).experts, decision.experts.cpu())

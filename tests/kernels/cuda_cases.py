@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
@@ -18,10 +18,10 @@ from offload_engine.core import RoutingDecision
 from offload_engine.experts.executor import ranked_experts
 from offload_engine.kernels import cuda_selection
 from offload_engine.kernels.cuda import CudaLibrary
-from offload_engine.kernels.cuda_selection import ABSENT, UNUSED, CoresetRule, Routed, SlotTable, route_scores
+from offload_engine.kernels.cuda_selection import ABSENT, UNUSED, Routed, SelectionRule, SlotTable, route_scores
 from offload_engine.kernels.library import KernelStatus
 from offload_engine.routing import RouterShape
-from offload_engine.routing.base import block_votes, choose_inside, total
+from offload_engine.routing.base import block_votes, choose, choose_inside, group_limited, tally, total
 from offload_engine.routing.coreset import top_p_coreset
 
 ONE = torch.zeros(64, dtype=torch.long)
@@ -36,7 +36,7 @@ class Case:
     scores: Tensor
     selection: Tensor
     block_ids: Tensor
-    top_p: float = 0.6
+    top_p: float | None = 0.6
     least: int = 16
     absent: float = 0.5
     """Share of the experts that are in no slot."""
@@ -50,8 +50,8 @@ class Case:
         return (max(int(self.block_ids.max()), 0) + 1 if len(self.block_ids) else 1) + self.idle_blocks
 
     @property
-    def rule(self) -> CoresetRule:
-        return CoresetRule(self.shape.top_k, self.shape, self.top_p, self.least)
+    def rule(self) -> SelectionRule:
+        return SelectionRule(self.shape.top_k, self.shape, self.top_p, self.least)
 
     def table(self) -> SlotTable:
         table = SlotTable(self.shape.num_experts, torch.device("cpu"))
@@ -60,11 +60,22 @@ class Case:
         return table
 
 
+def unconfined(case: Case) -> RoutingDecision:
+    """By those of `routing.TopK`."""
+    allowed, pads = group_limited(case.selection, case.shape), case.block_ids < 0
+    experts, weights = choose(case.scores, allowed, case.shape.top_k, case.shape, pads)
+    wanted, _anyone = tally(case.selection, experts, case.block_ids)
+    idle = wanted.new_zeros(case.blocks - len(wanted), wanted.shape[1])
+    return RoutingDecision(experts, weights, None, torch.cat([wanted, idle]).clamp(min=0.0))
+
+
 @lru_cache(maxsize=64)
 def decided(case: Case) -> RoutingDecision:
     """By the torch operations of `routing.Coreset`."""
 
     def decide() -> RoutingDecision:
+        if case.top_p is None:
+            return unconfined(case)
         votes, voted = block_votes(case.selection, case.block_ids, case.shape.top_k)
         idle = case.blocks - votes.shape[0]
         votes = torch.cat([votes, votes.new_zeros(idle, votes.shape[1])])
@@ -109,7 +120,8 @@ def garbage_in_outputs() -> Iterator[None]:
     def filled(*given: Any) -> Routed:
         routed = outputs(*given)
         for tensor in (*routed[:5], *(routed.lookup or ())):
-            tensor.view(torch.uint8).fill_(1)
+            if tensor is not None:
+                tensor.view(torch.uint8).fill_(1)
         return routed
 
     with pytest.MonkeyPatch.context() as patch:
@@ -162,7 +174,20 @@ def _alike(name: str, scores: Tensor, block_ids: Tensor = ONE, shape: RouterShap
 
 def adversarial() -> list[Case]:
     """What goes wrong in such kernels, or could."""
-    return [*_blocks(), *_numbers(), *_routers(), *_last_bits()]
+    confined = [*_blocks(), *_numbers(), *_routers(), *_last_bits()]
+    return [*confined, *_unconfined(confined)]
+
+
+def _unconfined(cases: list[Case]) -> Iterator[Case]:
+    """The same, without coresets."""
+    for case in cases:
+        if not case.name.startswith("last bit"):
+            yield replace(case, name=f"{case.name}, no coreset", top_p=None)
+    # Nothing but -inf in the groups that are kept, for a group with one expert is worth no more: there is no choice.
+    barred = torch.full((3, 16), -torch.inf)
+    barred[:, 13] = 1.0
+    shape = RouterShape(16, 4, 4, 2, False, 1.0)
+    yield _alike("groups of nothing", barred, shape=shape, top_p=None)
 
 
 def _blocks() -> Iterator[Case]:
@@ -175,7 +200,7 @@ def _blocks() -> Iterator[Case]:
     yield _alike("no token", _drawn(3, 0))
     yield _alike("one token", _drawn(4, 1), least=1)
     yield _alike("all in a slot", _drawn(15, 32), absent=0.0)
-    yield _alike("blocks that race", _drawn(18, 4), torch.arange(4), absent=0.0, orders=60)
+    yield _alike("blocks that race", _drawn(18, 4), torch.arange(4), absent=0.0, orders=100)
     yield _alike("none in a slot", _drawn(16, 64), torch.arange(64) // 32, absent=1.0)
 
 
@@ -202,6 +227,8 @@ def _routers() -> Iterator[Case]:
     yield _alike("groups of one", _drawn(7, 9, eight), shape=eight, least=4)
     six = RouterShape(6, 9, 2, 5, True, 1.0)
     yield _alike("k above the experts", _drawn(8, 5, six), shape=six)
+    twelve = RouterShape(12, 12, 3, 1, True, 2.0)
+    yield _alike("k above what the groups hold", _drawn(19, 9, twelve), shape=twelve, least=4)
     sixteen = RouterShape(16, 4, 4, 2, False, 1 / 3)
     yield _alike("weights as they are", _drawn(9, 12, sixteen), shape=sixteen)
     # A coreset of one: no group has two of it, so that all are worth the same, and the first ones don't hold it.

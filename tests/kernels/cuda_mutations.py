@@ -128,7 +128,7 @@ CHOOSING = [
         instead("size == 1 ? first : key_of(value_of(first) + value_of(second))", "first"),
     ),
     bug("groups of one are worth two", "groups of one", instead("size == 1 ? first : key_of", "key_of")),
-    bug("groups unlimited", "a block", instead("if (s.groups > 1 && s.kept_groups < s.groups)", "if (false)")),
+    bug("groups unlimited", "a block", instead("if (s.groups <= 1 || s.kept_groups >= s.groups)", "if (true)")),
     bug("a group too many", "a block", instead("c < s.kept_groups", "c <= s.kept_groups")),
     bug("stranded tokens get nothing", "stranded", instead("__any_sync(ALL_LANES, some)", "true")),
     bug("a lane decides alone who is stranded", "a block", instead("__any_sync(ALL_LANES, some)", "some")),
@@ -138,6 +138,22 @@ CHOOSING = [
     bug("the weights' sum in float32", "a block", instead("double sum = 0;\n    uint", "float sum = 0;\n    uint")),
     bug("weights always normalised", "weights as they are", instead("s.normalise ? ", "true ? ")),
     bug("weights not scaled", "a block", instead(" * s.scale", "")),
+]
+
+UNCONFINED = [
+    bug(
+        "votes for what is barred",
+        "k above what the groups hold, no coreset",
+        instead("if (found && ballot)", "if (ballot)"),
+    ),
+    bug("what is chosen gets no vote", "a block, no coreset", instead("if (found && ballot)", "if (false)")),
+    bug(
+        "all experts vote for their best as for a coreset",
+        "three blocks, a bias, no coreset",
+        instead("if (s.coreset)\n                mark_ballot", "if (true)\n                mark_ballot"),
+    ),
+    bug("barred groups are let in", "groups of nothing", instead("bool some = !s.coreset", "bool some = false")),
+    no_barrier("before the first choice", "blocks in disorder, some idle, no coreset", "room.used[e] = 0;"),
 ]
 
 LOOKING_UP = [
@@ -169,7 +185,7 @@ WAITING = [
     no_barrier("after the order", "a block", "room.order[rank_of(", WITHIN),
     no_barrier("after the coreset", "a block", "before += room.shares[e];"),
     no_barrier("after the choice", "blocks in disorder, some idle", "settle(s, t, keys"),
-    no_barrier("before a block counts as finished", "blocks that race", "bool last_to_finish("),
+    no_barrier("before a block counts as finished", "blocks that race, no coreset", "bool last_to_finish("),
     no_barrier("after the count", "three blocks, a bias", "*s.finished = 0;"),
     no_barrier("before the missing are ranked", "a block", "e) : UINT64_MAX;"),
     bug(
@@ -184,4 +200,4 @@ WAITING = [
     ),
 ]
 
-MUTATIONS = [*RANKING, *VOTING, *ELECTING, *CHOOSING, *LOOKING_UP, *WAITING]
+MUTATIONS = [*RANKING, *VOTING, *ELECTING, *CHOOSING, *UNCONFINED, *LOOKING_UP, *WAITING]

@@ -2,18 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
-from cuda_cases import Case, adversarial, difference, disagreement
+from cuda_cases import TORCH, Case, adversarial, difference, disagreement
 from cuda_emulation import set_order
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from selection_cases import LLADA2, routings, same
+from selection_cases import LLADA2, by, routings, same
 from torch import Tensor
 
+from offload_engine.kernels import cuda_selection
 from offload_engine.kernels.cuda import CudaLibrary
-from offload_engine.kernels.cuda_selection import CoresetRule, SlotTable, route_logits, route_scores
-from offload_engine.routing import RouterShape
+from offload_engine.kernels.cuda_selection import (
+    Routed,
+    SelectionRule,
+    SlotTable,
+    count_blocks,
+    decide,
+    route_logits,
+    route_scores,
+)
+from offload_engine.routing import RouterShape, RoutingOptions, make_policy
 from offload_engine.routing.base import select_scores
 
 Given = tuple[RouterShape, Tensor, Tensor | None, Tensor]
@@ -29,13 +40,13 @@ def test_it_decides_as_in_torch_where_that_is_hard(emulated: CudaLibrary, case: 
 @quick
 @given(
     given_routing=routings(),
-    top_p=st.one_of(st.sampled_from([0.1, 0.5, 0.6, 1.0, 1 - 1e-12]), st.floats(0.001, 1.0)),
+    top_p=st.one_of(st.none(), st.sampled_from([0.1, 0.5, 0.6, 1.0, 1 - 1e-12]), st.floats(0.001, 1.0)),
     least=st.sampled_from([0, 1, 4, 16, 300]),
     order=st.integers(0, 10**6),
     absent=st.sampled_from([0.0, 0.5, 1.0]),
 )
 def test_it_decides_as_in_torch(
-    emulated: CudaLibrary, given_routing: Given, top_p: float, least: int, order: int, absent: float
+    emulated: CudaLibrary, given_routing: Given, top_p: float | None, least: int, order: int, absent: float
 ) -> None:
     shape, logits, bias, block_ids = given_routing
     scores, selection = select_scores(logits, bias)
@@ -67,16 +78,64 @@ def test_from_logits_it_decides_by_scores_that_are_torchs_to_a_few_bits(
 
 def test_without_a_table_nothing_is_looked_up(emulated: CudaLibrary) -> None:
     scores, ids = torch.rand(6, 256), torch.arange(6) // 3
-    rule = CoresetRule(8, LLADA2, 0.6, 16)
+    rule = SelectionRule(8, LLADA2, 0.6, 16)
     plain = route_scores(emulated, rule, scores, scores, ids, 2)
     full = route_scores(emulated, rule, scores, scores, ids, 2, SlotTable(256, torch.device("cpu")))
     assert plain.lookup is None
     assert all(map(same, plain[:5], full[:5]))
 
 
+@pytest.mark.parametrize("name", ["original", "top-k", "dmoe"])
+def test_policies_ask_it_where_it_is(emulated: CudaLibrary, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    policy = make_policy(name, LLADA2, RoutingOptions(top_k_experts=3))
+    logits, ids = torch.randn(70, 256, generator=torch.Generator().manual_seed(3)), torch.arange(70) // 32
+    wanted = by(TORCH, lambda: policy(logits, None, ids))
+    asked: list[SelectionRule] = []
+    monkeypatch.setattr(cuda_selection, "library_for", lambda _device: emulated)
+    monkeypatch.setattr(cuda_selection, "route_logits", watched(route_logits, asked))
+    with torch.inference_mode():
+        found = policy(logits, None, ids)
+    assert [rule.top_p is None for rule in asked] == [name != "dmoe"]
+    assert asked[0].k == (3 if name == "top-k" else 8)
+    assert torch.equal(found.experts, wanted.experts), "no two scores are near enough for the sigmoid to matter"
+    torch.testing.assert_close(found.weights, wanted.weights, rtol=1e-5, atol=1e-7)
+    assert same(found.coreset, wanted.coreset)
+    torch.testing.assert_close(found.block_scores, wanted.block_scores, rtol=1e-5, atol=1e-6)
+
+
+def watched(route: Callable[..., Routed], asked: list[SelectionRule]) -> Callable[..., Routed]:
+    def asking(library: CudaLibrary, rule: SelectionRule, *rest: object) -> Routed:
+        asked.append(rule)
+        return route(library, rule, *rest)
+
+    return asking
+
+
+def test_what_it_does_not_serve_is_left_to_torch(emulated: CudaLibrary, monkeypatch: pytest.MonkeyPatch) -> None:
+    rule, logits, ids = SelectionRule(2, RouterShape(8, 2)), torch.rand(3, 8), torch.zeros(3, dtype=torch.long)
+    assert decide(rule, logits, None, ids) is None, "there is no device"
+    monkeypatch.setattr(cuda_selection, "library_for", lambda _device: emulated)
+    assert decide(rule, logits, None, ids) is not None
+    assert decide(rule, logits.double(), None, ids) is None
+    assert decide(rule, logits, torch.zeros(8).double(), ids) is None
+    assert decide(rule, logits.clone().requires_grad_(), None, ids) is None
+    assert decide(SelectionRule(2, RouterShape(9, 2, 2)), torch.rand(3, 9), None, ids) is None
+    assert decide(rule, logits.T.contiguous().T, None, ids) is not None
+
+
+def test_blocks_are_counted_once_for_every_tensor(monkeypatch: pytest.MonkeyPatch) -> None:
+    ids, looked = torch.tensor([0, 2, 2, -1]), []
+    largest = torch.Tensor.max
+    monkeypatch.setattr(torch.Tensor, "max", lambda tensor: looked.append(1) or largest(tensor))
+    assert [count_blocks(ids), count_blocks(ids), count_blocks(ids.clone())] == [3, 3, 3]
+    assert len(looked) == 2
+    assert count_blocks(torch.tensor([-1, -1])) == 1
+    assert count_blocks(torch.tensor([], dtype=torch.long)) == 1
+
+
 def test_what_it_has_room_for() -> None:
     def fits(experts: int, k: int, groups: int, kept: int = 1) -> bool:
-        return CoresetRule(k, RouterShape(experts, k, groups, kept), 0.6, 16).fits(experts)
+        return SelectionRule(k, RouterShape(experts, k, groups, kept), 0.6, 16).fits(experts)
 
     assert fits(512, 8, 64)
     assert not fits(513, 8, 1)
@@ -87,7 +146,7 @@ def test_what_it_has_room_for() -> None:
 
 
 def test_what_it_cannot_take_is_refused_by_name(emulated: CudaLibrary) -> None:
-    rule, good, ids = CoresetRule(2, RouterShape(8, 2), 0.6, 1), torch.rand(3, 8), torch.zeros(3, dtype=torch.long)
+    rule, good, ids = SelectionRule(2, RouterShape(8, 2), 0.6, 1), torch.rand(3, 8), torch.zeros(3, dtype=torch.long)
     with pytest.raises(ValueError, match=r"scores: \[3\] on cpu; wanted \[tokens, experts\] on a cpu device"):
         route_scores(emulated, rule, ids, ids, ids, 1)
     with pytest.raises(ValueError, match=r"selection: torch.float64 \[3, 8\] on cpu; wanted torch.float32 \[3, 8\]"):
@@ -104,6 +163,6 @@ def test_what_it_cannot_take_is_refused_by_name(emulated: CudaLibrary) -> None:
         route_scores(emulated, rule, good, good, ids, 1, SlotTable(9, torch.device("cpu")))
     with pytest.raises(ValueError, match="8 experts, 2 of them per token, in 1 groups, 0 blocks don't fit"):
         route_scores(emulated, rule, good, good, ids, 0)
-    uneven = CoresetRule(2, RouterShape(8, 2, 3, 1), 0.6, 1)
+    uneven = SelectionRule(2, RouterShape(8, 2, 3, 1), 0.6, 1)
     with pytest.raises(ValueError, match="in 3 groups"):
         route_scores(emulated, uneven, good, good, ids, 1)

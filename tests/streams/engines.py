@@ -2,17 +2,80 @@
 
 from __future__ import annotations
 
+import torch
+from torch import Tensor
+
+from offload_engine.core import RoutingDecision
 from offload_engine.experts.arena import DeviceArena
 from offload_engine.experts.cache import ExpertCache
+from offload_engine.experts.device.exchange import Exchange
+from offload_engine.experts.device.executor import DeviceExperts
+from offload_engine.experts.device.table import UNUSED
 from offload_engine.experts.eviction import make_eviction
-from offload_engine.experts.executor import OffloadedExperts
+from offload_engine.experts.grouped import LayerSlabs, SlotExperts
 from offload_engine.experts.predictor import make_predictor
 from offload_engine.experts.scheduler import ExpertScheduler
 from offload_engine.experts.store import ExpertStore
 from offload_engine.experts.transfer.cuda import CudaTransfers
 from offload_engine.experts.transfer.host_tier import HostTier
+from offload_engine.experts.transfer.pinned import HostSlab
 from offload_engine.metrics import EngineStats
+from offload_engine.model.moe import ExpertOutputs, ExpertWork
 from tests.streams.simulator import SimulatedDevice, WatchedStore
+
+
+class EmulatedOutputs(ExpertOutputs):
+    """As `SlotOutputs`, with torch's products: what the host may not look at, it looks at on the device's time."""
+
+    def __init__(self, hidden: Tensor, decision: RoutingDecision, layer: LayerSlabs, device: SimulatedDevice) -> None:
+        super().__init__(hidden, decision)
+        self.layer = layer
+        self.simulated = device
+        self.found: Tensor | None = None
+
+    def look_up(self, row: Tensor) -> Tensor:
+        unwanted = torch.ones(len(self.layer.layouts), dtype=torch.bool)
+        unwanted[self.chosen[self.chosen >= 0]] = False
+        self.found = row.masked_fill(unwanted, UNUSED)
+        return self.found
+
+    def compute_found(self) -> None:
+        assert self.found is not None
+        slab_bytes, memory = self.layer.slabs.slab_bytes, self.layer.slabs.memory
+        for expert, slot in enumerate(self.found.tolist()):
+            if slot >= 0:
+                slab = memory[slot * slab_bytes : (slot + 1) * slab_bytes]
+                self.simulated.work_reads(slab)
+                self.compute([ExpertWork(expert, self.layer.layouts[expert].weights(slab), slot)])
+
+
+class EmulatedSlots(SlotExperts):
+    """As where the kernels run."""
+
+    def __init__(self, store: ExpertStore, arena: DeviceArena, device: SimulatedDevice) -> None:
+        super().__init__(store, arena)
+        self.simulated = device
+
+    def outputs(  # type: ignore[override]
+        self, layer: int, hidden: Tensor, decision: RoutingDecision
+    ) -> EmulatedOutputs:
+        return EmulatedOutputs(hidden, decision, self._slabs(layer), self.simulated)
+
+
+class WatchedExchange(Exchange):
+    """Tells the device of all that the host writes and reads."""
+
+    def __init__(self, device: SimulatedDevice) -> None:
+        self.simulated = device
+        super().__init__(device)
+
+    def _write(self, slab: HostSlab, row: bytes) -> None:
+        self.simulated.host_writes(slab.tensor.data_ptr())
+        super()._write(slab, row)
+
+    def _read(self, slab: HostSlab, nbytes: int) -> Tensor:
+        self.simulated.host_reads(slab.tensor)
+        return super()._read(slab, nbytes)
 
 
 def on_device(
@@ -25,8 +88,11 @@ def on_device(
     in_flight: int = 2,
     threads: int = 2,
     host_slots: int | None = None,
-) -> OffloadedExperts:
-    """An executor whose slots are on `device`; without `host_slots` there is no tier between it and the disk."""
+    emulated: bool = False,
+) -> DeviceExperts:
+    """An executor whose slots are on `device`; without `host_slots` there is no tier between it and the disk.
+    `emulated`: it takes torch's products for the grouped kernels'.
+    """
     arena = DeviceArena(slots, store.slab_bytes, device.allocate)
     watched = WatchedStore(store, device)
     host = None if host_slots is None else HostTier(device, host_slots, store.slab_bytes)
@@ -38,7 +104,7 @@ def on_device(
         in_flight=in_flight,
         host=host,
     )
-    return OffloadedExperts(
+    experts = DeviceExperts(
         store=store,
         arena=arena,
         transfers=transfers,
@@ -47,3 +113,8 @@ def on_device(
         stats=EngineStats(),
         prefetch_depth=2,
     )
+    experts.exchange.close()
+    experts.exchange = WatchedExchange(device)
+    if emulated:
+        experts.slots = EmulatedSlots(store, arena, device)
+    return experts

@@ -26,6 +26,7 @@ class Fault(StrEnum):
     STAGING = "a staging buffer is filled, but not after the copy out of it"
     SOURCE_UNORDERED = "host memory is copied from, but not after it was filled"
     HOST_READ = "the host reads what the device writes, but not after its event"
+    UNDECLARED = "work reads a slot that it did not say it reads"
     LEAK = "an event was not closed"
     CLOSED = "an event was closed while what it marks had not run"
     FREED = "host memory was unpinned while a copy was under way"

@@ -1,9 +1,12 @@
-"""Defects to plant in `CudaTransfers`: each thing that it asks of the device, left out."""
+"""Defects to plant: each thing that `CudaTransfers` asks of the device, left out; and what `DeviceExperts` does."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
+from offload_engine.experts.device.executor import DeviceExperts
 from offload_engine.experts.transfer.base import Stream
 from tests.streams.order import Fault
 from tests.streams.simulator import SimulatedDevice, SimulatedEvent
@@ -33,13 +36,70 @@ PLANTED = {
 """By what is wrong then. What joins nothing shows in the results alone."""
 
 
+def table_names_what_has_not_landed(experts: DeviceExperts) -> None:
+    transfers = experts.transfers
+
+    def unasked(slot: int) -> bool:
+        with transfers._books:  # type: ignore[attr-defined]
+            transfers._marks.drop(transfers._copied.pop(slot, None))  # type: ignore[attr-defined]
+        return True
+
+    experts._landed = unasked
+
+
+def read_back_is_not_waited_for(experts: DeviceExperts) -> None:
+    experts.exchange._event.wait = lambda: None  # type: ignore[method-assign]
+
+
+def work_does_not_say_what_it_reads(experts: DeviceExperts) -> None:
+    launch = experts.transfers.launch
+
+    def silent(stream: Stream, fn: Callable[[], None], reads: Sequence[int], writes: Sequence[int] = ()) -> None:
+        launch(stream, fn, [] if getattr(fn, "__name__", "") == "compute_found" else reads, writes)
+
+    experts.transfers.launch = silent  # type: ignore[method-assign]
+
+
+def entry_is_not_cleared(experts: DeviceExperts) -> None:
+    experts.table.clear = lambda _slot: None  # type: ignore[method-assign]
+
+
+def stale_row_is_not_sent(experts: DeviceExperts) -> None:
+    experts.table.is_stale = lambda _layer: False  # type: ignore[method-assign]
+
+
+class Misdeed(NamedTuple):
+    """A defect of the slot table, of the work enqueued by it, or of the read-back."""
+
+    plant: Callable[[DeviceExperts], None]
+    left_out: str
+    fault: Fault | None
+    """What it shows; None: the books disagree, and the run ends with an error that says so."""
+
+
+MISDEEDS = {
+    "the slot table names an expert whose copy has not landed": Misdeed(
+        table_names_what_has_not_landed, "`landed(slot)`", Fault.READ_UNORDERED
+    ),
+    "what is read back is used before its event": Misdeed(
+        read_back_is_not_waited_for, "`take`'s `event.wait()`", Fault.HOST_READ
+    ),
+    "a slot is evicted while enqueued work still reads it": Misdeed(
+        work_does_not_say_what_it_reads, "the `reads` of the launch", Fault.UNDECLARED
+    ),
+    "an entry is not cleared before its slot is overwritten": Misdeed(entry_is_not_cleared, "`SlotTable.clear`", None),
+    "a row of the slot table is not sent": Misdeed(stale_row_is_not_sent, "`Exchange.send`", None),
+}
+"""By what is wrong then."""
+
+
 class FaultyEvent(SimulatedEvent):
     """An event of a device on which something is left out."""
 
     device: FaultyDevice
 
     def record(self, stream: Stream) -> None:
-        if not self.device.left_out("record", stream):
+        if self.timed or not self.device.left_out("record", stream):  # what keeps the time orders nothing
             super().record(stream)
 
     def before(self, stream: Stream) -> None:
@@ -69,8 +129,8 @@ class FaultyDevice(SimulatedDevice):
         self.heard += 1
         return self.heard % self.every == 0
 
-    def event(self) -> FaultyEvent:
-        event = FaultyEvent(self)
+    def event(self, *, timed: bool = False) -> FaultyEvent:
+        event = FaultyEvent(self, timed)
         self.events.append(event)
         return event
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -9,11 +11,18 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from offload_engine.core import ExpertKey
+from offload_engine.errors import InternalError
+from offload_engine.experts.device.executor import DeviceExperts
 from offload_engine.experts.eviction import EVICTION
 from offload_engine.experts.transfer.cuda import CudaTransfers
+from offload_engine.kernels import cuda_selection
+from offload_engine.kernels.build import BuildError
+from offload_engine.kernels.cuda import CudaLibrary
 from tests.experts.test_executor import KINDS, Model
+from tests.kernels.cuda_emulation import emulate
 from tests.streams.engines import on_device
-from tests.streams.planted import PLANTED, FaultyDevice
+from tests.streams.planted import MISDEEDS, PLANTED, FaultyDevice
 from tests.streams.simulator import SimulatedDevice, StreamError
 
 ORDERS = st.lists(st.integers(0, 7), min_size=1, max_size=24)
@@ -35,6 +44,7 @@ def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     threads=st.integers(1, 3),
     host_slots=st.none() | st.integers(1, 100),
     pinned=st.booleans(),
+    emulated=st.booleans(),
     seed=st.integers(0, 100),
 )
 def test_the_engine_on_streams_equals_the_resident_one_in_every_order(
@@ -48,6 +58,7 @@ def test_the_engine_on_streams_equals_the_resident_one_in_every_order(
     threads: int,
     host_slots: int | None,
     pinned: bool,
+    emulated: bool,
     seed: int,
 ) -> None:
     device = SimulatedDevice(order, None if pinned else "no pages left to lock")
@@ -60,6 +71,7 @@ def test_the_engine_on_streams_equals_the_resident_one_in_every_order(
         in_flight=in_flight,
         threads=threads,
         host_slots=host_slots,
+        emulated=emulated,
     )
     generator = torch.Generator().manual_seed(seed)
     try:
@@ -75,20 +87,68 @@ def test_the_engine_on_streams_equals_the_resident_one_in_every_order(
         experts.close()
     device.check()
     assert device.most_copies <= in_flight
-    assert len(device.events) <= 2 * slots + in_flight + (host_slots or 0) + 2, "events are used again"
+    marks = [event for event in device.events if not event.timed]
+    assert len(marks) <= 2 * slots + in_flight + (host_slots or 0) + 4, "events are used again"
     assert isinstance(experts.transfers, CudaTransfers)
     if experts.transfers.host is not None:
         held = experts.transfers.host.occupancy()
         assert (held.loading, held.pinned) == (0, 0)
 
 
-def run(model: Model, device: SimulatedDevice, slots: int, host_slots: int | None) -> bool:
+@pytest.fixture(scope="session")
+def emulated_selection(tmp_path_factory: pytest.TempPathFactory) -> CudaLibrary:
+    try:
+        return emulate(tmp_path_factory.mktemp("cuda") / "libdmoe_cuda_emulated.so")
+    except BuildError as error:
+        pytest.skip(str(error))
+
+
+@pytest.mark.parametrize("order", [[0], [1, 0, 2], [7]])
+@pytest.mark.parametrize("routing", ["original", "dmoe"])
+def test_the_engine_with_emulated_kernels_equals_the_resident_one(
+    model: Model, emulated_selection: CudaLibrary, monkeypatch: pytest.MonkeyPatch, routing: str, order: list[int]
+) -> None:
+    monkeypatch.setattr(cuda_selection, "library_for", lambda _device: emulated_selection)
+    device = SimulatedDevice(order)
+    experts = on_device(device, model.store, 40, host_slots=60, predictor="combined", emulated=True)
+    try:
+        for step in range(3):
+            ids = torch.arange(12) + 5 * step
+            expected = model.hidden(model.resident, routing, ids, step)
+            assert torch.equal(model.hidden(experts, routing, ids, step), expected)
+        experts.idle()
+    finally:
+        experts.close()
+    device.check()
+
+
+def fetch_some(experts: DeviceExperts) -> None:
+    """Four of layer 1's that are not here. When the layer runs, the last two copies need not have landed."""
+    scheduler = experts.scheduler
+    absent = [ExpertKey(1, expert) for expert in range(32) if not scheduler.cache.held([ExpertKey(1, expert)])]
+    with experts._changed:
+        experts._carry_out(scheduler.predict(absent[:4]))
+    experts.idle()
+
+
+def run(
+    model: Model,
+    device: SimulatedDevice,
+    slots: int,
+    host_slots: int | None,
+    *,
+    emulated: bool = False,
+    plant: Callable[[DeviceExperts], None] = lambda _experts: None,
+) -> bool:
     """Some forwards, and a prefetch that nobody waits for; whether all outputs were those of the oracle."""
-    experts = on_device(device, model.store, slots, host_slots=host_slots)
+    experts = on_device(device, model.store, slots, host_slots=host_slots, emulated=emulated)
+    plant(experts)
     try:
         equal = True
         for step in range(3):
             ids = torch.arange(12) + 7 * step
+            if emulated:
+                fetch_some(experts)
             out = model.hidden(experts, "original", ids, step)
             equal = equal and torch.equal(out, model.hidden(model.resident, "original", ids, step))
         experts.prepare(1, lambda _layer: pytest.fail("no preview was wanted"))
@@ -97,13 +157,14 @@ def run(model: Model, device: SimulatedDevice, slots: int, host_slots: int | Non
         experts.close()
 
 
+@pytest.mark.parametrize("emulated", [False, True])
 @pytest.mark.parametrize("order", [[0], [1, 0, 2], [7]])
 @pytest.mark.parametrize(("slots", "host_slots"), [(6, None), (6, 10), (40, None), (40, 100)])
 def test_without_a_planted_defect_nothing_is_reported(
-    model: Model, slots: int, host_slots: int | None, order: list[int]
+    model: Model, slots: int, host_slots: int | None, order: list[int], emulated: bool
 ) -> None:
     device = SimulatedDevice(order)
-    assert run(model, device, slots, host_slots)
+    assert run(model, device, slots, host_slots, emulated=emulated)
     device.check()
     assert device.executed > 0
 
@@ -134,6 +195,20 @@ def test_a_planted_defect_is_caught_in_the_engine(model: Model, name: str, every
     assert set(device.faults) & set(planted.faults), device.faults
 
 
+@pytest.mark.parametrize("order", [[0], [1, 0, 2], [7]])
+@pytest.mark.parametrize("name", MISDEEDS)
+def test_a_misdeed_of_the_slot_table_is_caught(model: Model, name: str, order: list[int]) -> None:
+    misdeed = MISDEEDS[name]
+    device = SimulatedDevice(order)
+    if misdeed.fault is None:
+        with pytest.raises(InternalError, match=r"but the slot table on the device said|was computed from slot"):
+            run(model, device, 40, None, emulated=True, plant=misdeed.plant)
+        return
+    with contextlib.suppress(InternalError, StreamError):
+        run(model, device, 40, None, emulated=True, plant=misdeed.plant)
+    assert misdeed.fault in device.faults
+
+
 def test_the_documents_table_names_every_planted_defect_and_what_it_shows() -> None:
     rows = [
         [cell.strip() for cell in line.split("|")[1:-1]]
@@ -141,7 +216,9 @@ def test_the_documents_table_names_every_planted_defect_and_what_it_shows() -> N
         if line.startswith("|")
     ]
     table = {row[0]: row[-1] for row in rows[2:]}
-    assert list(table) == list(PLANTED)
+    assert list(table) == [*PLANTED, *MISDEEDS]
+    for name, misdeed in MISDEEDS.items():
+        assert table[name] == (misdeed.fault or "an error: table and books disagree")
     for name, planted in PLANTED.items():
         shown = "; ".join(planted.faults) or "the outputs are not those of the oracle"
         assert table[name] == shown

@@ -15,15 +15,16 @@ from tests.streams.order import Fault
 from tests.streams.simulator import SimulatedDevice
 
 
+@pytest.mark.parametrize("emulated", [False, True])
 @pytest.mark.parametrize(("slots", "order"), [(3, [0]), (6, [2, 0, 1]), (40, [0])])
 def test_an_interrupt_anywhere_leaves_the_streams_in_order(
-    tmp_path: Any, monkeypatch: pytest.MonkeyPatch, slots: int, order: list[int]
+    tmp_path: Any, monkeypatch: pytest.MonkeyPatch, slots: int, order: list[int], emulated: bool
 ) -> None:
     model, devices = Model(tmp_path, torch.bfloat16), []
 
     def offloaded(_model: Model, slots: int, eviction: str, predictor: str) -> OffloadedExperts:
         devices.append(SimulatedDevice(order))
-        return on_device(devices[-1], model.store, slots, eviction=eviction, predictor=predictor)
+        return on_device(devices[-1], model.store, slots, eviction=eviction, predictor=predictor, emulated=emulated)
 
     monkeypatch.setattr(Model, "offloaded", offloaded)
     times, places = interrupted_everywhere(model, slots, every=997, first=slots)

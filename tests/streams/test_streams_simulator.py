@@ -90,6 +90,15 @@ def host_reads_too_early(bench: Bench) -> None:
     bench.device.host_reads(result)
 
 
+def record_read_too_early(bench: Bench) -> None:
+    bench.copy()
+    bench.ordered(COPY, COMPUTE)
+    found = bench.device.allocate(PAGE)
+    bench.device.pin(found)
+    bench.device.fetch(COMPUTE, bench.slot, found)
+    bench.device.host_reads(found)
+
+
 def unpinned_too_early(bench: Bench) -> None:
     bench.copy()
     bench.device.unpin(bench.buffer)
@@ -121,6 +130,7 @@ PROGRAMS: dict[Callable[[Bench], None], set[Fault]] = {
     written_by_two_streams: {Fault.WRITE_TWICE},
     buffer_filled_again: {Fault.STAGING},
     host_reads_too_early: {Fault.HOST_READ},
+    record_read_too_early: {Fault.HOST_READ},
     unpinned_too_early: {Fault.FREED},
     event_closed_too_early: {Fault.CLOSED},
     waits_for_a_mark_that_is_set_later: {Fault.READ_UNORDERED},
@@ -164,6 +174,39 @@ def test_a_pinned_source_is_read_when_the_copy_runs_and_a_pageable_one_when_it_i
         bench.device.finish()
         assert int(bench.slot[0]) == brought
         assert (Fault.STAGING in bench.device.faults) == (pinning is None)
+
+
+def test_memory_that_is_not_pinned_is_there_when_its_fetch_returns() -> None:
+    bench = Bench()
+    bench.copy()
+    bench.ordered(COPY, COMPUTE)
+    found = bench.device.allocate(PAGE)
+    bench.device.fetch(COMPUTE, bench.slot, found)
+    bench.device.host_reads(found)
+    assert int(found[0]) == 1
+    assert not bench.device.faults
+
+
+def test_an_event_that_is_done_orders_the_host_as_a_wait_does() -> None:
+    bench = Bench()
+    bench.copy()
+    copied = bench.mark(COPY)
+    assert not copied.done()
+    bench.device.finish()
+    assert copied.done()
+    bench.read()
+    assert not bench.device.faults
+
+
+def test_work_that_reads_more_than_it_says_is_reported() -> None:
+    bench = Bench()
+    for reads in ([bench.slot], []):
+        bench.copy()
+        bench.ordered(COPY, COMPUTE)
+        bench.device.launch(COMPUTE, lambda: bench.device.work_reads(bench.slot), reads, [])
+        bench.device.join(COMPUTE)
+        bench.ordered(COMPUTE, COPY)
+        assert bench.device.faults == ([] if reads else [Fault.UNDECLARED])
 
 
 def test_whoever_reads_during_a_copy_may_find_anything() -> None:

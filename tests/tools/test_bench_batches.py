@@ -39,7 +39,7 @@ def test_batches_that_are_no_numbers_are_refused(batches: str) -> None:
 
 def test_medians_over_the_rounds() -> None:
     def one(seconds: float, moved: int) -> Measured:
-        return Measured(2, 100, 7, seconds, moved, 0.5, 9, 0.25)
+        return Measured(2, 100, 7, seconds, moved, 0.5, 9, 0.25, 1.75)
 
     lines = table([[one(1.0, 10**9)], [one(9.0, 10**9)], [one(2.0, 3 * 10**9)]]).splitlines()
-    assert lines[-1] == "| 2 | 9 | 20.0 | 10.00 | 50.0 % | 25.0 % |"
+    assert lines[-1] == "| 2 | 1.8 | 9 | 20.0 | 10.00 | 50.0 % | 25.0 % |"

@@ -33,6 +33,12 @@ class Event(Protocol):
     def wait(self) -> None:
         """Have the host wait until what it marks has run. Holds no interpreter lock."""
 
+    def done(self) -> bool:
+        """Whether what it marks has run. Once it has, that is as if `wait` had been called."""
+
+    def seconds_since(self, earlier: Event) -> float:
+        """By the device's clock, between what the two mark, both done and both `timed`."""
+
     def close(self) -> None:
         """Give it back. Nobody may wait for it any more."""
 
@@ -55,11 +61,20 @@ class StreamDriver(Protocol):
     def unpin(self, memory: Tensor) -> None:
         """Undo `pin`, once every copy from there has run, and before the memory is freed."""
 
-    def event(self) -> Event:
-        """A new one, marking nothing. To be closed."""
+    def move(self, source: Tensor, target: Tensor) -> None:
+        """Copy host bytes to host memory of the same size, before this returns. Holds no interpreter lock."""
+
+    def event(self, *, timed: bool = False) -> Event:
+        """A new one, marking nothing; `timed`: it keeps the time. To be closed."""
 
     def copy(self, stream: Stream, source: Tensor, target: Tensor) -> None:
         """Enqueue the copy of host bytes to device memory of the same size."""
+
+    def fetch(self, stream: Stream, source: Tensor, target: Tensor) -> None:
+        """Enqueue the copy of device bytes to host memory of the same size. `source` may be what the caller has just
+        computed: it runs after that, on whatever stream it was. Unless `target` is pinned, it has run when the call
+        returns.
+        """
 
     def launch(self, stream: Stream, fn: Callable[[], None], reads: Sequence[Tensor], writes: Sequence[Tensor]) -> None:
         """Enqueue the work of `fn`, which reads and writes these pieces of device memory. Called at once, or later;
