@@ -277,9 +277,9 @@ def test_the_installed_package_is_the_wheels_and_all_of_it_can_be_imported(insta
 
 
 def test_what_needs_an_extra_says_which(installed: Path, tmp_path: Path) -> None:
-    done = run(installed / "dmoe-run", "--model", "some-lab/some-model", "-p", "a", where=tmp_path)
-    assert done.returncode == 3
-    assert "pip install 'offload-engine[hub]'" in done.stderr
+    done = run(installed / "dmoe", "serve", "--gpu-mem", "8GB", where=tmp_path)
+    assert done.returncode == 2
+    assert "pip install 'offload-engine[serve]'" in done.stderr
 
 
 def test_programs_of_users_are_type_checked_against_it(installed: Path, tmp_path: Path) -> None:
