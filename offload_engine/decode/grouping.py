@@ -95,8 +95,8 @@ class Grouping:
         """How many lanes of this kind, 1 to `most`, should share forwards.
 
         The largest group that loads no more per lane than one alone and hardly more than the best. If that is one of
-        all lanes known, twice as many, so that more become known: never more strangers than lanes that were seen to
-        fit.
+        all lanes known, half as many more, so that they become known: what lanes want that nobody has seen yet is not
+        guessed, and few of them at a time do little harm.
         """
         if self._size != "auto":
             return min(most, self._size)
@@ -121,7 +121,7 @@ def _decide(known: Sequence[Sequence[Uses]], most: int, slots: int, before: int)
     limit = min(loads[1] * (1 - ERROR), min(loads.values()) * (1 + LEEWAY)) + free
     fit = (size for size in loads if loads[size] <= limit * (1 + STAY * (size == before)))
     best = max(fit, default=1)
-    return min(most, 2 * best) if best == len(known) else best
+    return min(most, best + (best + 1) // 2) if best == len(known) else best
 
 
 def loads_by_size(histories: Sequence[Sequence[Uses]], compared: Iterable[int], slots: int) -> dict[int, float]:
