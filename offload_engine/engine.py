@@ -85,7 +85,9 @@ class Engine(EngineFacts):
             fused_commit=config.fused_commit,
             forward_tokens=plan.forward_tokens,
             graphs=parts.graphs,
-            grouping=None if plan.sequences == 1 else Grouping(lambda: stats.slots_per_layer, config.lanes_together),
+            grouping=None
+            if plan.sequences == 1
+            else Grouping(lambda: stats.slots_per_layer, config.lanes_together, source.config.num_experts),
         )
         stats.planned_peak_bytes, stats.limit_bytes = plan.total, plan.budget
         stats.slots, stats.slots_per_layer = plan.slots, plan.slots_per_layer

@@ -47,7 +47,7 @@ def open_engine(directory: Path, **options: Any) -> Engine:
 
 @pytest.fixture(scope="module")
 def engine(checkpoint: Path) -> Iterator[Engine]:
-    with open_engine(checkpoint, expert_mem=12 * 4096 * 4) as engine:
+    with open_engine(checkpoint, expert_mem=12 * 4096 * 4, lanes_together=LANES) as engine:
         yield engine
 
 

@@ -1,9 +1,11 @@
-"""Bytes moved and time per token as the batch grows: the same prompts answered 1, 2, 4 and 8 at a time.
+"""Bytes moved and time per token as the batch grows: the same requests answered 1, 2, 4 and 8 at a time.
 
     python -m tools.bench_batches --model DIR --gpu-mem 7.8GB --routing dmoe
 
 Every batch size has a process and an engine of its own, opened cold; sizes take turns, in rounds. A first pass over as
-many other prompts fills the cache and is not counted; what is counted includes the prefills.
+many other requests fills the cache and is not counted; what is counted includes the prefills. Prompts are random and
+have nothing in common; with `--samples` all requests of a pass ask for a sample of the answer to one prompt, as for a
+vote or the best of many.
 """
 
 from __future__ import annotations
@@ -24,9 +26,12 @@ from offload_engine.assembly import find_source
 from offload_engine.cli.errors import ReportingCommand
 from offload_engine.config import EngineConfig
 from offload_engine.core import Phase, SamplingParams
+from offload_engine.decode.state import never
 from offload_engine.engine import Engine
 
 BLOCK = 32
+Asked = tuple[Sequence[int], SamplingParams]
+"""A prompt, and how it is to be answered."""
 MEDIANS = ("ms_per_token", "mb_per_token", "hit_rate", "stall_share", "lanes")
 
 
@@ -62,18 +67,37 @@ def prompts(count: int, length: int, vocab: int, seed: int) -> list[list[int]]:
     return [[drawn.randrange(max(1, vocab - 8)) for _ in range(length)] for _ in range(count)]
 
 
-def measure(
-    config: EngineConfig, first: Sequence[Sequence[int]], asked: Sequence[Sequence[int]], params: SamplingParams
-) -> Measured:
+def samples(prompt: Sequence[int], count: int, params: SamplingParams) -> list[Asked]:
+    """`count` requests for an answer to the same prompt, at temperature 1, each with a seed of its own."""
+    return [(prompt, params.model_copy(update={"temperature": 1.0, "seed": seed})) for seed in range(count)]
+
+
+def answer(engine: Engine, asked: Sequence[Asked]) -> int:
+    """Answer all, as many at a time as the engine was made for; how many tokens that makes."""
+    tokens, waiting = 0, enumerate(asked)
+    with engine.session() as session:
+        while True:
+            while session.has_room and (following := next(waiting, None)):
+                number, (prompt, params) = following
+                session.enter(number, prompt, params, never)
+            if session.empty:
+                return tokens
+            for _number, outcome in session.advance():
+                if isinstance(outcome, Exception):
+                    raise outcome
+                tokens += 0 if outcome.completion is None else len(outcome.completion.token_ids)
+
+
+def measure(config: EngineConfig, first: Sequence[Asked], asked: Sequence[Asked]) -> Measured:
     """Answer `first` to warm up, then `asked`, with `config.batch_size`; only the second pass counts."""
     with Engine.from_pretrained(config=config) as engine:
-        engine.generate([list(prompt) for prompt in first], params)
+        answer(engine, first)
         before, began = engine.stats.snapshot(), time.perf_counter()
-        answers = engine.generate([list(prompt) for prompt in asked], params)
+        tokens = answer(engine, asked)
         seconds, stats = time.perf_counter() - began, engine.stats.since(before)
         return Measured(
             batch_size=config.batch_size,
-            tokens=sum(len(answer.token_ids) for answer in answers),
+            tokens=tokens,
             forwards=sum(stats.forwards.values()),
             seconds=seconds,
             bytes_moved=stats.bytes_moved,
@@ -84,12 +108,10 @@ def measure(
         )
 
 
-def measure_apart(
-    config: EngineConfig, first: Sequence[Sequence[int]], asked: Sequence[Sequence[int]], params: SamplingParams
-) -> Measured:
+def measure_apart(config: EngineConfig, first: Sequence[Asked], asked: Sequence[Asked]) -> Measured:
     """`measure` in a fresh process: what an engine leaves behind in one would be taken from the next one's slots."""
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
-        return process.submit(measure, config, first, asked, params).result()
+        return process.submit(measure, config, first, asked).result()
 
 
 def table(rows: Sequence[Sequence[Measured]]) -> str:
@@ -127,6 +149,7 @@ def batch_sizes(_context: click.Context, _option: click.Parameter, text: str) ->
 @click.option("--blocks", type=click.IntRange(min=1), default=2, show_default=True, help="Of 32 tokens, per answer.")
 @click.option("--steps", type=click.IntRange(1, BLOCK), default=8, show_default=True, help="Per block.")
 @click.option("--prompt-tokens", type=click.IntRange(min=1), default=64, show_default=True)
+@click.option("--samples", "sampled", is_flag=True, help="Of one prompt, instead of different prompts.")
 @click.option("--rounds", type=click.IntRange(min=1), default=1, show_default=True)
 @click.option("--threads", type=click.IntRange(min=1), help="Compute threads.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the prompts.")
@@ -142,6 +165,7 @@ def main(
     blocks: int,
     steps: int,
     prompt_tokens: int,
+    sampled: bool,
     rounds: int,
     threads: int | None,
     seed: int,
@@ -160,7 +184,11 @@ def main(
                 batch_size=size, lanes_together=lanes_together, threads=threads, hot_set="off",
             )  # fmt: skip
             drawn = prompts(2 * count, prompt_tokens, find_source(config).config.vocab_size, seed)
-            row.append(measure_apart(config, drawn[count:], drawn[:count], params))
+            passes = [
+                samples(part[0], count, params) if sampled else [(prompt, params) for prompt in part]
+                for part in (drawn[count:], drawn[:count])
+            ]
+            row.append(measure_apart(config, *passes))
         rows.append(row)
     print(json.dumps([[asdict(one) for one in row] for row in rows]) if as_json else table(rows))
 

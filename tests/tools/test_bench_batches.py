@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
+from offload_engine.core import SamplingParams
+from offload_engine.engine import Engine
 from tests.checkpoints import tiny_config, write_checkpoint
-from tools.bench_batches import Measured, main, table
+from tools.bench_batches import Measured, answer, main, samples, table
 
 
 @pytest.fixture(scope="module")
@@ -28,6 +30,32 @@ def test_every_batch_size_answers_all_prompts(small: Path) -> None:
     assert alone["tokens"] == together["tokens"] > 0
     assert 2 <= alone["slots"] == together["slots"] < 32, "as many as --expert-mem holds"
     assert together["forwards"] < alone["forwards"], "prompts of a batch share their forwards"
+
+
+def test_samples_are_of_one_prompt_and_differ(small: Path) -> None:
+    asked = samples([5, 6, 7, 8], 3, SamplingParams(max_new_tokens=28, steps=4))
+    assert {tuple(prompt) for prompt, _params in asked} == {(5, 6, 7, 8)}
+    assert len({params.seed for _prompt, params in asked}) == 3
+    with Engine.from_pretrained(small, gpu_mem="2GB", batch_size=2) as engine:
+        answers = [engine.generate(list(prompt), params).token_ids for prompt, params in asked]
+        assert answer(engine, asked) == sum(map(len, answers))
+    assert len(set(map(tuple, answers))) == 3
+    size = [
+        "--gpu-mem",
+        "2GB",
+        "--batches",
+        "2",
+        "--prompts",
+        "2",
+        "--blocks",
+        "1",
+        "--prompt-tokens",
+        "9",
+        "--samples",
+    ]
+    ran = CliRunner().invoke(main, ["--model", str(small), *size, "--steps", "2"])
+    assert ran.exit_code == 0, ran.output
+    assert "| 2 | " in ran.stdout
 
 
 @pytest.mark.parametrize("batches", ["x", "1,,2", "0", "-1"])
