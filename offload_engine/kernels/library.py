@@ -61,6 +61,12 @@ class Library:
         self._linear.argtypes = [*(_INT,) * 3, _POINTER, *(_INT64,) * 3, *(_POINTER,) * 4]
         self._weighted_sum = library.dmoe_weighted_sum
         self._weighted_sum.argtypes = [*(_INT,) * 2, _POINTER, *(_INT64,) * 3, *(_POINTER,) * 4]
+        self._norm = library.dmoe_norm
+        self._norm.argtypes = [*(_INT,) * 2, _POINTER, *(_INT64,) * 2, _FLOAT, *(_POINTER,) * 3]
+        self._turn_heads = library.dmoe_turn_heads
+        self._turn_heads.argtypes = [*(_INT,) * 2, _POINTER, *(_INT64,) * 5, _FLOAT, *(_POINTER,) * 5]
+        self._router = library.dmoe_router
+        self._router.argtypes = [*(_INT,) * 2, _POINTER, *(_INT64,) * 3, *(_POINTER,) * 3]
         self.select = library.dmoe_select
         """cpu/select.c, unchecked, as is the next."""
         self.select.argtypes = [_INT, *(_INT64,) * 6, _INT, _FLOAT, _DOUBLE, _INT64, *(_POINTER,) * 7]
@@ -113,6 +119,31 @@ class Library:
         failure = self._weighted_sum(variant, self.threads(), self.parallel, *sizes, *data)
         if failure:
             raise ValueError(f"{self.path.name} refused a weighted sum in variant {variant} with code {failure}")
+
+    def norm(self, variant: int, threads: int | None, sizes: tuple[int, int], eps: float, *data: int) -> None:
+        """Call `dmoe_norm` (cpu/norms.c) with checked arguments, on `threads` (None: torch's number)."""
+        failure = self._norm(variant, self._crew(threads), self.parallel, *sizes, eps, *data)
+        if failure:
+            raise ValueError(f"{self.path.name} refused a norm in variant {variant} with code {failure}")
+
+    def turn_heads(
+        self, variant: int, threads: int | None, sizes: tuple[int, ...], eps: float, *data: int | None
+    ) -> None:
+        """Call `dmoe_turn_heads` (cpu/norms.c) with checked arguments, on `threads` (None: torch's number)."""
+        failure = self._turn_heads(variant, self._crew(threads), self.parallel, *sizes, eps, *data)
+        if failure:
+            raise ValueError(f"{self.path.name} refused heads in variant {variant} with code {failure}")
+
+    def router(self, variant: int, threads: int | None, sizes: tuple[int, int, int], *data: int) -> None:
+        """Call `dmoe_router` (cpu/router.c) with checked arguments, on `threads` (None: torch's number)."""
+        failure = self._router(variant, self._crew(threads), self.parallel, *sizes, *data)
+        if failure == NO_MEMORY:
+            raise MemoryError(f"no memory for the workspace of a router's {sizes[0]} tokens")
+        if failure:
+            raise ValueError(f"{self.path.name} refused a router in variant {variant} with code {failure}")
+
+    def _crew(self, threads: int | None) -> int:
+        return self.threads() if threads is None or self.parallel is None else threads
 
 
 def _parallel() -> int | None:

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from offload_engine import kernels
 from offload_engine.model.config import ModelConfig
 from offload_engine.model.layers import Linear, RMSNorm, rotate
 
@@ -110,6 +111,7 @@ class Attention(nn.Module):
         width = (self.heads + 2 * self.kv_heads) * self.head_dim
         self.query_key_value = Linear(config.hidden_size, width, bias=config.use_qkv_bias)
         self.dense = Linear(self.heads * self.head_dim, config.hidden_size, bias=config.use_bias)
+        self.eps = config.rms_norm_eps
         self.use_qk_norm = config.use_qk_norm
         if config.use_qk_norm:
             self.query_layernorm = RMSNorm(self.head_dim, config.rms_norm_eps)
@@ -118,10 +120,21 @@ class Attention(nn.Module):
     def forward(self, hidden: Tensor, angles: tuple[Tensor, Tensor], key_values: KeyValues) -> Tensor:
         """[.., T, hidden] -> [.., T, hidden]; `angles` from `rotary_angles`."""
         fused = self.query_key_value(hidden).unflatten(-1, (-1, self.head_dim))
-        query, key, value = fused.split((self.heads, self.kv_heads, self.kv_heads), dim=-2)
-        if self.use_qk_norm:
-            query, key = self.query_layernorm(query), self.key_layernorm(key)
-        query, key = rotate(query, *angles), rotate(key, *angles)
-        attended = key_values.attend(self.layer, query, key, value)
+        attended = key_values.attend(self.layer, *self._turned(fused, angles))
         out: Tensor = self.dense(attended.flatten(-2))
         return out
+
+    def _turned(self, fused: Tensor, angles: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values of `fused` [.., T, heads + 2 kv_heads, head_dim], which may be overwritten: normed
+        and turned by `angles`, in bf16 on the CPU by our kernel if no gradient is wanted.
+        """
+        norms = (self.query_layernorm.weight, self.key_layernorm.weight) if self.use_qk_norm else None
+        served = kernels.serves_heads(fused, *angles, *(norms or ()))
+        if served:
+            kernels.turn_heads(fused, self.kv_heads, angles, norms, self.eps)
+        query, key, value = fused.split((self.heads, self.kv_heads, self.kv_heads), dim=-2)
+        if served:
+            return query, key, value
+        if self.use_qk_norm:
+            query, key = self.query_layernorm(query), self.key_layernorm(key)
+        return rotate(query, *angles), rotate(key, *angles), value

@@ -4,7 +4,9 @@
  * into two signed bytes, q = 256 high + low. So w q = 256 (w + 128) high + (w + 128) low - 128 q, exactly, and int8
  * weights are multiplied as they lie in memory.
  */
-#include "variant.h"
+#define DMOE_VECTOR 64
+#include "norms.h"
+#include "router.h"
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -271,8 +273,24 @@ TARGET static void weighted_sum(const struct choices *choices, int64_t h, uint16
     weighted_sum_inline(choices, h, to);
 }
 
+TARGET static void norm(
+    const unsigned char *row, const unsigned char *weight, int64_t cols, float eps, uint16_t *out)
+{
+    norm_inline(row, weight, cols, eps, out);
+}
+
+TARGET static void turn(uint16_t *head, const struct turning *turning, const unsigned char *weight, int64_t token)
+{
+    turn_inline(head, turning, weight, token);
+}
+
+TARGET static void route(const struct routed_product *product, int64_t row, int64_t count, float *out)
+{
+    route_inline(product, row, count, 8, 2, out);
+}
+
 const struct variant dmoe_avx512 = {
     "avx512_bf16", supported, sizeof(uint16_t), ROWS, TILING, INTEGER_TILING, pack, quantise, decode, multiply,
-    multiply_integer, scale, silu_times, round_bf16, weighted_sum,
+    multiply_integer, scale, silu_times, round_bf16, weighted_sum, norm, turn, route,
 };
 #endif

@@ -89,6 +89,20 @@ struct choices {
     int64_t count;
 };
 
+/* How heads of queries and keys are normed and turned. */
+struct turning {
+    const unsigned char *cos, *sin; /* bf16 [tokens, dims] */
+    int64_t dim, dims;              /* of a head, and how many of them turn: an even number */
+    float eps;
+};
+
+/* A router's weights, and tokens in groups (router.h). */
+struct routed_product {
+    float *packed;        /* [groups, cols, DMOE_LANES] */
+    const float *weights; /* [rows, cols] */
+    int64_t cols, rows, groups;
+};
+
 struct variant {
     const char *name;
     int (*supported)(void);
@@ -105,6 +119,11 @@ struct variant {
     void (*silu_times)(float *gate, const float *up, int64_t count); /* gate = silu(gate) * up */
     void (*round)(const float *from, int64_t count, uint16_t *to);   /* to bf16, to nearest even */
     void (*weighted_sum)(const struct choices *choices, int64_t h, uint16_t *to);
+    /* norms.h */
+    void (*norm)(const unsigned char *row, const unsigned char *weight, int64_t cols, float eps, uint16_t *out);
+    void (*turn)(uint16_t *head, const struct turning *turning, const unsigned char *weight, int64_t token);
+    /* router.h: `count` rows from `row` on, to out[r * DMOE_BLOCK + t] */
+    void (*route)(const struct routed_product *product, int64_t row, int64_t count, float *out);
 };
 
 /* Variant `index`, fastest first; null if there is none, or this CPU can't run it. */
