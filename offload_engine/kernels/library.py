@@ -59,6 +59,8 @@ class Library:
         self._experts.argtypes = [*(_INT,) * 4, _POINTER, *(_INT64,) * 6, *(_POINTER,) * 5]
         self._linear = library.dmoe_linear
         self._linear.argtypes = [*(_INT,) * 3, _POINTER, *(_INT64,) * 3, *(_POINTER,) * 4]
+        self._attention = library.dmoe_attention
+        self._attention.argtypes = [*(_INT,) * 2, _POINTER, *(_INT64,) * 5, _FLOAT, *(_POINTER,) * 4]
         self._weighted_sum = library.dmoe_weighted_sum
         self._weighted_sum.argtypes = [*(_INT,) * 2, _POINTER, *(_INT64,) * 3, *(_POINTER,) * 4]
         self._norm = library.dmoe_norm
@@ -113,6 +115,14 @@ class Library:
             raise MemoryError(f"no memory for the workspace of {sizes[0]} tokens")
         if failure:
             raise ValueError(f"{self.path.name} refused a linear layer in variant {variant} with code {failure}")
+
+    def attention(self, variant: int, threads: int, sizes: tuple[int, ...], scale: float, *data: int) -> None:
+        """Call `dmoe_attention` (cpu/attention.c) with checked arguments. Raises MemoryError."""
+        failure = self._attention(variant, threads, self.parallel, *sizes, scale, *data)
+        if failure == NO_MEMORY:
+            raise MemoryError(f"no memory for the workspace of attention to {sizes[-1]} positions")
+        if failure:
+            raise ValueError(f"{self.path.name} refused attention in variant {variant} with code {failure}")
 
     def weighted_sum(self, variant: int, sizes: tuple[int, ...], *data: int) -> None:
         """Call `dmoe_weighted_sum` (cpu/weighted_sum.c) with checked arguments."""

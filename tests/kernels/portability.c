@@ -33,11 +33,14 @@ int dmoe_turn_heads(
 int dmoe_router(
     int variant, int threads, parallel_fn parallel, int64_t tokens, int64_t k, int64_t n, const void *x,
     const float *weights, float *out);
+int dmoe_attention(
+    int variant, int threads, parallel_fn parallel, int64_t tokens, int64_t heads, int64_t kv_heads, int64_t head_dim,
+    int64_t positions, float scale, const void *query, const void *key, const void *value, void *out);
 const char *dmoe_variant(int index);
 
 enum { EXPERTS = 3, TOKENS = 7, CHOICES = 2, H = 72, I = 40, GROUP = 8, ROUTED = 64, BLOCKS = 2 };
 enum { ALL_STAGES = 31 };
-enum { HEADS = 4, KV_HEADS = 2, DIM = 72, DIMS = 40 };
+enum { HEADS = 4, KV_HEADS = 2, DIM = 72, DIMS = 40, POSITIONS = 75 };
 
 static uint32_t state = 1;
 
@@ -162,6 +165,16 @@ static void norm_and_route(int variant)
     tell(failure ? "heads failed" : "heads", 0, 1, fused, 2 * count);
 }
 
+static void attend(int variant)
+{
+    void *query = fill(TOKENS * HEADS * DIM, DMOE_BF16);
+    void *key = fill(POSITIONS * KV_HEADS * DIM, DMOE_BF16), *value = fill(POSITIONS * KV_HEADS * DIM, DMOE_BF16);
+    static uint16_t out[TOKENS * HEADS * DIM];
+    int failure = dmoe_attention(
+        variant, 1, NULL, TOKENS, HEADS, KV_HEADS, DIM, POSITIONS, 0.125f, query, key, value, out);
+    tell(failure ? "attention failed" : "attention", 0, 1, out, sizeof out);
+}
+
 int main(void)
 {
     int generic = 0;
@@ -172,5 +185,6 @@ int main(void)
             run_experts(generic, format, bf16);
     select_experts();
     norm_and_route(generic);
+    attend(generic);
     return 0;
 }

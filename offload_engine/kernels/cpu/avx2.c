@@ -132,6 +132,11 @@ TARGET static void round_bf16(const float *from, int64_t count, uint16_t *to)
     round_inline(from, count, to);
 }
 
+TARGET static float exponentials(float *row, int64_t count, int64_t padded, float scale)
+{
+    return exponentials_inline(row, count, padded, scale);
+}
+
 TARGET static void weighted_sum(const struct choices *choices, int64_t h, uint16_t *to)
 {
     weighted_sum_inline(choices, h, to);
@@ -155,6 +160,6 @@ TARGET static void route(const struct routed_product *product, int64_t row, int6
 
 const struct variant dmoe_avx2 = {
     "avx2", supported, sizeof(float), ROWS, DMOE_ROW_BY_ROW, DMOE_ROW_BY_ROW, pack, quantise, decode, multiply,
-    multiply_integer, scale, silu_times, round_bf16, weighted_sum, norm, turn, route,
+    multiply_integer, scale, silu_times, round_bf16, exponentials, weighted_sum, norm, turn, route,
 };
 #endif

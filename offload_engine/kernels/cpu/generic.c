@@ -85,6 +85,11 @@ static void round_bf16(const float *from, int64_t count, uint16_t *to)
     round_inline(from, count, to);
 }
 
+static float exponentials(float *row, int64_t count, int64_t padded, float scale)
+{
+    return exponentials_inline(row, count, padded, scale);
+}
+
 static void weighted_sum(const struct choices *choices, int64_t h, uint16_t *to)
 {
     weighted_sum_inline(choices, h, to);
@@ -108,5 +113,5 @@ static void route(const struct routed_product *product, int64_t row, int64_t cou
 
 const struct variant dmoe_generic = {
     "generic", supported, sizeof(float), ROWS, DMOE_ROW_BY_ROW, DMOE_ROW_BY_ROW, pack, quantise, decode, multiply,
-    multiply_integer, scale, silu_times, round_bf16, weighted_sum, norm, turn, route,
+    multiply_integer, scale, silu_times, round_bf16, exponentials, weighted_sum, norm, turn, route,
 };

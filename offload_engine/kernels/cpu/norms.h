@@ -9,7 +9,7 @@
 
 #include "variant.h"
 
-#define DMOE_SUMS 64       /* squares that are summed apart */
+#define DMOE_SQUARES 64       /* squares that are summed apart */
 #define DMOE_WIDEST_HEAD 512
 
 DMOE_INLINE float rounded(float value)
@@ -20,10 +20,10 @@ DMOE_INLINE float rounded(float value)
 /* 1 / sqrt(mean of squares + eps). */
 DMOE_INLINE float inverse_rms(const unsigned char *row, int64_t cols, float eps)
 {
-    float sums[DMOE_SUMS] = {0};
+    float sums[DMOE_SQUARES] = {0};
     int64_t first = 0;
-    for (; first + DMOE_SUMS <= cols; first += DMOE_SUMS)
-        for (int lane = 0; lane < DMOE_SUMS; lane++) {
+    for (; first + DMOE_SQUARES <= cols; first += DMOE_SQUARES)
+        for (int lane = 0; lane < DMOE_SQUARES; lane++) {
             float value = load_bf16(row + 2 * (first + lane));
             sums[lane] += value * value;
         }
@@ -31,7 +31,7 @@ DMOE_INLINE float inverse_rms(const unsigned char *row, int64_t cols, float eps)
         float value = load_bf16(row + 2 * (first + lane));
         sums[lane] += value * value;
     }
-    for (int half = DMOE_SUMS / 2; half; half /= 2)
+    for (int half = DMOE_SQUARES / 2; half; half /= 2)
         for (int lane = 0; lane < half; lane++)
             sums[lane] += sums[lane + half];
     return 1.0f / sqrtf(sums[0] / (float)cols + eps);
