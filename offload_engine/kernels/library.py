@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from offload_engine.errors import UsageError
+from offload_engine.kernels.loading import UnavailableError, load
 
 CHOICE = "OFFLOAD_ENGINE_KERNEL"
 """Environment variable: auto (the default), off, or the name of a variant."""
@@ -23,10 +24,6 @@ NO_MEMORY = 1
 
 _INT, _INT64, _POINTER = ctypes.c_int, ctypes.c_int64, ctypes.c_void_p
 _FLOAT, _DOUBLE = ctypes.c_float, ctypes.c_double
-
-
-class UnavailableError(Exception):
-    """The kernels can't be used; the message says why and what to do."""
 
 
 class Library:
@@ -40,19 +37,8 @@ class Library:
         from offload_engine.kernels.build import LIBRARY, fingerprint  # here, for `python -m` runs that module afresh
 
         path = path or LIBRARY
-        if not path.exists():
-            raise UnavailableError(f"{path.name} is not built: {REBUILD}")
-        try:
-            library = ctypes.CDLL(str(path))
-            library.dmoe_sources.restype = ctypes.c_char_p
-            library.dmoe_variant.restype = ctypes.c_char_p
-            built_from = library.dmoe_sources().decode()
-        except (OSError, AttributeError) as error:
-            raise UnavailableError(f"{path.name} can't be loaded ({error}): {REBUILD}") from error
-        if built_from != fingerprint():
-            raise UnavailableError(
-                f"{path.name} was built from other sources ({built_from}, not {fingerprint()}): {REBUILD}"
-            )
+        library = load(path, "dmoe_sources", fingerprint(), REBUILD)
+        library.dmoe_variant.restype = ctypes.c_char_p
         self.path = path
         self.parallel = _parallel()
         self._experts = library.dmoe_experts

@@ -14,6 +14,7 @@ from offload_engine.core import ForwardInfo, RoutingDecision
 from offload_engine.errors import InternalError
 from offload_engine.model.attention import Attention, KeyValues
 from offload_engine.model.config import ModelConfig
+from offload_engine.model.graphs import Attended, StepGraphs
 from offload_engine.model.layers import Linear, RMSNorm, SwiGLU, rotary_angles
 from offload_engine.model.moe import ExpertExecutor, MoEBlock
 from offload_engine.model.prefill import prefill
@@ -32,6 +33,8 @@ class Forward:
     key_values: KeyValues
     policy: RoutingPolicy
     experts: ExpertExecutor
+    graphs: StepGraphs | None = None
+    """Replays what comes before the experts, where earlier forwards did the same."""
 
     def policy_at(self, layer: int, *, preview: bool = False) -> Route:
         """How `layer` routes in this forward; a `preview` leaves no trace."""
@@ -71,8 +74,19 @@ class DecoderLayer(nn.Module):
 
     def forward(self, hidden: Tensor, angles: tuple[Tensor, Tensor], forward: Forward) -> Tensor:
         """[.., T, H] -> [.., T, H]."""
+        if forward.graphs is not None and isinstance(self.mlp, MoEBlock):
+            work = partial(self.attended, angles, forward.key_values)
+            hidden, normed, logits = forward.graphs.run(self.layer, self.attention.query_key_value.weight, hidden, work)
+            policy = forward.policy_at(self.layer)
+            return self.mlp.routed(normed, logits, forward.block_ids, policy, forward.experts).add_(hidden)
         hidden = self.attend(hidden, angles, forward.key_values).add_(hidden)  # fresh memory costs more than to add
         return self.feed_forward(hidden, forward).add_(hidden)
+
+    def attended(self, angles: tuple[Tensor, Tensor], key_values: KeyValues, hidden: Tensor) -> Attended:
+        """The MoE layer up to its router, for `hidden` [T, H]."""
+        hidden = self.attend(hidden, angles, key_values).add_(hidden)
+        normed = self.post_attention_layernorm(hidden)
+        return Attended(hidden, normed, cast("MoEBlock", self.mlp).gate(normed))
 
     def preview(self, hidden: Tensor, forward: Forward) -> RoutingDecision:
         """How this layer would route `hidden` [.., T, H] as it stands (the cross-layer gate of REFERENCE §3)."""
