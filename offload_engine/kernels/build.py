@@ -24,6 +24,7 @@ FLAGS = (
     "-ffp-contract=off",  # every instruction set rounds alike
     "-fno-math-errno",
 )
+LIBRARIES = ("-lm",)  # for compilers that don't have a square root of their own
 
 
 class BuildError(Exception):
@@ -65,7 +66,7 @@ def command_named_by(variable: str) -> list[str]:
 def build(target: Path = LIBRARY) -> Path:
     """Compile the CPU kernels into `target`. Raises BuildError."""
     sources = [str(path) for path in sorted(SOURCES.glob("*.c"))]
-    return compile_into(target, [*compiler(), *FLAGS, f"-DDMOE_SOURCES={fingerprint()}", *sources])
+    return compile_into(target, [*compiler(), *FLAGS, f"-DDMOE_SOURCES={fingerprint()}", *sources, *LIBRARIES])
 
 
 def compile_into(target: Path, command: list[str]) -> Path:

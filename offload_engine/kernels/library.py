@@ -45,8 +45,16 @@ class Library:
         self._experts.argtypes = [*(_INT,) * 4, _POINTER, *(_INT64,) * 6, *(_POINTER,) * 5]
         self._linear = library.dmoe_linear
         self._linear.argtypes = [*(_INT,) * 3, _POINTER, *(_INT64,) * 3, *(_POINTER,) * 4]
+        self._attention = library.dmoe_attention
+        self._attention.argtypes = [*(_INT,) * 2, _POINTER, *(_INT64,) * 5, _FLOAT, *(_POINTER,) * 4]
         self._weighted_sum = library.dmoe_weighted_sum
         self._weighted_sum.argtypes = [*(_INT,) * 2, _POINTER, *(_INT64,) * 3, *(_POINTER,) * 4]
+        self._norm = library.dmoe_norm
+        self._norm.argtypes = [*(_INT,) * 2, _POINTER, *(_INT64,) * 2, _FLOAT, *(_POINTER,) * 3]
+        self._turn_heads = library.dmoe_turn_heads
+        self._turn_heads.argtypes = [*(_INT,) * 2, _POINTER, *(_INT64,) * 5, _FLOAT, *(_POINTER,) * 5]
+        self._router = library.dmoe_router
+        self._router.argtypes = [*(_INT,) * 2, _POINTER, *(_INT64,) * 3, *(_POINTER,) * 3]
         self.select = library.dmoe_select
         """cpu/select.c, unchecked, as is the next."""
         self.select.argtypes = [_INT, *(_INT64,) * 6, _INT, _FLOAT, _DOUBLE, _INT64, *(_POINTER,) * 7]
@@ -94,11 +102,44 @@ class Library:
         if failure:
             raise ValueError(f"{self.path.name} refused a linear layer in variant {variant} with code {failure}")
 
+    def attention(self, variant: int, threads: int, sizes: tuple[int, ...], scale: float, *data: int) -> None:
+        """Call `dmoe_attention` (cpu/attention.c) with checked arguments. Raises MemoryError."""
+        failure = self._attention(variant, threads, self.parallel, *sizes, scale, *data)
+        if failure == NO_MEMORY:
+            raise MemoryError(f"no memory for the workspace of attention to {sizes[-1]} positions")
+        if failure:
+            raise ValueError(f"{self.path.name} refused attention in variant {variant} with code {failure}")
+
     def weighted_sum(self, variant: int, sizes: tuple[int, ...], *data: int) -> None:
         """Call `dmoe_weighted_sum` (cpu/weighted_sum.c) with checked arguments."""
         failure = self._weighted_sum(variant, self.threads(), self.parallel, *sizes, *data)
         if failure:
             raise ValueError(f"{self.path.name} refused a weighted sum in variant {variant} with code {failure}")
+
+    def norm(self, variant: int, threads: int | None, sizes: tuple[int, int], eps: float, *data: int) -> None:
+        """Call `dmoe_norm` (cpu/norms.c) with checked arguments, on `threads` (None: torch's number)."""
+        failure = self._norm(variant, self._crew(threads), self.parallel, *sizes, eps, *data)
+        if failure:
+            raise ValueError(f"{self.path.name} refused a norm in variant {variant} with code {failure}")
+
+    def turn_heads(
+        self, variant: int, threads: int | None, sizes: tuple[int, ...], eps: float, *data: int | None
+    ) -> None:
+        """Call `dmoe_turn_heads` (cpu/norms.c) with checked arguments, on `threads` (None: torch's number)."""
+        failure = self._turn_heads(variant, self._crew(threads), self.parallel, *sizes, eps, *data)
+        if failure:
+            raise ValueError(f"{self.path.name} refused heads in variant {variant} with code {failure}")
+
+    def router(self, variant: int, threads: int | None, sizes: tuple[int, int, int], *data: int) -> None:
+        """Call `dmoe_router` (cpu/router.c) with checked arguments, on `threads` (None: torch's number)."""
+        failure = self._router(variant, self._crew(threads), self.parallel, *sizes, *data)
+        if failure == NO_MEMORY:
+            raise MemoryError(f"no memory for the workspace of a router's {sizes[0]} tokens")
+        if failure:
+            raise ValueError(f"{self.path.name} refused a router in variant {variant} with code {failure}")
+
+    def _crew(self, threads: int | None) -> int:
+        return self.threads() if threads is None or self.parallel is None else threads
 
 
 def _parallel() -> int | None:

@@ -4,12 +4,19 @@
  * into two signed bytes, q = 256 high + low. So w q = 256 (w + 128) high + (w + 128) low - 128 q, exactly, and int8
  * weights are multiplied as they lie in memory.
  */
-#include "variant.h"
+#define DMOE_VECTOR 64
+#include "norms.h"
+#include "router.h"
 
 #if defined(__x86_64__)
 #include <immintrin.h>
 
-#define TARGET __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,avx512vnni,avx2,fma")))
+#if defined(__clang__)
+#define WIDE /* it knows no such word */
+#else
+#define WIDE ",prefer-vector-width=512"
+#endif
+#define TARGET __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,avx512vnni,avx2,fma" WIDE)))
 /* A register holds a group of four tokens, each in a lane of 128 bits, with which four neighbouring products of a row are
  * summed apart. With six rows: 24 sums, four groups of activations and one row of weights, of 32 registers.
  */
@@ -113,19 +120,23 @@ TARGET DMOE_INLINE __m512i pairs_integer(__m512i a, __m512i b)
     return _mm512_add_epi32(_mm512_unpacklo_epi32(a, b), _mm512_unpackhi_epi32(a, b));
 }
 
+/* A token's sums with six rows: four in its lane of the one register, two in the other's. */
+#define STORE_LANE(out, four, two, lane)                                        \
+    do {                                                                        \
+        _mm_storeu_ps(out, _mm512_extractf32x4_ps(four, lane));                 \
+        _mm_storel_pi((__m64 *)((out) + 4), _mm512_extractf32x4_ps(two, lane)); \
+    } while (0)
+
 /* The sums of a group's tokens with six rows: in each lane the four of one row, always added in the same order. */
 TARGET DMOE_INLINE void store_totals(const __m512 *sums, float *out, int64_t stride)
 {
     __m512 ab = pairs(sums[0], sums[1]), cd = pairs(sums[2], sums[3]), ef = pairs(sums[4], sums[5]);
     __m512 four = _mm512_add_ps(_mm512_shuffle_ps(ab, cd, 0x44), _mm512_shuffle_ps(ab, cd, 0xEE));
     __m512 two = _mm512_add_ps(ef, _mm512_shuffle_ps(ef, ef, 0xEE));
-    float fours[4 * LANES], twos[4 * LANES];
-    _mm512_storeu_ps(fours, four);
-    _mm512_storeu_ps(twos, two);
-    UNROLL for (int t = 0; t < LANES; t++) {
-        memcpy(out + t * stride, fours + 4 * t, 4 * sizeof *out);
-        memcpy(out + t * stride + 4, twos + 4 * t, 2 * sizeof *out);
-    }
+    STORE_LANE(out, four, two, 0);
+    STORE_LANE(out + stride, four, two, 1);
+    STORE_LANE(out + 2 * stride, four, two, 2);
+    STORE_LANE(out + 3 * stride, four, two, 3);
 }
 
 TARGET DMOE_INLINE __m512i load(const char *at)
@@ -266,13 +277,34 @@ TARGET static void round_bf16(const float *from, int64_t count, uint16_t *to)
     round_inline(from, count, to);
 }
 
+TARGET static float exponentials(float *row, int64_t count, int64_t padded, float scale)
+{
+    return exponentials_inline(row, count, padded, scale);
+}
+
 TARGET static void weighted_sum(const struct choices *choices, int64_t h, uint16_t *to)
 {
     weighted_sum_inline(choices, h, to);
 }
 
+TARGET static void norm(
+    const unsigned char *row, const unsigned char *weight, int64_t cols, float eps, uint16_t *out)
+{
+    norm_inline(row, weight, cols, eps, out);
+}
+
+TARGET static void turn(uint16_t *head, const struct turning *turning, const unsigned char *weight, int64_t token)
+{
+    turn_inline(head, turning, weight, token);
+}
+
+TARGET static void route(const struct routed_product *product, int64_t row, int64_t count, float *out)
+{
+    route_inline(product, row, count, 8, 2, out);
+}
+
 const struct variant dmoe_avx512 = {
     "avx512_bf16", supported, sizeof(uint16_t), ROWS, TILING, INTEGER_TILING, pack, quantise, decode, multiply,
-    multiply_integer, scale, silu_times, round_bf16, weighted_sum,
+    multiply_integer, scale, silu_times, round_bf16, exponentials, weighted_sum, norm, turn, route,
 };
 #endif
