@@ -278,11 +278,13 @@ class MoEBlock(nn.Module):
 
     def with_shared(self, routed: Tensor, hidden: Tensor) -> Tensor:
         """The routed experts' output and the shared ones' of `hidden`, both [.., H], together."""
-        if self.shared_experts is None:
+        shared_experts = self.shared_experts
+        if shared_experts is None:
             return routed
-        shared: Tensor = self.shared_experts(hidden)
+        shared: Tensor = shared_experts(hidden)
         return shared.add_(routed)
 
     def route(self, hidden: Tensor, block_ids: Tensor, policy: Route) -> RoutingDecision:
         """Where `hidden` [.., H], normed, goes."""
-        return policy(self.gate(hidden.flatten(0, -2)), self.gate.expert_bias, block_ids)
+        gate = self.gate
+        return policy(gate(hidden.flatten(0, -2)), gate.expert_bias, block_ids)
