@@ -43,6 +43,11 @@ class Forward:
         return self.policy
 
 
+def residual_sum(out: Tensor, hidden: Tensor) -> Tensor:
+    """The residual stream `hidden` with `out` added to it, in the memory of `out`: fresh memory costs more."""
+    return out.add_(hidden)
+
+
 class DecoderLayer(nn.Module):
     """Attention and a feed-forward, each behind its norm, each added to the residual stream."""
 
@@ -65,11 +70,11 @@ class DecoderLayer(nn.Module):
 
     def feed_forward(self, hidden: Tensor, forward: Forward) -> Tensor:
         """What the layer's second half adds to the residual stream: [.., T, H] -> [.., T, H]."""
-        normed = self.post_attention_layernorm(hidden)
-        if isinstance(self.mlp, MoEBlock):
-            out: Tensor = self.mlp(normed, forward.block_ids, forward.policy_at(self.layer), forward.experts)
+        normed, mlp = self.post_attention_layernorm(hidden), self.mlp
+        if isinstance(mlp, MoEBlock):
+            out: Tensor = mlp(normed, forward.block_ids, forward.policy_at(self.layer), forward.experts)
         else:
-            out = self.mlp(normed)
+            out = mlp(normed)
         return out
 
     def forward(self, hidden: Tensor, angles: tuple[Tensor, Tensor], forward: Forward) -> Tensor:
@@ -78,13 +83,13 @@ class DecoderLayer(nn.Module):
             work = partial(self.attended, angles, forward.key_values)
             hidden, normed, logits = forward.graphs.run(self.layer, self.attention.query_key_value.weight, hidden, work)
             policy = forward.policy_at(self.layer)
-            return self.mlp.routed(normed, logits, forward.block_ids, policy, forward.experts).add_(hidden)
-        hidden = self.attend(hidden, angles, forward.key_values).add_(hidden)  # fresh memory costs more than to add
-        return self.feed_forward(hidden, forward).add_(hidden)
+            return residual_sum(self.mlp.routed(normed, logits, forward.block_ids, policy, forward.experts), hidden)
+        hidden = residual_sum(self.attend(hidden, angles, forward.key_values), hidden)
+        return residual_sum(self.feed_forward(hidden, forward), hidden)
 
     def attended(self, angles: tuple[Tensor, Tensor], key_values: KeyValues, hidden: Tensor) -> Attended:
         """The MoE layer up to its router, for `hidden` [T, H]."""
-        hidden = self.attend(hidden, angles, key_values).add_(hidden)
+        hidden = residual_sum(self.attend(hidden, angles, key_values), hidden)
         normed = self.post_attention_layernorm(hidden)
         return Attended(hidden, normed, cast("MoEBlock", self.mlp).gate(normed))
 
@@ -132,8 +137,9 @@ class LLaDA2Model(nn.Module):
         forward.experts.begin(forward.info)
         hidden = self.model.embed(token_ids, forward.positions.device)
         angles = rotary_angles(forward.positions, self.config.rotary, self.config.rope_theta, hidden.dtype)
+        routing = self.config.moe_layers
         for index, layer in enumerate(self.layers):
-            if index in self.config.moe_layers:
+            if index in routing:
                 forward.experts.prepare(index, partial(self.preview, hidden, forward))
             hidden = layer(hidden, angles, forward)
         normed: Tensor = self.model.norm(hidden)

@@ -288,16 +288,21 @@ class MoEBlock(nn.Module):
         self, hidden: Tensor, logits: Tensor, block_ids: Tensor, policy: Route, experts: ExpertExecutor
     ) -> Tensor:
         """As `forward`, once the router has spoken: `logits` [T, E]."""
-        decision = policy(logits, self.gate.expert_bias, block_ids)
+        decision = self.decide(logits, block_ids, policy)
         return self.with_shared(experts.run(self.layer, hidden.flatten(0, -2), decision).view_as(hidden), hidden)
 
     def with_shared(self, routed: Tensor, hidden: Tensor) -> Tensor:
         """The routed experts' output and the shared ones' of `hidden`, both [.., H], together."""
-        if self.shared_experts is None:
+        shared_experts = self.shared_experts
+        if shared_experts is None:
             return routed
-        shared: Tensor = self.shared_experts(hidden)
+        shared: Tensor = shared_experts(hidden)
         return shared.add_(routed)
 
     def route(self, hidden: Tensor, block_ids: Tensor, policy: Route) -> RoutingDecision:
         """Where `hidden` [.., H], normed, goes."""
-        return policy(self.gate(hidden.flatten(0, -2)), self.gate.expert_bias, block_ids)
+        return self.decide(self.gate(hidden.flatten(0, -2)), block_ids, policy)
+
+    def decide(self, logits: Tensor, block_ids: Tensor, policy: Route) -> RoutingDecision:
+        """Where tokens with these `logits` [T, E] go."""
+        return policy(logits, self.gate.expert_bias, block_ids)
