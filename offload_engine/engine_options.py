@@ -34,9 +34,12 @@ class EngineOptions(TypedDict, total=False):
     predictor: str | MakePredictor
     prefetch_depth: int
     hot_set: Literal["on", "off"]
+    tuned: Literal["on", "off"]
     transfers_in_flight: int
     reader_threads: int
     verify: Literal["first", "always", "never"]
+    cpu_experts: Literal["off", "auto"] | float
+    cuda_graphs: Literal["auto", "on", "off"]
     prefill_chunk: int
     batch_size: int
     lanes_together: int | Literal["auto"]
