@@ -34,6 +34,9 @@ class EngineOptions(TypedDict, total=False):
     predictor: str | MakePredictor
     prefetch_depth: int
     hot_set: Literal["on", "off"]
+    tuned: Literal["on", "off"]
+    cpu_experts: float | Literal["auto", "off"]
+    cuda_graphs: Literal["auto", "on", "off"]
     transfers_in_flight: int
     reader_threads: int
     verify: Literal["first", "always", "never"]
