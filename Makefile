@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 DEV := $(VENV)/.installed-dev
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: run test check lint types format cuda clean
+.PHONY: run test check lint types format docs cuda clean
 
 run: $(STAMP)
 	$(BIN)/dmoe-run --gpu-mem 8GB examples/prompt.txt
@@ -26,6 +26,9 @@ types: $(DEV)
 format: $(DEV)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+docs: $(DEV)
+	$(BIN)/python -m mkdocs build
 
 # Needs nvcc, but no GPU; offload_engine finds the library where this leaves it.
 cuda: $(STAMP)

@@ -1,4 +1,4 @@
-"""Build hook: compiles the CPU kernels into the wheel where a C compiler is there, and does without where none is."""
+"""Build hook: brings the presets into the wheel, and the CPU kernels, compiled, where there is a C compiler."""
 
 from __future__ import annotations
 
@@ -12,13 +12,17 @@ from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 KERNELS = Path("offload_engine") / "kernels"
 
 
-class KernelBuildHook(BuildHookInterface):  # type: ignore[misc]
-    """Runs offload_engine/kernels/build.py, which imports nothing of the package."""
+class BuildHook(BuildHookInterface):  # type: ignore[misc]
+    """Runs offload_engine/kernels/build.py, which imports nothing of the package. An editable installation has its
+    presets where the checkout has them.
+    """
 
     PLUGIN_NAME = "custom"
 
-    def initialize(self, version: str, build_data: dict[str, Any]) -> None:  # noqa: ARG002
+    def initialize(self, version: str, build_data: dict[str, Any]) -> None:
         """Compile in place; the wheel then carries the library and this platform's tag."""
+        if version == "standard":
+            build_data["force_include"][str(Path(self.root) / "configs")] = "offload_engine/configs"
         spec = importlib.util.spec_from_file_location("kernels_build", Path(self.root) / KERNELS / "build.py")
         assert spec is not None
         assert spec.loader is not None

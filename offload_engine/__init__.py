@@ -50,7 +50,7 @@ if TYPE_CHECKING:
     from offload_engine.routing.base import RouterShape, RoutingPolicy
     from offload_engine.text import Message
 
-    __version__: str
+__version__ = "0.1.0"
 
 __all__ = [
     "AsyncEngine",
@@ -122,24 +122,10 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
-    if name == "__version__":
-        value: Any = _version()
-    elif name in __all__:
-        value = getattr(importlib.import_module(f"offload_engine.{_HOMES.get(name, 'errors')}"), name)
-    else:
+    if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    globals()[name] = value
+    value = globals()[name] = getattr(importlib.import_module(f"offload_engine.{_HOMES.get(name, 'errors')}"), name)
     return value
-
-
-def _version() -> str:
-    """The installed version; "unknown" where the package runs from a tree that was never installed."""
-    from importlib.metadata import PackageNotFoundError, version
-
-    try:
-        return version("offload-engine")
-    except PackageNotFoundError:
-        return "unknown"
 
 
 def __dir__() -> list[str]:

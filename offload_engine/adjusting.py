@@ -5,10 +5,12 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from offload_engine.assembly import Parts, choose_policy, plan_for
+from offload_engine import assembly
+from offload_engine.assembly import Parts, choose_policy
 from offload_engine.config import EngineConfig
 from offload_engine.errors import UsageError
 from offload_engine.metrics import EngineStats, reset_peak
+from offload_engine.planning import plan_for
 from offload_engine.routing import RoutingPolicy, SituatedCoreset
 
 
@@ -29,6 +31,8 @@ def resize(config: EngineConfig, parts: Parts, stats: EngineStats) -> Parts:
     shrinks = plan.slots < parts.plan.slots
     if plan.slots != parts.plan.slots:
         parts.experts.resize(plan.slots)
+        if assembly.keeps_hot_set(config):
+            parts.experts.warm_up()
     stats.planned_peak_bytes, stats.limit_bytes = plan.total, plan.budget
     stats.slots, stats.slots_per_layer = plan.slots, plan.slots_per_layer
     if shrinks and parts.gpu is None:

@@ -12,7 +12,7 @@ import torch
 from offload_engine import kernels
 from offload_engine.config import EngineConfig
 from offload_engine.decode.warm_up import warm_up
-from offload_engine.errors import CheckpointError, MemoryBudgetError, TokenizerError
+from offload_engine.errors import CheckpointError, TokenizerError
 from offload_engine.experts.arena import SlotArena
 from offload_engine.experts.cache import ExpertCache
 from offload_engine.experts.device.executor import DeviceExperts
@@ -25,17 +25,30 @@ from offload_engine.experts.scheduler import ExpertScheduler
 from offload_engine.experts.store import ExpertStore
 from offload_engine.experts.transfer.cpu import CpuTransfers
 from offload_engine.extending import Custom
-from offload_engine.memory import MemoryPlan, Setup, auto_budget, available_memory, plan_memory
+from offload_engine.learned import Learned, device_name, recall_tuning, routing_settings
+from offload_engine.memory import MemoryPlan, Setup, available_memory
 from offload_engine.memory.footprint import round_up
 from offload_engine.memory.refusal import check_still_there
 from offload_engine.metrics import EngineStats, reset_peak
 from offload_engine.model.checkpoint import Checkpoint
 from offload_engine.model.config import ModelConfig
+from offload_engine.model.graphs import LayerGraphs
 from offload_engine.model.hub import Progress, resolve_model
 from offload_engine.model.llada2 import LLaDA2Model
 from offload_engine.model.quantized import ExpertFormat
 from offload_engine.model.weights import load_resident, unexpected_tensors
-from offload_engine.placement import Gpu, find_gpu, moving, without_kernels
+from offload_engine.placement import (
+    Gpu,
+    choice_notice,
+    find_gpu,
+    layer_graphs,
+    moving,
+    share_with_cpu,
+    shared_tokens,
+    sharing_notice,
+    without_kernels,
+)
+from offload_engine.planning import RUNTIME_STEP, plan_for
 from offload_engine.routing import RoutingOptions, RoutingPolicy, SituatedCoreset, make_policy
 from offload_engine.routing_notices import routing_notices
 from offload_engine.text import Tokenizer, load_tokenizer
@@ -54,9 +67,6 @@ EXPERT_SHAPES_MARGIN = 8 * 2**20
 
 SMALL_MATRIX = 2**18
 """Weights of the largest matrix of a layer, below which a model counts as small."""
-
-RUNTIME_STEP = 8 * 2**20
-"""What the process takes is rounded up to this: no two runs measure the same."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +96,8 @@ class Parts:
     dtype: torch.dtype
     gpu: Gpu | None
     """None: everything runs on the CPU."""
+    graphs: LayerGraphs | None
+    """Of what layers do ahead of their experts; None: nothing is recorded."""
     threads: int | None
     """Compute threads; None: torch's choice."""
     notices: tuple[str, ...]
@@ -96,12 +108,23 @@ class Parts:
         """Where the layers run."""
         return torch.device("cpu") if self.gpu is None else self.gpu.device
 
+    def notices_in_use(self) -> tuple[str, ...]:
+        """What came up since."""
+        return (*self.experts.transfers.notices, *(() if self.graphs is None else self.graphs.notices))
+
     def close(self) -> None:
         """Join all threads, free the slots, close every file. Idempotent."""
         try:
             self.experts.close()
         finally:
             self.store.close()
+
+    def unload(self) -> None:
+        """Close every file and free the weights, once nobody computes with them."""
+        if self.graphs is not None:
+            self.graphs.close()
+        self.store.close()
+        self.model.to("meta")
 
 
 def find_source(config: EngineConfig, progress: Progress | None = None) -> Source:
@@ -214,51 +237,19 @@ def setup_for(
         choices=max(config.top_k_experts, model.num_experts_per_tok) if config.routing == "top-k" else None,
         runtime_bytes=process if gpu is None else gpu.context_bytes(),
         transfers_in_flight=config.transfers_in_flight,
+        shared_tokens=shared_tokens(config, gpu),
+        step_graphs=gpu is not None and config.cuda_graphs != "off",
     )
 
 
-def plan_for(config: EngineConfig, model: ModelConfig, setup: Setup, gpu: Gpu | None = None) -> MemoryPlan:
-    """Divide the budget, or what the machine has. Raises `MemoryBudgetError`."""
-    reachable = gpu.reachable() if gpu is not None else psutil.Process().memory_info().rss + available_memory()
-    budget = auto_budget(reachable, setup.device) if config.gpu_mem == "auto" else config.gpu_mem
-
-    def plan(setup: Setup) -> MemoryPlan:
-        return plan_memory(
-            model,
-            setup,
-            budget,
-            max_context=config.max_context,
-            expert_mem=config.expert_mem,
-            host_mem=None if gpu is None else host_budget(config),
-            machine_limit=reachable,
-        )
-
-    if gpu is not None:
-        return _held_by_host(plan(setup))
-    try:
-        return plan(setup)
-    except MemoryBudgetError as error:
-        refusal = error
-    # The next process may measure itself larger: nearly 60 MB where the libraries were not in the page cache when this
-    # one touched them. The budget that the refusal names must do for it too, and be the only one that it names.
-    plan(replace(setup, runtime_bytes=(setup.runtime_bytes or 0) + 8 * RUNTIME_STEP))
-    raise refusal
-
-
-def host_budget(config: EngineConfig) -> int | None:
-    """Bytes of the host tier; None: there is none."""
-    return auto_budget(available_memory(), "host") if config.host_mem == "auto" else config.host_mem
-
-
-def _held_by_host(plan: MemoryPlan) -> MemoryPlan:
-    """`plan`, if this machine has the RAM that it takes: pages of it can't be swapped. Raises `MemoryBudgetError`."""
-    left = available_memory()
-    if plan.host_total > left:
-        raise MemoryBudgetError(
-            f"host tier, its buffers and embedding table take {plan.host_total} bytes, but this machine has only "
-            f"{left} to give; set host_mem to at most that, or to none to read experts from disk\n\n{plan.table()}"
-        )
-    return plan
+def learned_for(config: EngineConfig, source: Source, policy: RoutingPolicy, gpu: Gpu | None) -> Learned | None:
+    """What `dmoe tune` found for such a run; None if nothing, or nobody wants it."""
+    if config.tuned == "off" or config.model is None or config.gpu_mem != "auto":
+        return None
+    device = device_name(None if gpu is None else gpu.name)
+    settings = routing_settings(policy.name, routing_options(config, source.config))
+    found = recall_tuning(source.directory)
+    return next((one for one in found if one.serves(config, device, settings)), None)
 
 
 def assemble(
@@ -273,9 +264,7 @@ def assemble(
     custom = custom or Custom()
     own = custom.make_routing(model_config.router)
     policy, notices = choose_policy(config, model_config) if own is None else (own, list[str]())
-    notices += custom.notices
-    if gpu is None and isinstance(config.host_mem, int):
-        notices.append("host_mem is ignored: on the CPU there is no host tier, gpu_mem is RAM already")
+    notices += [*custom.notices, *_choice_notices(config, gpu)]
     ends = model_config.eos_token_id
     if isinstance(ends, list) and len(ends) > 1 and source.eos_token_id == ends[0]:
         notices.append(f"config.json names {len(ends)} eos ids; answers end with the first, {ends[0]}, alone")
@@ -288,6 +277,8 @@ def assemble(
     with ExitStack() as undo:
         store = open_store(model_config, checkpoint, verify=config.verify)
         undo.callback(store.close)
+        learned, given = learned_for(config, source, policy, gpu), config
+        config = config if learned is None else learned.applied(config)
         dtype = compute_dtype(config, model_config, store.format.dtype, gpu)
         notices += without_kernels(dtype, gpu)
         device = torch.device("cpu") if gpu is None else gpu.device
@@ -295,7 +286,8 @@ def assemble(
         if gpu is not None:
             gpu.reset_peak()
         setup = setup_for(config, model_config, dtype=dtype, stored=store.format, slab_bytes=store.slab_bytes, gpu=gpu)
-        plan = plan_for(config, model_config, setup, gpu)
+        plan = plan_for(config, model_config, setup, gpu, None if learned is None else learned.slots)
+        notices += [] if learned is None else [learned.notice(plan.slots, plan.total, given)]
         model = load_resident(
             model_config,
             checkpoint,
@@ -309,11 +301,23 @@ def assemble(
         experts, slower = _executor(config, custom, store, plan, stats, remembered.hot if remembered else None, gpu)
         notices += slower
         undo.callback(experts.close)  # before the store: its threads read from there
+        share_with_cpu(config, model_config, setup, dtype, experts)
         if isinstance(policy, SituatedCoreset):
             policy = replace(policy, residents=experts.residents)
-        threads = compute_threads(config, model_config)
+        threads, graphs = compute_threads(config, model_config), layer_graphs(config, gpu)
         undo.pop_all()
-    return Parts(source, setup, plan, policy, model, experts, store, dtype, gpu, threads, (*notices, *plan.warnings))
+    notices += plan.warnings
+    return Parts(source, setup, plan, policy, model, experts, store, dtype, gpu, graphs, threads, tuple(notices))
+
+
+def _choice_notices(config: EngineConfig, gpu: Gpu | None) -> list[str]:
+    """Which GPU was chosen unasked; what was asked for and only a GPU has, or only a host tier."""
+    told = [notice for notice in (choice_notice(config, gpu), sharing_notice(config, gpu)) if notice is not None]
+    if gpu is None and isinstance(config.host_mem, int):
+        told.append("host_mem is ignored: on the CPU there is no host tier, gpu_mem is RAM already")
+    if gpu is None and config.cuda_graphs == "on":
+        told.append("cuda_graphs is ignored: the CPU has none")
+    return told
 
 
 def keeps_hot_set(config: EngineConfig) -> bool:

@@ -3,39 +3,46 @@
 from __future__ import annotations
 
 import asyncio
-import threading
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Coroutine
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeVar, Unpack
 
+from offload_engine.batching import Batcher
 from offload_engine.config import EngineConfig
 from offload_engine.core import Completion, SamplingParams, StepEvent
 from offload_engine.decode.prompts import Prompt
+from offload_engine.decode.ticket import Ticket
 from offload_engine.engine import Engine
 from offload_engine.engine_options import EngineOptions
-from offload_engine.errors import EngineClosedError, InternalError
+from offload_engine.errors import EngineClosedError, InternalError, OffloadError
 from offload_engine.model.hub import Progress
 
 Result = TypeVar("Result")
+
+MAX_WAITING = 1024
+"""Calls that may wait; more are refused with `QueueFullError`."""
 
 
 class AsyncEngine:
     """Answers on a thread of its own, so that the event loop stays free. For use from one event loop at a time.
 
-    Calls may overlap: they are answered one after the other, in the order in which they began. A task that is
-    cancelled, or leaves `stream` early, gives the engine free within one denoising step (in a long prompt, one layer),
-    and has done so when it ends. Whatever else the engine can do goes by `run`, in its turn.
+    Calls may overlap: a `Batcher` answers as many at a time as the engine has lanes (its `batch_size`), which then
+    share the experts that are fetched; the others wait for their turn. A task that is cancelled, or leaves `stream`
+    early, gives its lane free within one denoising step (in a long prompt, one layer), and has done so when it ends.
+    Whatever else the engine can do goes by `run`, in its turn.
     """
 
     def __init__(self, engine: Engine) -> None:
-        """Takes the engine over: `aclose` closes it."""
+        """Takes the engine over: `aclose` closes it. Raises `UsageError` if it is busy."""
         self.engine = engine
         """For what may be asked at any time: `plan`, `stats`, `occupancy()`, `tokenizer`."""
-        self._worker = ThreadPoolExecutor(1, thread_name_prefix="engine-worker")
+        self._batcher = Batcher(engine, max_waiting=MAX_WAITING)
+        self._entering = asyncio.Lock()
+        """Held while a request is handed to the batcher, and while there is none."""
         self._closed = False
 
     @classmethod
@@ -59,59 +66,68 @@ class AsyncEngine:
             raise
 
     async def stream(
-        self, prompt: Prompt, params: SamplingParams | None = None, *, raw: bool = False
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None = None,
+        *,
+        raw: bool = False,
+        routing: str | None = None,
+        top_p: float | None = None,
     ) -> AsyncGenerator[StepEvent, None]:
-        """As `Engine.stream`. What is wrong with the arguments is raised by the first event, if by any.
+        """As `Engine.stream`; `routing` and dMoE's `top_p` may be this answer's own. What is wrong with the arguments
+        is raised by the first event, if by any.
 
         The engine goes on while the caller does something with an event. Leave the loop by `break` only inside
         `contextlib.aclosing`, else the answer goes on until the generator is collected.
         """
         loop = asyncio.get_running_loop()
         events: asyncio.Queue[StepEvent | None] = asyncio.Queue()
-        left = threading.Event()
 
-        def tell(event: StepEvent | None) -> None:
-            try:
-                loop.call_soon_threadsafe(events.put_nowait, event)
-            except RuntimeError:  # the loop was closed meanwhile: nobody listens any more
-                left.set()
+        def tell(event: StepEvent | None) -> None:  # raises if the loop was closed meanwhile, which ends the request
+            loop.call_soon_threadsafe(events.put_nowait, event)
 
-        def answer() -> None:
-            try:
-                for event in self.engine.stream(prompt, params, raw=raw, cancelled=left.is_set):
-                    tell(event)
-            finally:
-                tell(None)
-
-        work = self._submit(answer)
+        options: dict[str, Any] = {"raw": raw, "routing": routing, "top_p": top_p, "on_event": tell}
+        ticket = await self._enter(lambda: self._batcher.submit(prompt, params, **options))
+        ticket.add_done_callback(lambda _ticket: tell(None))
         try:
             while (event := await events.get()) is not None:
                 yield event
-            work.result()
+            ticket.result(0)
         finally:
-            left.set()
-            await _ended(work)
+            await _leave(ticket)
 
-    async def generate(self, prompt: Prompt, params: SamplingParams | None = None, *, raw: bool = False) -> Completion:
+    async def generate(
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None = None,
+        *,
+        raw: bool = False,
+        routing: str | None = None,
+        top_p: float | None = None,
+    ) -> Completion:
         """The answer to one prompt; see `stream`. Several at once: `asyncio.gather`."""
-        async with aclosing(self.stream(prompt, params, raw=raw)) as events:
+        async with aclosing(self.stream(prompt, params, raw=raw, routing=routing, top_p=top_p)) as events:
             async for event in events:
                 if event.completion is not None:
                     return event.completion
         raise InternalError("an answer ended without its completion")
 
     async def run(self, call: Callable[[Engine], Result]) -> Result:
-        """`call` with the engine, in its turn: for `resize`, `logits`, `set_routing` and the like. Can't be stopped
-        once it is under way: a task that is cancelled ends when it does.
+        """`call` with the engine to itself, on another thread, once everything under way is answered: for `resize`,
+        `logits`, `set_routing` and the like. Can't be stopped once it is under way: a task that is cancelled ends when
+        it does.
         """
-        work = self._submit(partial(call, self.engine))
-        try:
-            return await asyncio.wrap_future(work)
-        finally:
-            await _ended(work)
+        async with self._entering:
+            self._check_open()
+            return await _to_the_end(asyncio.to_thread(self._alone, call))
+
+    @property
+    def active(self) -> int:
+        """Answers under way."""
+        return self._batcher.active
 
     async def aclose(self) -> None:
-        """End the answer under way with `EngineClosedError`, join all threads, free everything. Idempotent."""
+        """End what is under way or waits with `EngineClosedError`, join all threads, free everything. Idempotent."""
         self._closed = True
         await asyncio.to_thread(self._close)
 
@@ -123,20 +139,51 @@ class AsyncEngine:
     ) -> None:
         await self.aclose()
 
-    def _submit(self, work: Callable[[], Result]) -> Future[Result]:
+    async def _enter(self, submit: Callable[[], Ticket]) -> Ticket:
+        async with self._entering:
+            self._check_open()
+            entering = asyncio.ensure_future(asyncio.to_thread(submit))
+            try:
+                return await asyncio.shield(entering)
+            except asyncio.CancelledError:
+                await asyncio.wait([entering])
+                if entering.exception() is None:
+                    await _leave(entering.result())
+                raise
+
+    def _check_open(self) -> None:
         if self._closed:
             raise EngineClosedError("the engine is closed; make another one with AsyncEngine.from_pretrained")
-        return self._worker.submit(work)
+
+    def _alone(self, call: Callable[[Engine], Result]) -> Result:
+        self._batcher.close()
+        try:
+            return call(self.engine)
+        finally:
+            if not self._closed:
+                self._batcher = Batcher(self.engine, max_waiting=MAX_WAITING)
 
     def _close(self) -> None:
         self.engine.close()
-        self._worker.shutdown()
+        self._batcher.close()  # whose worker finds the engine closed, and ends every request with that
 
 
-async def _ended(work: Future[Any]) -> None:
-    """Wait until `work` is done, or will never begin."""
-    if not work.cancel() and not work.done():
-        await asyncio.to_thread(work.exception)
+async def _leave(ticket: Ticket) -> None:
+    """Cancel it, and wait until its lane is free."""
+    ticket.cancel()
+    if not ticket.done:
+        with suppress(OffloadError):  # nobody's any more
+            await asyncio.to_thread(ticket.result)
+
+
+async def _to_the_end(work: Coroutine[Any, Any, Result]) -> Result:
+    """What comes of `work`, which is not to be left half done: who is cancelled meanwhile goes on waiting for it."""
+    task = asyncio.ensure_future(work)
+    try:
+        return await asyncio.shield(task)
+    except asyncio.CancelledError:
+        await asyncio.wait([task])
+        raise
 
 
 def _close_unwanted(loading: Future[Engine]) -> None:

@@ -94,6 +94,11 @@ class Batcher:
         """Requests that have a lane."""
         return len(self._under_way)
 
+    @property
+    def closed(self) -> bool:
+        """Whether no more requests are taken: `close` was called, or the engine failed for good."""
+        return self._closing
+
     def submit(
         self,
         prompt: Prompt,

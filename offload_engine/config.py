@@ -92,6 +92,8 @@ def _unit(suffix: str) -> int:
     return int(1024**power if "i" in suffix else 1000**power)
 
 
+_WORDS = ["device", "dtype", "routing", "eviction", "predictor", "hot_set", "tuned", "cuda_graphs", "verify"]
+"""Fields that are words, whose case doesn't matter."""
 _ALIASES = {
     "topk": "top-k",
     "des-s": "des-seq",
@@ -159,12 +161,25 @@ class EngineConfig(BaseModel):
     """Whether the experts used most are remembered with the checkpoint, to fill free slots at the next start; the
     built-in model, which is small, does without.
     """
+    tuned: Literal["on", "off"] = "on"
+    """Whether a `gpu_mem` of "auto", and options that move experts and were left alone, follow what `dmoe tune` found
+    for this model on this device.
+    """
     transfers_in_flight: Annotated[int, Field(ge=1, le=2)] = 2
     """Transfers started and not finished; more would only delay a demand load that comes after them."""
+    cpu_experts: Literal["off", "auto"] | Annotated[float, Field(ge=0, le=1)] = "off"
+    """Beside a GPU: missing experts that the CPU computes from host memory while others are copied. auto: as many as
+    make the layer end soonest, by measured times; a number: that share of them, whatever it costs. Where it is not off,
+    what is in fast memory decides how an expert's output is rounded.
+    """
     reader_threads: Annotated[int, Field(ge=1, le=64)] = 2
     """Threads that read experts from disk."""
     verify: Literal["first", "always", "never"] = "first"
     """When an expert of a converted checkpoint is held against its checksum: when read first, always, or never."""
+    cuda_graphs: Literal["auto", "on", "off"] = "auto"
+    """Whether a GPU replays attention and routers of a block's denoising steps as recorded in one of them. auto: until
+    CUDA refuses, or what was recorded differs in one bit; on: that is an error.
+    """
     prefill_chunk: Annotated[int, Field(ge=1, le=2**20)] = 512
     """Prompt tokens that attend together in a prefill; rounded to whole blocks by the engine."""
     batch_size: Annotated[int, Field(ge=1, le=4096)] = 1
@@ -199,6 +214,21 @@ class EngineConfig(BaseModel):
         except ValueError as error:
             raise ValueError(f"{error}, or {' or '.join(map(repr, words))}") from None
 
+    @field_validator("cpu_experts", mode="before")
+    @classmethod
+    def _share(cls, value: Any) -> Any:
+        """A word or a number, which on the command line is text as well."""
+        text = value.strip().lower() if isinstance(value, str) else value
+        if text in ("off", "auto"):
+            return text
+        try:
+            share = float(text) if not isinstance(text, bool) else -1.0
+        except (TypeError, ValueError):
+            share = -1.0
+        if not 0 <= share <= 1:
+            raise ValueError("wanted 'off', 'auto' or a share of the missing experts from 0 to 1")
+        return share
+
     @field_validator("model", mode="before")
     @classmethod
     def _path(cls, value: Any) -> Any:
@@ -215,7 +245,17 @@ class EngineConfig(BaseModel):
         return int(word) if isinstance(word, str) and word.isdecimal() else word
 
     @field_validator(
-        "device", "dtype", "routing", "eviction", "predictor", "hot_set", "prefix_reuse", "verify", mode="before"
+        "device",
+        "dtype",
+        "routing",
+        "eviction",
+        "predictor",
+        "hot_set",
+        "prefix_reuse",
+        "tuned",
+        "cuda_graphs",
+        "verify",
+        mode="before",
     )
     @classmethod
     def _spelling(cls, value: Any) -> Any:
@@ -262,15 +302,29 @@ class EngineConfig(BaseModel):
         return cls(**values)
 
 
+def presets() -> dict[str, Path]:
+    """The presets that come with the package, by name."""
+    here = Path(__file__).parent
+    folder = here / "configs"  # of an installed package; a checkout has them beside it
+    if not folder.is_dir() and (here.parent / "pyproject.toml").is_file():
+        folder = here.parent / "configs"
+    return {file.stem: file for file in sorted(folder.glob("*.toml"))}
+
+
 def load_config(path: Path) -> dict[str, Any]:
     """The options a TOML preset sets, checked one by one and normalised (sizes in bytes).
 
-    Raises `ConfigError` that names the file, and the line or the key.
+    `path` may also be a name of `presets`, where there is no such file. Raises `ConfigError` that names the file, and
+    the line or the key.
     """
+    if not path.exists():
+        path = presets().get(str(path), path)
     try:
         values = tomllib.loads(path.read_bytes().decode("utf-8-sig"))
     except FileNotFoundError:
-        raise ConfigError(f"{path}: not found; wanted a TOML file of engine options") from None
+        raise ConfigError(
+            f"{path}: not found; wanted a TOML file of engine options, or one of {', '.join(presets()) or 'no presets'}"
+        ) from None
     except IsADirectoryError:
         raise ConfigError(f"{path}: is a directory; wanted a TOML file of engine options") from None
     except OSError as error:

@@ -32,6 +32,7 @@ from offload_engine.dropping import dropped
 from offload_engine.engine_facts import EngineFacts
 from offload_engine.engine_options import EngineOptions
 from offload_engine.errors import TokenizerError, UsageError
+from offload_engine.experts.activity import ExpertActivity
 from offload_engine.experts.observe import ObservedExperts, TraceRecorder
 from offload_engine.extending import Custom
 from offload_engine.memory import MemoryPlan, score_bytes
@@ -57,8 +58,6 @@ class Engine(EngineFacts):
         self.config = config
         self.stats = stats
         """Counted since the engine was made; each `Completion` carries its own share."""
-        self.notices = parts.notices
-        """What the user should know: the routing chosen, warnings of the plan."""
         self.on_prefill: Callable[[int, int], None] | None = None
         """Told during each prefill, by the thread that runs it, how many of its tokens are done, and how many there
         are; once more when it is over: a long prompt takes a while, and nothing else is told meanwhile."""
@@ -66,7 +65,9 @@ class Engine(EngineFacts):
         self._parts = parts
         self._recorder: TraceRecorder | None = None
         self._access = Access()
-        self._observed = ObservedExperts(parts.experts, [self._count_unique, self._tell_prefill])
+        self.activity = ExpertActivity(parts.experts, parts.source.config.num_experts)
+        """Where experts are and which are used, for whoever watches."""
+        self._observed = ObservedExperts(parts.experts, [self._count_unique, self._tell_prefill, self.activity])
         source, plan = parts.source, parts.plan
         self._decoder = BlockDiffusionDecoder(
             model=parts.model,
@@ -83,6 +84,7 @@ class Engine(EngineFacts):
             context=plan.context,
             fused_commit=config.fused_commit,
             forward_tokens=plan.forward_tokens,
+            graphs=parts.graphs,
             grouping=None
             if plan.sequences == 1
             else Grouping(lambda: stats.slots_per_layer, config.lanes_together, source.config.num_experts),
@@ -293,8 +295,7 @@ class Engine(EngineFacts):
             self._access.wait()
             keep_hot_set(self.config, self._parts)
         finally:
-            self._parts.store.close()
-            self._parts.model.to("meta")
+            self._parts.unload()
             for cache in self._decoder.caches:
                 cache.release()
             self.close_trace()

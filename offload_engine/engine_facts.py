@@ -26,6 +26,13 @@ class EngineFacts:
         return self._parts.plan
 
     @property
+    def notices(self) -> tuple[str, ...]:
+        """What the user should know: the routing chosen, warnings of the plan; and as it comes up in use, what makes a
+        run slower than it could be.
+        """
+        return (*self._parts.notices, *self._parts.notices_in_use())
+
+    @property
     def model_config(self) -> ModelConfig:
         """The model's architecture."""
         return self._parts.source.config

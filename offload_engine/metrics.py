@@ -12,7 +12,7 @@ from typing import Any
 from offload_engine.config import format_bytes
 from offload_engine.core import Phase
 
-_GAUGES = frozenset(
+GAUGES = frozenset(
     {"planned_peak_bytes", "measured_peak_bytes", "limit_bytes", "slots", "slots_per_layer", "lanes_together"}
 )
 """Fields that say how things stand; all others only grow."""
@@ -49,6 +49,8 @@ class EngineStats:
     """Requests whose expert was on its way then, ordered by a prediction."""
     misses: int = 0
     """Requests whose transfer began only then, or was under way unpredicted, to fill a free slot (`warmed`)."""
+    computed_on_cpu: int = 0
+    """Requests whose expert was not in fast memory and was computed from host memory, by the CPU beside a GPU."""
     loads: int = 0
     """Transfers of experts into fast memory that were completed, predicted ones included."""
     prefetches_issued: int = 0
@@ -75,7 +77,8 @@ class EngineStats:
     commit_seconds: float = 0.0
     score_seconds: float = 0.0
     stall_seconds: float = 0.0
-    """Time in which compute waited for transfers; part of the seconds of the phases."""
+    """Time in which compute waited for transfers, on a GPU by its own clock, or for experts that the CPU computes
+    beside it; part of the seconds of the phases."""
 
     planned_peak_bytes: int = 0
     measured_peak_bytes: int = 0
@@ -120,13 +123,13 @@ class EngineStats:
             if isinstance(now, dict):
                 values[item.name] = _difference(now, then)
             else:
-                values[item.name] = now if item.name in _GAUGES else now - then
+                values[item.name] = now if item.name in GAUGES else now - then
         return EngineStats(**values)
 
     @property
     def hit_rate(self) -> float | None:
         """Share of requests that hit."""
-        return _ratio(self.hits, self.hits + self.late + self.misses)
+        return _ratio(self.hits, self.hits + self.late + self.misses + self.computed_on_cpu)
 
     @property
     def unique_experts(self) -> float | None:

@@ -61,11 +61,40 @@ def test_overlapping_calls_are_answered_in_turn_while_the_loop_runs(checkpoint: 
     assert ticks > 100
 
 
+def test_overlapping_calls_share_what_is_fetched(checkpoint: Path, wanted: Any) -> None:
+    async def program(lanes: int) -> tuple[list[list[int]], int]:
+        options: dict[str, Any] = {
+            "batch_size": lanes,
+            "lanes_together": lanes,
+            "expert_mem": "100KB",
+            "predictor": "none",
+        }
+        async with await AsyncEngine.from_pretrained(checkpoint, gpu_mem="3GB", **options) as engine:
+            done = await asyncio.gather(*(engine.generate([first, 2, 3], PARAMS) for first in range(4)))
+            return [one.token_ids for one in done], engine.engine.stats.loads
+
+    (alone, read), (together, less) = run(program(1)), run(program(4))
+    assert alone == together == list(wanted.values())
+    assert less < read
+
+
+def test_routing_may_be_the_answers_own(checkpoint: Path, wanted: Any) -> None:
+    async def program() -> list[list[int]]:
+        async with await opened(checkpoint) as engine:
+            own = await engine.generate([1, 2, 3], PARAMS, routing="dmoe", top_p=0.1)
+            return [own.token_ids, (await engine.generate([1, 2, 3], PARAMS)).token_ids]
+
+    own, plain = run(program())
+    assert plain == wanted[1]
+    with Engine.from_pretrained(checkpoint, gpu_mem="3GB", routing="dmoe", top_p=0.1) as engine:
+        assert engine.generate([1, 2, 3], PARAMS).token_ids == own
+
+
 def test_a_stream_brings_every_event_in_order(checkpoint: Path) -> None:
     async def program() -> tuple[list[StepEvent], list[StepEvent]]:
         async with await opened(checkpoint) as engine:
             events = [event async for event in engine.stream([1, 2, 3], PARAMS)]
-            return events, list(engine.engine.stream([1, 2, 3], PARAMS))
+            return events, await engine.run(lambda alone: list(alone.stream([1, 2, 3], PARAMS)))
 
     events, plain = run(program())
     assert [(one.kind, one.block, one.step, one.accepted, one.text) for one in events] == [
@@ -83,7 +112,7 @@ def test_a_cancelled_task_has_given_the_engine_free(checkpoint: Path, wanted: An
                 task.cancel()
                 with pytest.raises(asyncio.CancelledError):
                     await task
-                engine.engine.generate([1, 2, 3], PARAMS)  # refused if it were busy
+                assert engine.active == 0
             assert engine.engine.stats.denoise_steps < 900 // 32 * 32, "none of these answers was finished"
             return (await engine.generate([1, 2, 3], PARAMS)).token_ids
 
@@ -109,7 +138,9 @@ def test_leaving_a_stream_early_frees_the_engine(checkpoint: Path) -> None:
             async with aclosing(engine.stream([1, 2, 3], LONG)) as events:
                 async for _event in events:
                     break
-            return len(engine.engine.generate([1], PARAMS).token_ids)
+            assert engine.active == 0
+            assert engine.engine.stats.denoise_steps < 100
+            return len((await engine.generate([1], PARAMS)).token_ids)
 
     assert run(program()) > 0
 
@@ -131,8 +162,12 @@ def test_what_isnt_an_answer_waits_for_its_turn(checkpoint: Path) -> None:
         async with await opened(checkpoint) as engine:
             answer = asyncio.create_task(engine.generate([1, 2, 3], PARAMS))
             await asyncio.sleep(0)
-            plan = await engine.run(lambda engine: engine.resize(expert_mem=16 * 2**12 * 4))
-            await answer
+            resized = asyncio.create_task(engine.run(lambda engine: engine.resize(expert_mem=16 * 2**12 * 4)))
+            await asyncio.sleep(0.001)
+            late = asyncio.create_task(engine.generate([1, 2, 3], PARAMS))
+            plan = await resized
+            assert answer.done(), "what was under way goes first"
+            assert (await late).token_ids == (await answer).token_ids
             return plan.slots, engine.engine.occupancy().free + engine.engine.occupancy().resident
 
     slots, there = run(program())
@@ -179,15 +214,12 @@ def test_a_loop_that_ends_meanwhile_takes_the_answer_with_it(checkpoint: Path) -
 
     with Engine.from_pretrained(checkpoint, gpu_mem="3GB") as engine:
         loop = asyncio.new_event_loop()
-        events = AsyncEngine(engine).stream([1, 2, 3], LONG)
+        held = AsyncEngine(engine)
+        events = held.stream([1, 2, 3], LONG)
         with pytest.raises(RuntimeError, match="stopped"):
             loop.run_until_complete(begin(events))
         loop.close()
         deadline = time.monotonic() + 30
-        while time.monotonic() < deadline:
-            try:
-                assert engine.generate([1], PARAMS).token_ids
-                return
-            except UsageError:
-                time.sleep(0.01)
-        pytest.fail("the engine stayed busy")
+        while held.active and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert not held.active, "the answer goes on though nobody listens"

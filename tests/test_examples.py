@@ -15,7 +15,7 @@ ROOT = Path(__file__).parent.parent
 PROGRAMS = sorted((ROOT / "examples").glob("*.py"))
 
 
-def run(name: str, *arguments: object, stdin: str = "") -> str:
+def run(name: str | Path, *arguments: object, stdin: str = "") -> str:
     done = subprocess.run(
         [sys.executable, "-W", "error::ResourceWarning", ROOT / "examples" / name, *map(str, arguments)],
         capture_output=True,
@@ -67,3 +67,14 @@ def test_an_eviction_policy_of_ones_own_reads_other_experts_for_the_same_answer(
 def test_every_example_is_tested_and_short(program: Path) -> None:
     assert f'"{program.name}"' in Path(__file__).read_text(encoding="utf-8")
     assert len(program.read_text(encoding="utf-8").splitlines()) < 80
+
+
+def test_the_programs_of_the_manual_run_as_they_stand(tmp_path: Path) -> None:
+    blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / "docs" / "library.md").read_text(), re.MULTILINE | re.DOTALL)
+    assert len(blocks) == 6
+    program = tmp_path / "manual.py"
+    program.write_text("\n".join(blocks), encoding="utf-8")
+    shown = run(program)
+    assert "step" in shown
+    assert "0 True\n1 True\n" in shown
+    assert "predictor is a policy of one's own" in shown

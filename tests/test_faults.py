@@ -20,7 +20,7 @@ import psutil
 import pytest
 import torch
 
-from offload_engine import assembly
+from offload_engine import assembly, planning
 from offload_engine.core import SamplingParams
 from offload_engine.decode.kv_cache import PrefixCache
 from offload_engine.engine import Engine
@@ -330,8 +330,8 @@ def test_a_thread_that_can_not_be_started_is_a_budget_error_and_leaves_no_other(
 def test_memory_that_goes_between_plan_and_allocation_is_refused(
     directory: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    answers = iter([10**10, 10**5])
-    monkeypatch.setattr(assembly, "available_memory", lambda: next(answers))
+    monkeypatch.setattr(planning, "available_memory", lambda: 10**10)
+    monkeypatch.setattr(assembly, "available_memory", lambda: 10**5)
     with pytest.raises(MemoryBudgetError, match=r"^100 KB of memory are left.*expert slots.*lower --gpu-mem by \d"):
         open_engine(directory)
 

@@ -21,6 +21,7 @@ from offload_engine.memory import (
     score_bytes,
     smallest_budget,
 )
+from offload_engine.memory.footprint import GEMM_SCRATCH_BYTES
 from offload_engine.model.config import ModelConfig
 from offload_engine.model.weights import resident_nbytes
 from tests.mini_config import mini
@@ -347,3 +348,20 @@ def test_as_dict_is_complete_and_plain() -> None:
 def test_auto_budget(kind: Any, share: float) -> None:
     assert auto_budget(10**10, kind) == share * 10**10
     assert auto_budget(-5, kind) == 0
+
+
+@pytest.mark.parametrize("itemsize", [2, 4])
+def test_recordings_of_steps_are_planned_for_on_a_gpu_that_makes_them(itemsize: int) -> None:
+    config = mini()
+    plain, recording = (
+        plan_memory(config, Setup(device="cuda", itemsize=itemsize, step_graphs=graphs), 8 * 10**9)
+        for graphs in (False, True)
+    )
+    extra = recording.workspace - plain.workspace
+    tokens, layers = 32, len(config.moe_layers)
+    outputs = tokens * (2 * config.hidden_size * itemsize + 4 * config.num_experts)
+    assert extra > layers * outputs + GEMM_SCRATCH_BYTES["cuda"], "what every layer keeps, and the library's buffers"
+    assert extra < plain.workspace, "a step is smaller than a prefill"
+    assert recording.total <= recording.budget
+    assert "recordings of attention" in recording.table()
+    assert "recordings" not in plain.table()

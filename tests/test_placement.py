@@ -15,7 +15,7 @@ from offload_engine.assembly import compute_dtype
 from offload_engine.config import EngineConfig
 from offload_engine.errors import DeviceError
 from offload_engine.model.config import ModelConfig
-from offload_engine.placement import Gpu, find_gpu, without_kernels
+from offload_engine.placement import Gpu, choice_notice, find_gpu, without_kernels
 from tests.checkpoints import tiny_config
 
 
@@ -32,6 +32,8 @@ def two_gpus(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
     monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: [(6, 1), (8, 9)][index])
+    monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: ["sm_61", "sm_75", "sm_80"])
     monkeypatch.setattr(placement, "CudaDriver", Driver)
     return chosen
 
@@ -95,6 +97,7 @@ class Nvml:
 
     def __init__(self, used: int | None, fails: str = "", mine: bool = True) -> None:
         self.used, self.fails, self.mine = used, fails, mine
+        self.cards = 1
         self.open = 0
 
     def nvmlInit(self) -> None:  # noqa: N802 (its name)
@@ -103,6 +106,21 @@ class Nvml:
 
     def nvmlShutdown(self) -> None:  # noqa: N802
         self.open -= 1
+
+    def nvmlDeviceGetCount(self) -> int:  # noqa: N802
+        return self.cards
+
+    def nvmlSystemGetCudaDriverVersion_v2(self) -> int:  # noqa: N802
+        return 12_020
+
+    def nvmlSystemGetDriverVersion(self) -> str:  # noqa: N802
+        return "535.1"
+
+    def nvmlDeviceGetHandleByIndex(self, index: int) -> int:  # noqa: N802
+        return index
+
+    def nvmlDeviceGetName(self, handle: int) -> str:  # noqa: N802
+        return ["NVIDIA Small", "NVIDIA Large"][handle]
 
     def nvmlDeviceGetHandleByUUID(self, uuid: str) -> str:  # noqa: N802
         self.fail("handle")
@@ -146,6 +164,90 @@ def test_memory_is_what_torch_holds_and_the_context_by_nvml_or_by_estimate(
     assert gpu.free() == 1300
     assert gpu.peak() == 700 + beside
     assert nvml.open == 0
+
+
+@pytest.mark.parametrize(
+    ("built", "built_for", "wanted"),
+    [
+        (False, None, "install a build of torch with CUDA"),
+        (
+            True,
+            "13.0",
+            "a newer driver, for 535.1 runs CUDA 12.2 at most and this torch wants 13.0, or install a build",
+        ),
+        (True, "12.8", "install an NVIDIA driver new enough for this torch"),
+    ],
+)
+def test_a_gpu_that_torch_cannot_use_is_told_with_the_way_out(
+    monkeypatch: pytest.MonkeyPatch, built: bool, built_for: str | None, wanted: str
+) -> None:
+    nvml = Nvml(None)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setitem(sys.modules, "pynvml", nvml)  # type: ignore[arg-type]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.cuda, "is_built", lambda: built)
+    monkeypatch.setattr(torch.version, "cuda", built_for)
+    config = EngineConfig(device="auto")
+    assert find_gpu(config) is None
+    notice = choice_notice(config, None)
+    assert notice is not None
+    assert notice.startswith("there is a GPU, NVIDIA Small, that torch can't use, so the model runs on the CPU; ")
+    assert wanted in notice
+    with pytest.raises(DeviceError, match=wanted):
+        find_gpu(EngineConfig(device="cuda"))
+    assert choice_notice(EngineConfig(device="cpu"), None) is None
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert choice_notice(config, None) is None, "somebody hides it"
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    nvml.cards = 0
+    assert choice_notice(config, None) is None
+    nvml.cards, nvml.fails = 1, "init"
+    assert choice_notice(config, None) is None
+    assert nvml.open == 0
+
+
+@pytest.mark.parametrize(("name", "told"), [("auto", True), ("cuda", True), ("cuda:0", False), ("cuda:1", False)])
+def test_which_of_several_gpus_is_used_is_told_where_nobody_chose(two_gpus: list[int], name: str, told: bool) -> None:
+    config = EngineConfig(device=name)
+    notice = choice_notice(config, find_gpu(config))
+    assert notice == ("of 2 GPUs cuda:1 is used, and no other; device cuda:N (--device) chooses one" if told else None)
+
+
+def test_one_gpu_alone_is_no_news(two_gpus: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    config = EngineConfig(device="auto")
+    gpu = find_gpu(config)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    assert choice_notice(config, gpu) is None
+
+
+@pytest.mark.parametrize(
+    ("builds", "served"),
+    [
+        (["sm_75", "sm_80", "sm_86"], True),
+        (["sm_90a", "sm_89"], True),
+        (["sm_75", "sm_90"], False),
+        (["sm_90", "sm_120", "compute_120"], False),
+        (["sm_75", "compute_75"], True),
+        ([], False),
+    ],
+)
+def test_a_card_that_torch_has_no_code_for_is_left_alone_or_refused(
+    two_gpus: list[int], monkeypatch: pytest.MonkeyPatch, builds: list[str], served: bool
+) -> None:
+    nvml = Nvml(None)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setitem(sys.modules, "pynvml", nvml)  # type: ignore[arg-type]
+    monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: builds)
+    config = EngineConfig(device="auto")
+    gpu = find_gpu(config)
+    assert (gpu is not None) == bool(two_gpus) == served
+    if served:
+        return
+    notice = choice_notice(config, gpu)
+    assert notice is not None
+    assert f"compute capability 8.9, and this torch code for {', '.join(builds)} alone: install a build" in notice
+    with pytest.raises(DeviceError, match=r"device is 'cuda:1', but it has compute capability 8\.9"):
+        find_gpu(EngineConfig(device="cuda:1"))
 
 
 def test_a_gpu_without_the_grouped_kernels_is_told_of(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from offload_engine.config import EngineConfig, load_config, parse_bytes
+from offload_engine.config import EngineConfig, load_config, parse_bytes, presets
+from offload_engine.errors import ConfigError
 from offload_engine.memory import MemoryPlan, Setup, plan_memory
 from tests.mini_config import mini
 
@@ -50,3 +51,19 @@ def test_a_larger_machine_holds_more() -> None:
         slots = [plan_of(name)[1].slots for name in MACHINES if name.startswith(kind)]
         assert slots == sorted(slots)
         assert len(set(slots)) == len(slots)
+
+
+@pytest.mark.parametrize("name", MACHINES)
+def test_it_is_found_by_its_name(name: str) -> None:
+    assert presets()[name] == CONFIGS / f"{name}.toml"
+    assert load_config(Path(name)) == load_config(CONFIGS / f"{name}.toml")
+
+
+def test_a_file_of_that_name_wins_and_an_unknown_name_is_told_the_known_ones(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "cpu-8gb").write_text("top_p = 0.25")
+    assert load_config(Path("cpu-8gb")) == {"top_p": 0.25}
+    with pytest.raises(ConfigError, match=r"cpu-7gb: not found; wanted a TOML file .*, or one of cpu-16gb, .*gpu-8gb$"):
+        load_config(Path("cpu-7gb"))

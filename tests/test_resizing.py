@@ -194,3 +194,14 @@ def test_a_view_of_a_slot_that_somebody_holds_is_never_pulled_away(engine: Engin
         assert slots.slots == engine.plan.slots == sum(engine.occupancy()[:3]) == 32
     del held
     assert engine.resize(expert_mem=4 * SLAB).slots == slots.slots == 4
+
+
+def test_new_slots_are_filled_with_what_was_used_most(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with open_engine(checkpoint, expert_mem=8 * SLAB) as engine:
+        engine.generate(PROMPT, PARAMS)
+        monkeypatch.setattr("offload_engine.assembly.keeps_hot_set", lambda _config: True)
+        engine.resize(expert_mem=16 * SLAB)
+        monkeypatch.undo()
+        engine._parts.experts.wait_warm()
+        assert engine.occupancy().resident == 16
+        assert engine.stats.warmed == 8

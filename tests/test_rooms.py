@@ -18,7 +18,7 @@ FLOORS: list[tuple[str, ...]] = [
     ("memory",),
     ("experts",),
     ("decode", "simulate"),
-    ("placement",),
+    ("placement", "learned"),
     (
         "engine",
         "adjusting",
@@ -29,6 +29,7 @@ FLOORS: list[tuple[str, ...]] = [
         "engine_facts",
         "engine_options",
         "extending",
+        "planning",
         "routing_notices",
     ),
     ("server", "evaluate", "bench", "doctor", "tune"),
@@ -37,11 +38,34 @@ FLOORS: list[tuple[str, ...]] = [
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 TORCH_FREE = ["core", "errors", "metrics", "trace", "config", "memory", "simulate"] + [
     f"experts.{name}"
-    for name in ("cache", "eviction", "hot_set", "next_use", "outlook", "predictor", "prefetch", "ranking", "scheduler")
+    for name in (
+        "cache",
+        "cpu_rates",
+        "eviction",
+        "hot_set",
+        "next_use",
+        "outlook",
+        "predictor",
+        "prefetch",
+        "ranking",
+        "scheduler",
+        "sharing",
+    )
 ]
 TORCH_FREE += ["decode.grouping", "decode.reuse", "decode.turns"]
 SIMULATED = {"core", "metrics", "trace", "errors"}
-SIMULATED_EXPERTS = ("cache", "eviction", "next_use", "outlook", "predictor", "prefetch", "ranking", "scheduler")
+SIMULATED_EXPERTS = (
+    "cache",
+    "cpu_rates",
+    "eviction",
+    "next_use",
+    "outlook",
+    "predictor",
+    "prefetch",
+    "ranking",
+    "scheduler",
+    "sharing",
+)
 
 
 def modules() -> list[Path]:

@@ -3,9 +3,10 @@
     python -m tools.gpu_timeline
     python -m tools.gpu_timeline --model DIR --gpu-mem 8GB --routing dmoe --blocks 4 --json
 
-Every copy, every launch of experts, attention of every layer and every denoising forward is enclosed in two events of
-the device itself, and told in its own milliseconds: how long copies ran, for how much of that attention, or anything,
-was computed, and a drawing of the last forward. Needs a GPU. Prefills are left out.
+Every copy, every launch of experts, attention of every layer, every stall and every denoising forward is enclosed in
+two events of the device itself, and told in its own milliseconds: how long copies ran, for how much of that attention,
+or anything, was computed, for how long computing stood still until an expert was there, and a drawing of the last
+forward. Needs a GPU. Prefills are left out; attention is launched kernel by kernel, never from a CUDA graph.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from offload_engine.model.attention import Attention
 
 BLOCK = 32
 COLUMNS = 96
-KINDS = ("copy", "attention", "experts")
+KINDS = ("copy", "attention", "experts", "stall")
 FORWARD = "forward"
 
 
@@ -91,6 +92,8 @@ class Summary:
     """Of `copy_ms`, how much attention ran meanwhile."""
     copy_beside_compute_ms: float
     """Likewise, attention or experts."""
+    stall_ms: float
+    """Time in which computing stood still until an expert was there: what `EngineStats.stall_seconds` counts."""
 
     @property
     def gigabytes_per_second(self) -> float | None:
@@ -106,7 +109,8 @@ class Summary:
         for name, value in (("attention", self.copy_beside_attention_ms), ("compute", self.copy_beside_compute_ms)):
             share = f"{value / self.copy_ms:.0%} of the copies' time" if self.copy_ms else "there was nothing to hide"
             yield f"beside {name}: {value:.1f} ms, {share}"
-        yield f"attention {self.attention_ms:.1f} ms, experts {self.experts_ms:.1f} ms"
+        stalled = f"{self.stall_ms:.1f} ms, {self.stall_ms / self.wall_ms:.0%} of the time" if self.wall_ms else "none"
+        yield f"attention {self.attention_ms:.1f} ms, experts {self.experts_ms:.1f} ms; stalled {stalled}"
 
 
 def summarise(stretches: Sequence[Stretch]) -> Summary:
@@ -128,6 +132,7 @@ def summarise(stretches: Sequence[Stretch]) -> Summary:
         experts_ms=length(of["experts"]),
         copy_beside_attention_ms=length(common(of["copy"], of["attention"])),
         copy_beside_compute_ms=length(common(of["copy"], compute)),
+        stall_ms=length(of["stall"]),
     )
 
 
@@ -157,19 +162,26 @@ class Recorder:
 
     def begin(self, stream: Any) -> None:
         """Times count from here on."""
-        self._origin = self._event()
-        self._origin.record(stream)
+        self._origin = self.mark(stream)
 
     @contextmanager
     def around(self, kind: str, stream: Any, nbytes: int = 0) -> Iterator[None]:
         """What the body enqueues on `stream` is of this kind."""
-        start, end = self._event(), self._event()
-        start.record(stream)
+        start = self.mark(stream)
         try:
             yield
         finally:
-            end.record(stream)
-            self._pairs.append((kind, nbytes, start, end))
+            self.between(kind, start, stream, nbytes)
+
+    def mark(self, stream: Any) -> Any:
+        """Mark where `stream` is now: something may begin here."""
+        moment = self._event()
+        moment.record(stream)
+        return moment
+
+    def between(self, kind: str, start: Any, stream: Any, nbytes: int = 0) -> None:
+        """What `stream` did from the moment `start` on was of this kind."""
+        self._pairs.append((kind, nbytes, start, self.mark(stream)))
 
     def stretches(self) -> list[Stretch]:
         """Once the device has done all of it."""
@@ -178,8 +190,9 @@ class Recorder:
 
 
 @contextmanager
-def watched(driver: Any, model: Any, recorder: Recorder) -> Iterator[None]:
-    """Record what `driver` (a `StreamDriver`) is asked for, and the attention and forwards of `model`."""
+def watched(transfers: Any, model: Any, recorder: Recorder) -> Iterator[None]:
+    """Record what `transfers` (`CudaTransfers`) ask of their driver, and the attention and forwards of `model`."""
+    driver = transfers.driver
     copy, launch, compute = driver.copy, driver.launch, driver.stream(Stream.COMPUTE)
 
     def recorded_copy(stream: Stream, source: Any, target: Any) -> None:
@@ -196,11 +209,40 @@ def watched(driver: Any, model: Any, recorder: Recorder) -> Iterator[None]:
     with ExitStack() as undo:
         undo.enter_context(patch.object(driver, "copy", recorded_copy))
         undo.enter_context(patch.object(driver, "launch", recorded_launch))
+        undo.enter_context(_stalls_watched(transfers.stalls, recorder, compute))
         for module in model.modules():
             if isinstance(module, Attention):
                 undo.enter_context(_hooked(module, lambda: recorder.around("attention", compute)))
         undo.enter_context(_hooked(model, lambda: recorder.around(FORWARD, compute)))
         recorder.begin(compute)
+        yield
+
+
+@contextmanager
+def _stalls_watched(stalls: Any, recorder: Recorder, compute: Any) -> Iterator[None]:
+    """Record what `stalls` (`DeviceStalls`) measure."""
+    begin, end, forget = stalls.begin, stalls.end, stalls.forget
+    began: list[Any] = []
+
+    def recorded_begin() -> None:
+        begin()
+        if not began:
+            began.append(recorder.mark(compute))
+
+    def recorded_end() -> None:
+        end()
+        if began:
+            recorder.between("stall", began.pop(), compute)
+
+    def recorded_forget() -> None:
+        forget()
+        began.clear()
+
+    with (
+        patch.object(stalls, "begin", recorded_begin),
+        patch.object(stalls, "end", recorded_end),
+        patch.object(stalls, "forget", recorded_forget),
+    ):
         yield
 
 
@@ -226,17 +268,19 @@ def _hooked(module: Any, around: Callable[[], AbstractContextManager[None]]) -> 
 
 def measure(engine: Engine, blocks: int, prompt_tokens: int) -> list[Stretch]:
     """Answer a random prompt, once to warm up and once watched. Raises `DeviceError` where the engine is on the CPU."""
-    driver = getattr(engine._parts.experts.transfers, "driver", None)
+    transfers = engine._parts.experts.transfers
+    driver = getattr(transfers, "driver", None)
     if driver is None or driver.device.type != "cuda":
         raise DeviceError("the engine runs on the CPU, which has no streams to watch; a timeline needs device cuda")
     ordinary = min(engine.mask_token_id or BLOCK, engine.eos_token_id or BLOCK)
     prompt = torch.randint(0, ordinary, (prompt_tokens,), generator=torch.Generator().manual_seed(0)).tolist()
     params = SamplingParams(max_new_tokens=blocks * BLOCK)
-    engine.generate(prompt, params)
     recorder = Recorder(lambda: torch.cuda.Event(enable_timing=True))
-    with watched(driver, engine._parts.model, recorder):
+    with patch.object(engine._decoder, "graphs", None):  # nothing can be told apart within a graph
         engine.generate(prompt, params)
-        driver.finish()
+        with watched(transfers, engine._parts.model, recorder):
+            engine.generate(prompt, params)
+            driver.finish()
     return recorder.stretches()
 
 

@@ -144,8 +144,8 @@ def _task(request: Request, kind: Kind, name: str, changes: dict[str, Any], *, l
     return Task(
         name=name,
         kind=kind,
-        # every run begins alike: what earlier ones used most would warm some contenders and not others
-        config={"hot_set": "off"} | request.config.model_dump(exclude_unset=True) | changes,
+        # every run begins alike: what earlier ones used most or found would serve some contenders and not others
+        config={"hot_set": "off", "tuned": "off"} | request.config.model_dump(exclude_unset=True) | changes,
         workload=request.workload,
         limited=limited and request.limit is not None,
         patience=request.patience,

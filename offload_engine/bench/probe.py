@@ -19,6 +19,7 @@ from offload_engine.decode.block_diffusion import BlockDiffusionDecoder
 from offload_engine.engine import Engine
 from offload_engine.experts.transfer.base import Stream, TransferTicket
 from offload_engine.metrics import EngineStats
+from offload_engine.model import llada2
 from offload_engine.model.llada2 import LLaDA2Model
 from offload_engine.model.moe import ExpertExecutor, ExpertOutputs, MoEBlock, Preview
 
@@ -157,7 +158,10 @@ def probing(engine: Engine, *, offloaded: bool) -> Iterator[Probe]:
         for module, component in _modules(network(engine)):
             stack.enter_context(_patched(module, "forward", _timed(component, probe)))  # a hook takes longer
         stack.enter_context(_patched(BlockDiffusionDecoder, "_propose", _timed("head", probe)))
-        stack.enter_context(_patched(MoEBlock, "route", _timed("routing", probe)))
+        stack.enter_context(_patched(MoEBlock, "decide", _timed("routing", probe)))
+        stack.enter_context(_patched(MoEBlock, "with_shared", _timed("dense", probe)))
+        stack.enter_context(_patched(llada2, "residual_sum", _timed("dense", probe)))
+        stack.enter_context(_patched(llada2, "rotary_angles", _timed("attention", probe)))
         timed = _TimedExperts(engine._decoder.experts, probe, whole=not offloaded)
         stack.enter_context(_patched(engine._decoder, "experts", lambda _: timed))
         if offloaded:
@@ -183,8 +187,6 @@ def _modules(model: LLaDA2Model) -> Iterator[tuple[nn.Module, str]]:
             yield layer.mlp, "dense"
             continue
         yield layer.mlp.gate, "dense"
-        if layer.mlp.shared_experts is not None:
-            yield layer.mlp.shared_experts, "dense"
 
 
 @contextmanager

@@ -21,10 +21,10 @@ FOREIGN: tuple[Kind, ...] = (*TORCH, "accelerate", "mlx")
 """The kinds whose products are another library's: their answers differ from ours by rounding."""
 
 COMPONENTS = ("attention", "dense", "routing", "experts", "head")
-"""What a step is made of, apart from waiting: attention with its projections; embedding, norms, routers, dense and
-shared feed-forwards; the choice of experts from the routers' logits; routed experts with their weighted sum; the LM
-head and the choice of tokens from its logits. What is left of a step's time is scheduling, prediction and Python: its
-overhead."""
+"""What a step is made of, apart from waiting: attention with its projections and angles; embedding, norms, routers,
+dense and shared feed-forwards, sums into the residual stream; the choice of experts from the routers' logits; routed
+experts with their weighted sum; the LM head and the choice of tokens from its logits. What is left of a step's time is
+scheduling, prediction and Python: its overhead."""
 
 
 class Document(BaseModel):

@@ -9,6 +9,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from offload_engine.adjusting import changed
 from offload_engine.cli.answer_view import answer_view
 from offload_engine.cli.errors import INTERRUPTED
 from offload_engine.cli.interrupt import interruptible
@@ -30,6 +31,8 @@ def converse(config: EngineConfig, params: SamplingParams, system: str | None = 
     """Read turns and answer them until the input ends; returns the exit code. Raises `OffloadError`s."""
     output = Output()
     at_terminal = sys.stdin is not None and sys.stdin.isatty()
+    if config.prefix_reuse == "auto":  # each turn begins with all those before
+        config = changed(config, prefix_reuse="on")
     with load_engine(config) as engine:
         if engine.tokenizer is None:
             raise UsageError(

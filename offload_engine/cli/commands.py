@@ -27,6 +27,7 @@ from offload_engine.cli.options import (
 from offload_engine.cli.options import PATH as _PATH
 from offload_engine.cli.options import SETTINGS as _SETTINGS
 from offload_engine.cli.prompts import read_prompts
+from offload_engine.cli.serve_command import serving
 from offload_engine.cli.simulate_command import simulation
 from offload_engine.config import EngineConfig, parse_bytes
 from offload_engine.errors import UsageError
@@ -299,6 +300,7 @@ def version() -> None:
 dmoe.add_command(run)
 dmoe.add_command(chat)
 dmoe.add_command(plan)
+dmoe.add_command(serving)
 dmoe.add_command(evaluation)
 dmoe.add_command(bench)
 dmoe.add_command(conversion)

@@ -72,7 +72,9 @@ def _compared(model: str | None, converted: Path, task: Task) -> dict[str, Any]:
     for name in (model, str(converted)):
         said = name or "built-in"
         with loading_progress() as progress:
-            engine = Engine.from_pretrained(config=EngineConfig(model=name, hot_set="off"), progress=progress)
+            engine = Engine.from_pretrained(
+                config=EngineConfig(model=name, hot_set="off", tuned="off"), progress=progress
+            )
         with engine:
             recorder = Memory()
             for _record in evaluate(engine, task, params, recorder):

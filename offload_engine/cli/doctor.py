@@ -17,7 +17,7 @@ from offload_engine.bench.machine import processor
 from offload_engine.cli.plan import Described, describe, device_kind, make_plan, plan_dtype
 from offload_engine.cli.terminal import Output, note
 from offload_engine.config import EngineConfig
-from offload_engine.doctor import disk, graphics, memory
+from offload_engine.doctor import device_kernels, disk, graphics, memory
 from offload_engine.doctor.finding import EXIT_CODES, Finding, refused, table, worst
 from offload_engine.doctor.plan import check_plan
 from offload_engine.doctor.processor import check_kernels, check_processor, check_threads, read_threads
@@ -99,9 +99,17 @@ def _device(config: EngineConfig, cards: graphics.Graphics) -> Iterator[Finding]
         yield from graphics.check_card(index, card)
     yield graphics.check_torch(torch.__version__, torch.version.cuda, cards)
     if cards.cards:
-        yield graphics.check_compiler(shutil.which("nvcc"))
+        yield from _device_kernels(int(config.device.partition(":")[2] or 0))
     if wanted:
         yield graphics.check_device(config.device, torch.cuda.device_count() if torch.cuda.is_available() else 0)
+
+
+def _device_kernels(index: int) -> Iterator[Finding]:
+    try:
+        yield device_kernels.check_cuda_kernels(*device_kernels.read_cuda_kernels(index), shutil.which("nvcc"))
+        yield device_kernels.check_triton(device_kernels.read_triton(index))
+    except OffloadError as error:
+        yield refused("GPU kernels", error)
 
 
 def _kernels() -> Finding:

@@ -45,9 +45,12 @@ ENGINE_HELP: Final = {
     "predictor": "What guesses a layer's experts before its router has spoken.",
     "prefetch_depth": "MoE layers to prefetch ahead; 0: none.",
     "hot_set": "Remember the experts used most, and start with them.",
+    "tuned": "Whether --gpu-mem auto follows what dmoe tune found.",
     "transfers_in_flight": "Transfers started and not finished, 1 or 2.",
+    "cpu_experts": "Beside a GPU: missing experts that the CPU computes while others are copied; a share, or by time.",
     "reader_threads": "Threads that read experts from disk.",
     "verify": "When a converted checkpoint's experts are held against their checksums.",
+    "cuda_graphs": "Whether a GPU replays attention and routers from CUDA graphs.",
     "prefill_chunk": "Prompt tokens that attend together in a prefill.",
     "batch_size": "Prompts answered together; each takes a KV cache.",
     "lanes_together": "Of these, how many share forwards.",
@@ -103,7 +106,7 @@ def engine_options(command: Decorated) -> Decorated:
         section=ENGINE,
         type=click.Path(path_type=Path),
         metavar="FILE",
-        help="TOML preset of these options.",
+        help="TOML file of these options, or the name of a preset, such as gpu-8gb.",
     )(command)
 
 
@@ -184,6 +187,8 @@ def _parameter(field: str, annotation: Any) -> tuple[click.ParamType[Any], str, 
     """Click's type of a field, how it is shown, and whether it may be given several times."""
     if field in _SIZES:
         return click.STRING, "SIZE", False
+    if field == "cpu_experts":
+        return click.STRING, "off|auto|X", False
     choices = get_args(annotation) if get_origin(annotation) is Literal else ()
     if choices:
         return click.STRING, "|".join(choices), False

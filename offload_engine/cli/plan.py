@@ -91,9 +91,12 @@ def plan_dtype(config: EngineConfig, model: Described, device: DeviceKind) -> to
 def make_plan(config: EngineConfig, model: Described, device: DeviceKind, dtype: torch.dtype) -> MemoryPlan:
     """Divide the budget asked for. Sizes given in numbers may be those of any machine; auto means this one's."""
     here = setup_for(config, model.config, dtype=dtype, stored=model.stored, slab_bytes=model.slab_bytes)
+    graphs = device == "cuda" and config.cuda_graphs != "off"
     return plan_memory(
         model.config,
-        replace(here, device=device, runtime_bytes=None),  # None: estimated, as this process runs no model
+        replace(
+            here, device=device, step_graphs=graphs, runtime_bytes=None
+        ),  # None: estimated, as this process runs no model
         _budget(config, device),
         max_context=config.max_context,
         expert_mem=config.expert_mem,

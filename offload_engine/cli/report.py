@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import TYPE_CHECKING, Any
 
 from offload_engine.cli.terminal import note
@@ -24,14 +25,23 @@ def plan_line(plan: MemoryPlan) -> str:
     )
 
 
-def announce(engine: Engine, *, whole_plan: bool) -> None:
-    """Tell of the plan and of what the engine wants known."""
+def announce(engine: Engine, *, whole_plan: bool) -> tuple[str, ...]:
+    """Tell of the plan and of what the engine wants known, which is returned."""
     if whole_plan:
         note(engine.plan.table())  # which ends with the plan's warnings
     else:
         note(plan_line(engine.plan))
-    for notice in engine.notices:
+    notices = engine.notices
+    for notice in notices:
         if not (whole_plan and notice in engine.plan.warnings):
+            note(f"note: {notice}")
+    return notices
+
+
+def announce_later(engine: Engine, announced: Collection[str]) -> None:
+    """Tell of what came up since `announced`."""
+    for notice in engine.notices:
+        if notice not in announced:
             note(f"note: {notice}")
 
 
@@ -54,7 +64,11 @@ def _rows(stats: EngineStats) -> list[tuple[str, str]]:
         ("answers", f"{stats.new_tokens} tokens in {stats.blocks} blocks, {stats.denoise_steps} denoising steps"),
         ("forwards", forwards or "none"),
         ("time", seconds),
-        ("expert requests", f"{stats.expert_requests}: {stats.hits} hits, {stats.late} late, {stats.misses} misses"),
+        (
+            "expert requests",
+            f"{stats.expert_requests}: {stats.hits} hits, {stats.late} late, {stats.misses} misses"
+            + (f", {stats.computed_on_cpu} computed on the CPU" if stats.computed_on_cpu else ""),
+        ),
         (
             "prefetches",
             f"{stats.prefetches_issued}: {stats.prefetches_used} used, {stats.prefetches_wasted} wasted",

@@ -11,7 +11,7 @@ from offload_engine.cli.errors import INTERRUPTED
 from offload_engine.cli.interrupt import interruptible
 from offload_engine.cli.loading import load_engine, prefill_progress
 from offload_engine.cli.prompts import Prompt
-from offload_engine.cli.report import announce, as_json, show_stats
+from offload_engine.cli.report import announce, announce_later, as_json, show_stats
 from offload_engine.cli.terminal import Output, note
 from offload_engine.cli.watch import watching
 from offload_engine.config import EngineConfig
@@ -42,7 +42,7 @@ def answer_prompts(config: EngineConfig, request: Request) -> int:
         )
     output = Output()
     with load_engine(config) as engine, interruptible() as interrupted, prefill_progress(engine):
-        announce(engine, whole_plan=request.stats)
+        announced = announce(engine, whole_plan=request.stats)
         if request.trace is not None:
             engine.record_trace(request.trace, request.params.block_length)
         together = engine.plan.sequences > 1 and len(request.prompts) > 1
@@ -50,6 +50,7 @@ def answer_prompts(config: EngineConfig, request: Request) -> int:
         if request.stats:
             show_stats(engine.stats)
         note(engine.stats.summary_line())
+        announce_later(engine, announced)
         engine.close_trace()
     return INTERRUPTED if interrupted() else 0
 

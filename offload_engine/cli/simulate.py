@@ -17,7 +17,7 @@ from offload_engine.memory import auto_budget
 from offload_engine.model.config import ModelConfig
 from offload_engine.simulate.confined import confined
 from offload_engine.simulate.forwards import ForwardRun, forwards, sized
-from offload_engine.simulate.profile import Profile, load_profile
+from offload_engine.simulate.profile import HOST, Profile, load_profile
 from offload_engine.simulate.run import Setting, Simulation
 from offload_engine.simulate.timing import ModelShape, Timing
 from offload_engine.trace import TraceHeader, TraceRecord, read_trace
@@ -48,6 +48,7 @@ class Request:
     min_experts: int | None = None
     prefetch_depth: int | None = None
     transfers_in_flight: int | None = None
+    cpu_experts: Sequence[str] = ()
     pageable: bool = False
     gate_accuracy: float | None = None
     warm_up: int = 1
@@ -96,6 +97,7 @@ def _outcomes(
     profiles: Sequence[Profile],
 ) -> Iterator[Outcome]:
     settings = _settings(request)
+    _refuse_unshared(settings, profiles)
     for top_p, profile in itertools.product(_shares(request, header), profiles):
         shape = shape_of(model.config, header.expert_bytes)
         trace, routing = _trace(request, header, records, top_p), _routing(header, top_p)
@@ -112,6 +114,14 @@ def _outcomes(
                     setting=setting,
                 )
                 yield Outcome(case, simulation.figures(case.setting), bounds)
+
+
+def _refuse_unshared(settings: Sequence[Setting], profiles: Sequence[Profile]) -> None:
+    asked = next((one.cpu_experts for one in settings if one.cpu_experts != "off"), None)
+    silent = [profile for profile in profiles if not profile.shares]
+    if asked is not None and silent:
+        reason = "has no GPU" if silent[0].device == "cpu" else f"lacks {' and '.join(HOST)}"
+        raise UsageError(f"--cpu-experts is {asked}, but profile {silent[0].name} {reason}; leave one of them out")
 
 
 def _shares(request: Request, header: TraceHeader) -> Sequence[float | None]:
@@ -140,12 +150,14 @@ def _routing(header: TraceHeader, top_p: float | None) -> str:
 
 
 def _settings(request: Request) -> list[Setting]:
-    """One per eviction and predictor, judged in the words of `EngineConfig`, which also has the defaults."""
+    """One per eviction, predictor and share, judged in the words of `EngineConfig`, which also has the defaults."""
     settings = []
-    for eviction, predictor in itertools.product(request.eviction or (None,), request.predictor or (None,)):
+    several = (request.eviction or (None,), request.predictor or (None,), request.cpu_experts or (None,))
+    for eviction, predictor, cpu_experts in itertools.product(*several):
         asked: dict[str, Any] = {
             "eviction": eviction,
             "predictor": predictor,
+            "cpu_experts": cpu_experts,
             "prefetch_depth": request.prefetch_depth,
             "transfers_in_flight": request.transfers_in_flight,
         }
@@ -159,6 +171,7 @@ def _settings(request: Request) -> list[Setting]:
                 in_flight=config.transfers_in_flight,
                 pinned=not request.pageable,
                 gate_accuracy=request.gate_accuracy,
+                cpu_experts=config.cpu_experts,
             )
         )
     return settings
@@ -186,6 +199,7 @@ def _planned(request: Request, model: Described, profile: Profile, size: int) ->
         host_mem=_host_budget(request, profile),
         max_context=request.max_context,
         transfers_in_flight=request.transfers_in_flight or BOUNCE_SLOTS,
+        cuda_graphs="off",  # no kernel's time here is that of a replay
     )
     plan = make_plan(config, model, profile.device, plan_dtype(config, model, profile.device))
     if profile.device == "cpu":

@@ -48,6 +48,9 @@ SETTINGS: Final = {"help_option_names": ["-h", "--help"], "max_content_width": 1
 @click.option("--predictor", multiple=True, metavar="NAME", help="As of dmoe-run; may be several.")
 @click.option("--prefetch-depth", type=click.INT, metavar="N", help="MoE layers to prefetch ahead.")
 @click.option("--transfers-in-flight", type=click.INT, metavar="N", help="1 or 2.")
+@click.option(
+    "--cpu-experts", multiple=True, metavar="off|auto|X", help="As of dmoe-run; may be several.  [default: off]"
+)
 @click.option("--pageable", is_flag=True, help="Host memory that is not pinned.")
 @click.option(
     "--gate-accuracy",

@@ -99,6 +99,8 @@ def show(reported: Reported, *, as_json: bool) -> None:
 def _figures(outcomes: Sequence[Outcome]) -> tuple[list[str], list[list[str]]]:
     header = ["simulated", "memory", "slots/layer", "host/layer", "routing", "eviction", "predictor", "step, ms"]
     header += ["tokens/s", "hits", "stalled", "link busy", "loads/step"]
+    shared = any(one.case.setting.cpu_experts != "off" for one in outcomes)
+    header += ["CPU experts", "on CPU/step"] if shared else []
     rows = []
     for one in outcomes:
         figures, setting = one.figures, one.case.setting
@@ -111,6 +113,7 @@ def _figures(outcomes: Sequence[Outcome]) -> tuple[list[str], list[list[str]]]:
                 _number(figures.tokens_per_second),
                 *(_percent(share) for share in (figures.hit_rate, figures.stall, figures.link_busy)),
                 f"{figures.loads:.1f}",
+                *([str(setting.cpu_experts), f"{figures.on_cpu:.1f}"] if shared else []),
             ]
         )
     return header, rows

@@ -5,18 +5,20 @@ from __future__ import annotations
 import json
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from offload_engine.assembly import native_routing, routing_options
 from offload_engine.cli.plan import Described, make_plan, plan_dtype
+from offload_engine.cli.progress import PIECES, Progress
 from offload_engine.cli.simulate import BOUNCE_SLOTS, model_of, shape_of
 from offload_engine.cli.terminal import Output, note
 from offload_engine.config import EngineConfig
 from offload_engine.doctor.profile import measure_profile
 from offload_engine.errors import OffloadError, UsageError
 from offload_engine.files import write_aside
+from offload_engine.learned import Learned, device_name, remember_tuning, routing_settings
 from offload_engine.memory import MemoryPlan, auto_budget
 from offload_engine.simulate.profile import Profile, load_profile
 from offload_engine.simulate.timing import Timing
@@ -85,7 +87,9 @@ def tune(config: EngineConfig, request: Request) -> None:
     machine = _machine(model, recorded, profile, plan)
     routings = _routings(config, model, recorded, request)
     found = _search(routings, machine, plan, request.least_kept, frugal=config.gpu_mem == "auto")
-    _hand_out(config, request, replace(found, source=_told(recorded, profile)))
+    found = replace(found, source=_told(recorded, profile))
+    _write(config, request, found)
+    _hand_out(request, found, _remember(config, found, profile, here=request.gpu is None))
 
 
 def _recorded(config: EngineConfig, traces: Sequence[Path]) -> Recorded:
@@ -159,11 +163,7 @@ def _routings(config: EngineConfig, model: Described, recorded: Recorded, reques
 
 def _settings(config: EngineConfig, model: Described, routing: str) -> Settings:
     """Options that route as recorded; a trace doesn't name dMoE's, so these are the ones that a run would have now."""
-    if routing != "dmoe":
-        return {"routing": routing}
-    options = routing_options(config, model.config)
-    held = options.hold_steps
-    return {"routing": routing, "top_p": options.top_p, "min_experts": options.min_experts, "hold_steps": held}
+    return routing_settings(routing, routing_options(config, model.config))
 
 
 def _search(
@@ -173,7 +173,8 @@ def _search(
     sizes = search.budgets(plan.fixed, plan.slab_bytes, plan.slots)
     note(f"replaying {len(routings)} ways to route under {len(sizes)} budgets")
     surveyed, _ = search.best_knobs(machine.trial(routings[0].records, plan.slots), Knobs())
-    points = search.survey(routings, sizes, machine, surveyed)
+    with Progress("replaying", len(routings) * len(sizes), PIECES) as progress:
+        points = search.survey(routings, sizes, machine, surveyed, progress.advance)
     acceptable = search.acceptable(points, least_kept, routings[0])
     fastest = search.fastest([point for point in acceptable if point.budget == sizes[0]])
     smallest = search.smallest_near(acceptable)
@@ -200,8 +201,8 @@ def _told(recorded: Recorded, profile: Profile) -> str:
     return f"{steps} denoising steps of {model} recorded under {routings} routing, replayed on {profile.title}"
 
 
-def _hand_out(config: EngineConfig, request: Request, found: Found) -> None:
-    """Write the config and the plot, print the rest."""
+def _write(config: EngineConfig, request: Request, found: Found) -> None:
+    """Write the config."""
     # Where nobody said how much: as much as makes a difference.
     budget = found.chosen.budget.nbytes if config.gpu_mem == "auto" else config.gpu_mem
     given = config.model_dump(exclude_unset=True)
@@ -212,8 +213,39 @@ def _hand_out(config: EngineConfig, request: Request, found: Found) -> None:
         raise OffloadError(
             f"{request.out}: can't be written ({error.strerror}); name another file with --out"
         ) from None
+
+
+def _remember(config: EngineConfig, found: Found, profile: Profile, *, here: bool) -> Path | None:
+    """Keep what was found for runs whose gpu_mem is auto; None where it can't be told for which, or can't be written.
+
+    A card is known by its name wherever its profile is from; a processor is the one that was measured `here`. What was
+    searched under a budget that somebody gave says nothing about what more memory would do.
+    """
+    directory = None if config.model is None else Path(config.model).expanduser()
+    whole = config.gpu_mem == "auto" and config.expert_mem is None
+    if directory is None or not directory.is_dir() or not whole or (profile.device == "cpu" and not here):
+        return None
+    return remember_tuning(
+        directory,
+        Learned(
+            device=device_name(profile.title if profile.device == "cuda" else None),
+            routing=found.smallest.routing.settings,
+            batch_size=config.batch_size,
+            slots=found.smallest.budget.slots,
+            knobs=asdict(found.knobs),
+        ),
+    )
+
+
+def _hand_out(request: Request, found: Found, remembered: Path | None) -> None:
+    """Draw the plot, print the rest."""
     output = Output()
-    output.line(json.dumps(found.as_dict()) if request.as_json else f"{table(found)}\nwritten   {request.out}")
+    if request.as_json:
+        output.line(json.dumps(found.as_dict() | {"remembered": remembered and str(remembered)}))
+    else:
+        output.line(f"{table(found)}\nwritten   {request.out}")
+        if remembered is not None:
+            output.line(f"kept      {remembered}: --gpu-mem auto takes the smallest")
     if request.plot is not None:
         _plot(found, request.plot)
 

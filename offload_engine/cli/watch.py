@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Protocol
 from offload_engine.cli.terminal import note, stderr_console, stderr_is_live, visible
 from offload_engine.core import SamplingParams, StepEvent
 from offload_engine.metrics import EngineStats
-from offload_engine.text import StreamDecoder, Tokenizer
+from offload_engine.text.pieces import token_texts
 
 if TYPE_CHECKING:
     from offload_engine.engine import Engine
@@ -100,34 +100,11 @@ class Board:
         sure = {position: confidence for position, _token, confidence in event.accepted}
         mask, eos = self._engine.mask_token_id, self._engine.eos_token_id
         signs = {token: sign for token, sign in ((mask, OPEN), (eos, END)) if token is not None}
-        words = token_texts(event.block_token_ids, signs, self._tokenizer)
+        words = map(visible, token_texts(event.block_token_ids, signs, self._tokenizer))
         return [
             Token(text, open=token == mask, confidence=sure.get(position))
             for position, (token, text) in enumerate(zip(event.block_token_ids, words, strict=True))
         ]
-
-
-def token_texts(ids: tuple[int, ...], signs: dict[int, str], tokenizer: Tokenizer | None) -> list[str]:
-    """What each of `ids` adds to the text of its run between `signs`, which stand for themselves; safe to show.
-
-    A character spread over several tokens appears at the last of them. Without a tokenizer ids are numbers.
-    """
-    texts: list[str] = []
-    run: StreamDecoder | None = None
-    for id_ in ids:
-        if id_ in signs:
-            if run is not None:
-                texts[-1] += visible(run.finish())
-            run = None
-            texts.append(signs[id_])
-        elif tokenizer is None:
-            texts.append(f" {id_}")
-        else:
-            run = run or StreamDecoder(tokenizer, skip_special=False)
-            texts.append(visible(run.push([id_])))
-    if run is not None:
-        texts[-1] += visible(run.finish())
-    return texts
 
 
 @contextmanager

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
 import torch
@@ -20,6 +20,7 @@ from offload_engine.decode.state import DecodingState, Request, never
 from offload_engine.decode.threads import compute_threads
 from offload_engine.errors import ModelError
 from offload_engine.metrics import EngineStats
+from offload_engine.model.graphs import LayerGraphs, StepGraphs
 from offload_engine.model.llada2 import Forward, LLaDA2Model
 from offload_engine.model.moe import ExpertExecutor
 from offload_engine.routing.base import RoutingPolicy
@@ -54,6 +55,8 @@ class BlockDiffusionDecoder:
     """Most tokens of one forward; None: no limit. At least a block."""
     grouping: Grouping | None = None
     """Says how many lanes go together; None: all."""
+    graphs: LayerGraphs | None = None
+    """Replays attention and router of a denoising step of one lane that commits nothing; None: nobody does."""
     order: list[int] = field(init=False)
     """The lanes by their last use, the newest last."""
 
@@ -196,6 +199,9 @@ class BlockDiffusionDecoder:
             passes += [lane.block_pass(Phase.COMMIT)] if fuse else []
             passes.append(lane.block_pass(Phase.DENOISE))
         forward = self._forward(ForwardInfo.of(passes), spans, active[0].policy)
+        if self.graphs is not None and len(spans) == 1 and not any(fused):
+            spans[0].claim()
+            forward = replace(forward, graphs=StepGraphs(self.graphs, spans[0].place))
         hidden = self.model(torch.tensor(ids), forward)
         for lane, fuse in zip(active, fused, strict=True):
             if fuse:

@@ -90,12 +90,22 @@ class Span:
         """[tokens] int64."""
         return torch.arange(self.start, self.start + self.tokens, device=self.cache.keys.device)
 
+    @property
+    def place(self) -> tuple[int, ...]:
+        """Everything that `attend` depends on beside its arguments: spans of the same place do the same."""
+        cache = self.cache
+        return cache.keys.data_ptr(), cache.values.data_ptr(), self.start, self.tokens, self.block_length
+
+    def claim(self) -> None:
+        """Something will be left here, by `attend` or by a replay of what it did."""
+        self.cache.written = max(self.cache.written, self.start + self.tokens)
+
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """See `KeyValues`; here without leading dimensions: [T, heads, d]."""
+        self.claim()
         keys, values = self.cache.keys[layer], self.cache.values[layer]
         keys[self.start : self.start + self.tokens] = key
         values[self.start : self.start + self.tokens] = value
-        self.cache.written = max(self.cache.written, self.start + self.tokens)
         outputs = []
         for first in range(0, self.tokens, self.block_length):
             rows = query[first : first + self.block_length]

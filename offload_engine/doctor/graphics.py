@@ -112,13 +112,6 @@ def check_device(wanted: str, count: int) -> Finding:
     return Finding("device", f"{wanted}: torch finds it")
 
 
-def check_compiler(nvcc: str | None) -> Finding:
-    """`nvcc`: where CUDA's compiler is; only our CUDA kernels need it, and only when they are built."""
-    if nvcc is None:
-        return Finding("nvcc", "not on the PATH: CUDA kernels can't be built here, torch's operations serve instead")
-    return Finding("nvcc", nvcc)
-
-
 def read_graphics() -> Graphics:
     """Ask NVML. Never raises for what the machine lacks."""
     hidden = os.environ.get("CUDA_VISIBLE_DEVICES")

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
+import torch
+
+import offload_engine
 from offload_engine.core import Completion, Phase, SamplingParams
 from offload_engine.engine import Engine
 from offload_engine.errors import PromptError
@@ -70,7 +72,7 @@ def about(engine: Engine) -> dict[str, Any]:
         "moe_layers": list(engine.model_config.moe_layers),
         "num_experts": engine.model_config.num_experts,
         "plan": engine.plan.as_dict(),
-        "versions": {name: _version(name) for name in ("offload-engine", "torch")},
+        "versions": {"offload-engine": offload_engine.__version__, "torch": str(torch.__version__)},
     }
 
 
@@ -155,10 +157,3 @@ def _params_of(params: SamplingParams, index: int) -> SamplingParams:
     if params.temperature == 0 or params.seed is None:
         return params
     return params.model_copy(update={"seed": params.seed + index})
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "unknown"

@@ -104,12 +104,8 @@ class DeviceArena(Slots):
         self._tensor = allocate(self.nbytes)
 
 
-class SlotArena(Slots):
-    """`slots` x `slab_bytes` of host memory, of exactly that size.
-
-    Every page is touched by a thread of its own, begun here: a budget that is short must not show up mid-answer, but
-    gigabytes of fresh pages take seconds, in which weights can be read and a prompt be worked on. A slot may be used at
-    any time; `wait_touched` waits until all are there.
+class HostSlots(Slots):
+    """`slots` x `slab_bytes` of host memory, of exactly that size; a page of it is taken when it is touched.
 
     Every slot begins on a multiple of `SLOT_ALIGNMENT`. Raises `MemoryBudgetError` when the system refuses the memory.
     """
@@ -118,25 +114,12 @@ class SlotArena(Slots):
         """`slab_bytes` is a multiple of `SLOT_ALIGNMENT`."""
         super().__init__(slots, slab_bytes)
         self._bytes: memoryview | None = None
-        self._closing = False
-        self._remapping = threading.Lock()
-        """Keeps `close`, which may come from any thread, from a mapping that is being resized."""
-        self._refused = 0
-        """Bytes that the system did not give when asked."""
-        self._toucher = self._open(_map(slots, slab_bytes), 0)
+        self._hand_out(_map(slots, slab_bytes))
 
-    def _open(self, mapping: mmap.mmap, touched: int) -> threading.Thread:
-        """Hand out `mapping` from now on; begin to touch what is behind its first `touched` bytes."""
+    def _hand_out(self, mapping: mmap.mmap) -> None:
         # An open memoryview keeps the mapping alive: the memory goes back when the last view of it does, never earlier.
         self._bytes = memoryview(mapping)
         self._tensor = torch.frombuffer(self._bytes, dtype=torch.uint8)
-        memory = self._tensor[touched:]
-        if not _populate(memory[:SLOT_ALIGNMENT]):  # no thread may write where a reader may write as well
-            memory[::SLOT_ALIGNMENT] = 0
-            memory = memory[:0]
-        toucher = threading.Thread(target=self._touch, args=(memory,), name="slot-toucher", daemon=True)
-        toucher.start()
-        return toucher
 
     def buffer(self, slot: int) -> memoryview:
         """The slot's bytes [slab_bytes], writable."""
@@ -144,6 +127,43 @@ class SlotArena(Slots):
             raise EngineClosedError("the slots of the expert cache were used after they were closed")
         start = self._start(slot)
         return self._bytes[start : start + self.slab_bytes]
+
+    def slabs(self, first: int, count: int) -> Tensor:
+        """The bytes of `count` slots from `first` on, fewer where there are fewer: uint8."""
+        start = self._start(first)
+        return self.whole()[start : start + count * self.slab_bytes]
+
+    def close(self) -> None:
+        """Let go of the memory; it is returned once no buffer or matrix handed out is left. Idempotent."""
+        super().close()
+        self._bytes = None
+
+
+class SlotArena(HostSlots):
+    """Host slots of which every page is touched by a thread of its own, begun here: a budget that is short must not
+    show up mid-answer, but gigabytes of fresh pages take seconds, in which weights can be read and a prompt be worked
+    on. A slot may be used at any time; `wait_touched` waits until all are there.
+    """
+
+    def __init__(self, slots: int, slab_bytes: int) -> None:
+        """`slab_bytes` is a multiple of `SLOT_ALIGNMENT`."""
+        super().__init__(slots, slab_bytes)
+        self._closing = False
+        self._remapping = threading.Lock()
+        """Keeps `close`, which may come from any thread, from a mapping that is being resized."""
+        self._refused = 0
+        """Bytes that the system did not give when asked."""
+        self._toucher = self._touch_from(0)
+
+    def _touch_from(self, touched: int) -> threading.Thread:
+        """Begin to touch what is behind the first `touched` bytes."""
+        memory = self.whole()[touched:]
+        if not _populate(memory[:SLOT_ALIGNMENT]):  # no thread may write where a reader may write as well
+            _write_pages(memory)
+            memory = memory[:0]
+        toucher = threading.Thread(target=self._touch, args=(memory,), name="slot-toucher", daemon=True)
+        toucher.start()
+        return toucher
 
     def wait_touched(self) -> None:
         """Wait until every page of the slots is there, or the arena is closed.
@@ -193,24 +213,42 @@ class SlotArena(Slots):
                 ) from None
             finally:
                 self._refused = 0
-                self._toucher = self._open(mapping, kept)
+                self._hand_out(mapping)
+                self._toucher = self._touch_from(kept)
 
     def close(self) -> None:
-        """Let go of the memory; it is returned once no buffer or matrix handed out is left. Idempotent."""
+        """See `HostSlots`."""
         self._closing = True
         with self._remapping:
             self._toucher.join()
             super().close()
-            self._bytes = None
 
     def _touch(self, memory: Tensor) -> None:
-        touched = 0
-        while touched < memory.numel() and not self._closing:
-            piece = memory[touched : touched + TOUCH_BYTES]
-            if not _populate(piece):
-                self._refused = memory.numel() - touched
-                return
-            touched += piece.numel()
+        self._refused = _populate_all(memory, lambda: self._closing)
+
+
+def touch(memory: Tensor) -> bool:
+    """Have the system give these whole pages, which nobody uses yet; False where it refuses some of them."""
+    if _populate(memory[:SLOT_ALIGNMENT]):
+        return _populate_all(memory, lambda: False) == 0
+    _write_pages(memory)
+    return True
+
+
+def _write_pages(memory: Tensor) -> None:
+    """Take pages where the kernel knows no better way than a write to each. A refusal is then a signal, and the end."""
+    memory[::SLOT_ALIGNMENT] = 0
+
+
+def _populate_all(memory: Tensor, closing: Callable[[], bool]) -> int:
+    """Populate piece by piece until that is `closing`; returns the bytes that the system refused."""
+    touched = 0
+    while touched < memory.numel() and not closing():
+        piece = memory[touched : touched + TOUCH_BYTES]
+        if not _populate(piece):
+            return memory.numel() - touched
+        touched += piece.numel()
+    return 0
 
 
 def _resize(mapping: mmap.mmap, nbytes: int, looked_at: Callable[[], object]) -> None:

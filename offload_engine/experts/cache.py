@@ -239,6 +239,14 @@ class ExpertCache:
         self._lent = None
         self._probation = OrderedDict()
 
+    def shrink(self, slots: int) -> None:
+        """Do with the first `slots` slots from now on. Those behind them must be FREE, else `InternalError`."""
+        if any(key is not None for key in self._keys[slots:]):
+            raise InternalError(f"a cache is to shrink to {slots} slots, but holds experts behind them")
+        del self._keys[slots:]
+        self._free = [slot for slot in self._free if slot < slots]
+        self.slots = len(self._keys)
+
     def resize(self, slots: int) -> Resized:
         """Have `slots` slots, at least 1, from now on: new ones come behind, or the last ones go. What then has no
         place is evicted as for a demand; who stays and was in a slot that goes gets another.
@@ -281,6 +289,11 @@ class ExpertCache:
     def resident_keys(self) -> list[ExpertKey]:
         """Every RESIDENT key, by rising slot. O(slots)."""
         return [key for key in self._keys if key is not None and key not in self._loading]
+
+    def states(self) -> dict[ExpertKey, SlotState]:
+        """Every key that has a slot, and whether it is LOADING or RESIDENT. O(slots)."""
+        loading = self._loading
+        return {key: SlotState.LOADING if key in loading else SlotState.RESIDENT for key in self._slot_of}
 
     def held(self, keys: Iterable[ExpertKey]) -> list[ExpertKey]:
         """Those of `keys` that have a slot, LOADING or RESIDENT, in the order given."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -14,7 +13,8 @@ from torch import Tensor
 from offload_engine.core import ExpertKey, ForwardInfo, Phase, RoutingDecision
 from offload_engine.errors import InternalError, OffloadError, TransferError
 from offload_engine.experts.arena import Slots
-from offload_engine.experts.cache import Occupancy
+from offload_engine.experts.cache import Occupancy, SlotState
+from offload_engine.experts.cpu_experts import NO_ERRAND, Errand
 from offload_engine.experts.hot_set import HotSet
 from offload_engine.experts.predictor import ExpertPredictor
 from offload_engine.experts.prefetch import PREDICTION_SHARE, RECENT_RUNS, prefetch_order
@@ -41,6 +41,9 @@ SWEEP_SHARE = 0.8
 
 def _add_one(total: ExpertSum, tokens: ExpertTokens, work: Sequence[ExpertWork]) -> None:
     total.add(tokens, work[0].weights)
+
+
+def _nothing() -> None: ...
 
 
 class OffloadedExperts:
@@ -149,24 +152,38 @@ class OffloadedExperts:
         try:
             with self._changed:
                 counters = self.scheduler.counters
-                moved = counters.misses + counters.prefetches_used
-                self._carry_out(self.scheduler.want(layer, ranked.experts, ranked.scores, outlook))
+                moved = counters.moved
+                errand = self._errand(layer, ranked.experts, hidden, decision)
+                self._carry_out(self.scheduler.want(layer, ranked.experts, ranked.scores, outlook, errand.experts))
                 self.stats.expert_requests += len(ranked.experts)
-                moved = counters.misses + counters.prefetches_used - moved
+                moved = counters.moved - moved
                 self._moved_share += (moved / max(1, len(ranked.experts)) - self._moved_share) / RECENT_RUNS
-            missing = len(ranked.experts)
+            missing = len(ranked.experts) - len(errand.experts)
             while missing:
                 computes = self._next_computes()
                 self._launch(computes, outputs.compute)
                 missing -= len(computes)
+            if errand.experts:
+                self._fetch_results(errand, outputs)
             self._half_done = False
         except BaseException as error:
             self._abandon(error)
             raise
         with self._changed:
+            self.stats.bytes_read += errand.bytes_read
             self._count()
         self.transfers.synchronize()
         return outputs.combine()
+
+    def _errand(self, layer: int, experts: Sequence[int], hidden: Tensor, decision: RoutingDecision) -> Errand:  # noqa: ARG002
+        """What is computed elsewhere than from slots, already under way."""
+        return NO_ERRAND
+
+    def _fetch_results(self, errand: Errand, outputs: LayerOutputs) -> None:
+        with self.transfers.waiting():
+            errand.wait()
+        self.transfers.launch(Stream.COMPUTE, _nothing, reads=())  # which ends the stall
+        errand.deliver(outputs)
 
     def warm_up(self) -> None:
         """Begin to fill free slots with what was hot in earlier runs. Returns at once; demands go first."""
@@ -242,6 +259,7 @@ class OffloadedExperts:
                     f"{self.scheduler.transfers_under_way} transfers did not end within {timeout:.0f} s"
                 )
             self.scheduler.cache.check()
+            self.stats.stall_seconds += self.transfers.stalled()
 
     def wait_warm(self, timeout: float = 60.0) -> None:
         """Wait until `warm_up` has filled what slots it can. Raises `InternalError` after `timeout` seconds."""
@@ -257,6 +275,11 @@ class OffloadedExperts:
         """The cache's slots by state."""
         with self._changed:
             return self.scheduler.cache.occupancy()
+
+    def states(self) -> dict[ExpertKey, SlotState]:
+        """Every expert that has a slot just now, and whether it is there already. May be called from any thread."""
+        with self._changed:
+            return self.scheduler.cache.states()
 
     def residents(self, layer: int) -> list[int]:
         """The experts of `layer` that have a slot just now: here already, or on their way."""
@@ -307,9 +330,9 @@ class OffloadedExperts:
         """
         with self._changed:
             if not self._ready and self._failure is None:
-                began = time.perf_counter()
-                self._arrival.wait_for(lambda: bool(self._ready) or self._failure is not None)
-                self.stats.stall_seconds += time.perf_counter() - began
+                with self.transfers.waiting():
+                    self._arrival.wait_for(lambda: bool(self._ready) or self._failure is not None)
+                self.stats.stall_seconds += self.transfers.stalled()
             if self._failure is not None:
                 raise self._failure
             ready, self._ready = self._ready, deque(islice(self._ready, LAUNCH_EXPERTS, None))
@@ -322,6 +345,7 @@ class OffloadedExperts:
             return
         with self._changed:
             self.scheduler.abandon()
+            self.transfers.abandon()
             self._ready.clear()
             self._failure = None
             self._half_done = False
@@ -372,4 +396,4 @@ class OffloadedExperts:
         stats.hits, stats.misses, stats.late = counters.hits, counters.misses, counters.late
         stats.prefetches_issued, stats.prefetches_used = counters.prefetches, counters.prefetches_used
         stats.prefetches_wasted, stats.evictions = counters.prefetches_wasted, counters.evictions
-        stats.warmed = counters.warmed
+        stats.warmed, stats.computed_on_cpu = counters.warmed, counters.elsewhere

@@ -108,6 +108,10 @@ class SlotOutputs:
         slots[[one.expert for one in work]] = torch.tensor([one.slot for one in work], dtype=torch.int32)
         self._outputs.launch(slots.to(self._outputs.hidden.device, non_blocking=True))
 
+    def put(self, places: Tensor, rows: Tensor) -> None:
+        """See `LayerOutputs`."""
+        self._outputs.outputs.index_copy_(0, places, rows)
+
     def combine(self) -> Tensor:
         """See `LayerOutputs`."""
         return self._outputs.combine()

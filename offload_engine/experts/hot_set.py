@@ -109,14 +109,16 @@ def fingerprint(directory: Path) -> str:
     return digest.hexdigest()[:16]
 
 
-def places(directory: Path) -> tuple[Path, ...]:
-    """Where the hot set of the checkpoint in `directory` may be: beside it, else in the cache of a user who has one."""
+def places(directory: Path, name: str = FILE, kind: str = "hot-experts") -> tuple[Path, ...]:
+    """Where what was learned of the checkpoint in `directory` may be: beside it, else in the cache of a user who has
+    one. `name` of the file beside it, `kind` of those in the cache.
+    """
     base = Path(os.environ.get("XDG_CACHE_HOME", ""))
     try:
         cache = base if base.is_absolute() else Path.home() / ".cache"  # the XDG specification ignores relative ones
     except RuntimeError:  # neither HOME nor an entry among the system's users
-        return (directory / FILE,)
-    return directory / FILE, cache / "offload_engine" / "hot-experts" / f"{fingerprint(directory)}.json"
+        return (directory / name,)
+    return directory / name, cache / "offload_engine" / kind / f"{fingerprint(directory)}.json"
 
 
 def recall(directory: Path, known: Iterable[ExpertKey]) -> Remembered:

@@ -7,7 +7,7 @@ drives it carries out the commands in their order and reports what became of the
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -57,8 +57,15 @@ class SchedulerCounters:
     prefetches_wasted: int = 0
     """Of those, the ones that were evicted, or failed, before any layer asked for them."""
     evictions: int = 0
+    elsewhere: int = 0
+    """Experts that a layer asked for and had computed elsewhere, on the CPU, without a slot."""
     warmed: int = 0
     """Transfers begun to fill free slots with what was hot before (`ExpertScheduler.warm`); no prefetches."""
+
+    @property
+    def moved(self) -> int:
+        """Experts asked for that were not in fast memory for longer than since the last prediction."""
+        return self.misses + self.prefetches_used + self.elsewhere
 
 
 class ExpertScheduler:
@@ -98,6 +105,11 @@ class ExpertScheduler:
         return len(self._in_flight) - (self._warming is not None) + len(self._prefetch)
 
     @property
+    def copies_ahead(self) -> float:
+        """Copies that a load issued now would wait for: those under way, the first of them half done."""
+        return max(0.0, len(self._in_flight) - 0.5)
+
+    @property
     def warming(self) -> bool:
         """Whether loads that `warm` asked for are under way or still to begin."""
         return self._warming is not None or bool(self._warm)
@@ -123,6 +135,10 @@ class ExpertScheduler:
         """Event: the layer under way will `want` these after what it wants next; those that are here should stay."""
         self.cache.expect(keys)
 
+    def absent(self, layer: int, experts: Iterable[int]) -> list[int]:
+        """Those of a layer's experts that are neither here nor on their way, in their order."""
+        return [expert for expert in experts if self.cache.state(ExpertKey(layer, expert)) is SlotState.FREE]
+
     def lend(self, layer: int) -> None:
         """Event: work is enqueued on whatever of `layer` is resident, before it is known what of it will be wanted.
         Nothing of it is evicted until `want` says so.
@@ -130,17 +146,28 @@ class ExpertScheduler:
         self.cache.lend(layer)
 
     def want(
-        self, layer: int, experts: Sequence[int], scores: Sequence[float], outlook: Outlook | None = None
+        self,
+        layer: int,
+        experts: Sequence[int],
+        scores: Sequence[float],
+        outlook: Outlook | None = None,
+        elsewhere: Collection[int] = (),
     ) -> list[Command]:
         """Event: `layer` routed. `experts` are distinct and in falling order of block score, as `scores` are. `outlook`
-        tells of its next forward more than that these were chosen.
+        tells of its next forward more than that these were chosen. `elsewhere` are those, all of them `absent`, that
+        are computed without a slot: for them nothing is loaded and no `Compute` comes.
 
         Everything resident is pinned at once, so that no load of this layer can evict what it still needs.
         """
         if self._wanted:
             raise InternalError(f"layer {layer} was routed while {len(self._wanted)} experts were still to be computed")
         self.cache.route(layer, experts, outlook or Outlook(experts))
-        self._wanted = {ExpertKey(layer, expert): score for expert, score in zip(experts, scores, strict=True)}
+        self._wanted = {
+            ExpertKey(layer, expert): score
+            for expert, score in zip(experts, scores, strict=True)
+            if expert not in elsewhere
+        }
+        self.counters.elsewhere += len(experts) - len(self._wanted)
         claims = [(key, *self.cache.claim(key)) for key in self._wanted]
         for key, state, _slot in claims:
             self._count_request(key, state)

@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -23,6 +24,7 @@ FLAGS = (
     "-ffp-contract=off",  # every instruction set rounds alike
     "-fno-math-errno",
 )
+LIBRARIES = ("-lm",)  # for compilers that don't have a square root of their own
 
 
 class BuildError(Exception):
@@ -31,18 +33,21 @@ class BuildError(Exception):
 
 def fingerprint() -> str:
     """Of the sources: a library tells which ones it was built from."""
-    digest = hashlib.sha256()
-    for source in sorted(SOURCES.glob("*.[ch]")):
-        digest.update(source.name.encode() + b"\0" + source.read_bytes() + b"\0")
-    return digest.hexdigest()[:16]
+    return digest(SOURCES.glob("*.[ch]"))
+
+
+def digest(sources: Iterable[Path]) -> str:
+    """16 hexadecimal digits that tell these files from others, whatever their order."""
+    whole = hashlib.sha256()
+    for source in sorted(sources):
+        whole.update(source.name.encode() + b"\0" + source.read_bytes() + b"\0")
+    return whole.hexdigest()[:16]
 
 
 def compiler() -> list[str]:
     """The command of the C compiler: `$CC`, or the first of `COMPILERS` that is there. Raises BuildError."""
-    named = shlex.split(os.environ.get("CC", ""))
+    named = command_named_by("CC")
     if named:
-        if shutil.which(named[0]) is None:
-            raise BuildError(f"CC names {named[0]!r}, which is not there; unset CC or install it")
         return named
     for name in COMPILERS:
         if shutil.which(name):
@@ -50,10 +55,18 @@ def compiler() -> list[str]:
     raise BuildError(f"no C compiler found ({', '.join(COMPILERS)}); install gcc or clang, or set CC")
 
 
+def command_named_by(variable: str) -> list[str]:
+    """The command in this environment variable; empty if it is unset. Raises BuildError if it isn't there."""
+    named = shlex.split(os.environ.get(variable, ""))
+    if named and shutil.which(named[0]) is None:
+        raise BuildError(f"{variable} names {named[0]!r}, which is not there; unset {variable} or install it")
+    return named
+
+
 def build(target: Path = LIBRARY) -> Path:
     """Compile the CPU kernels into `target`. Raises BuildError."""
     sources = [str(path) for path in sorted(SOURCES.glob("*.c"))]
-    return compile_into(target, [*compiler(), *FLAGS, f"-DDMOE_SOURCES={fingerprint()}", *sources])
+    return compile_into(target, [*compiler(), *FLAGS, f"-DDMOE_SOURCES={fingerprint()}", *sources, *LIBRARIES])
 
 
 def compile_into(target: Path, command: list[str]) -> Path:
@@ -71,14 +84,19 @@ def compile_into(target: Path, command: list[str]) -> Path:
     return target
 
 
-def main() -> int:
-    """Build in place and say so."""
+def run(build: Callable[[], Path], kernels: str) -> int:
+    """Have `build` build these `kernels` and say so; returns the exit code."""
     try:
         sys.stdout.write(f"built {build()}\n")
     except BuildError as error:
-        sys.stderr.write(f"kernels not built: {error}\n")
+        sys.stderr.write(f"{kernels} not built: {error}\n")
         return 1
     return 0
+
+
+def main() -> int:
+    """Build in place and say so."""
+    return run(build, "kernels")
 
 
 if __name__ == "__main__":

@@ -11,7 +11,8 @@ from pathlib import Path
 import torch
 
 from offload_engine.errors import DeviceError
-from offload_engine.kernels.library import CHOICE, UnavailableError
+from offload_engine.kernels.library import CHOICE
+from offload_engine.kernels.loading import UnavailableError, load
 
 REBUILD = "run `make cuda`"
 OLDEST = (7, 5)
@@ -47,20 +48,12 @@ class CudaLibrary:
         from offload_engine.kernels.cuda_build import LIBRARY, fingerprint  # here, for `python -m` runs it afresh
 
         path = path or LIBRARY
-        if not path.exists():
-            raise UnavailableError(f"{path.name} is not built: {REBUILD}")
+        library = load(path, "dmoe_cuda_sources", fingerprint(), REBUILD)
         try:
-            library = ctypes.CDLL(str(path))
-            library.dmoe_cuda_sources.restype = ctypes.c_char_p
             library.dmoe_cuda_error.restype = ctypes.c_char_p
             library.dmoe_cuda_select.argtypes = [ctypes.POINTER(SelectionCall), _POINTER]
-            built_from = library.dmoe_cuda_sources().decode()
-        except (OSError, AttributeError) as error:
+        except AttributeError as error:
             raise UnavailableError(f"{path.name} can't be loaded ({error}): {REBUILD}") from error
-        if built_from != (fingerprint() or built_from):
-            raise UnavailableError(
-                f"{path.name} was built from other sources ({built_from}, not {fingerprint()}): {REBUILD}"
-            )
         self.path = path
         self.device_type = "cpu" if hasattr(library, "emulation_order") else "cuda"
         """Where it works: the tests' build emulates a device on the CPU."""

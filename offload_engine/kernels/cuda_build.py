@@ -5,14 +5,12 @@ Needs the repository (its folder cuda/) and nvcc, but no GPU. Standard library o
 
 from __future__ import annotations
 
-import hashlib
 import os
-import shlex
 import shutil
 import sys
 from pathlib import Path
 
-from offload_engine.kernels.build import BuildError, compile_into
+from offload_engine.kernels.build import BuildError, command_named_by, compile_into, digest, run
 
 HERE = Path(__file__).resolve().parent
 SOURCES = HERE.parent.parent / "cuda"
@@ -28,19 +26,14 @@ FLAGS = (
 
 def fingerprint() -> str | None:
     """Of the sources: a library tells which ones it was built from. None where they aren't at hand."""
-    digest = hashlib.sha256()
-    sources = sorted(path for path in SOURCES.glob("*") if path.suffix in {".cu", ".cuh", ".h"})
-    for source in sources:
-        digest.update(source.name.encode() + b"\0" + source.read_bytes() + b"\0")
-    return digest.hexdigest()[:16] if sources else None
+    sources = [path for path in SOURCES.glob("*") if path.suffix in {".cu", ".cuh", ".h"}]
+    return digest(sources) if sources else None
 
 
 def nvcc() -> list[str]:
     """The command of CUDA's compiler: `$NVCC`, or nvcc on the path or under `$CUDA_HOME`. Raises BuildError."""
-    named = shlex.split(os.environ.get("NVCC", ""))
+    named = command_named_by("NVCC")
     if named:
-        if shutil.which(named[0]) is None:
-            raise BuildError(f"NVCC names {named[0]!r}, which is not there; unset NVCC or install it")
         return named
     home = os.environ.get("CUDA_HOME")
     found = shutil.which("nvcc") or (shutil.which("nvcc", path=str(Path(home) / "bin")) if home else None)
@@ -61,12 +54,7 @@ def build(target: Path = LIBRARY, architectures: tuple[int, ...] = ARCHITECTURES
 
 def main() -> int:
     """Build in place and say so."""
-    try:
-        sys.stdout.write(f"built {build()}\n")
-    except BuildError as error:
-        sys.stderr.write(f"CUDA kernels not built: {error}\n")
-        return 1
-    return 0
+    return run(build, "CUDA kernels")
 
 
 if __name__ == "__main__":

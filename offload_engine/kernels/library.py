@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from offload_engine.errors import UsageError
+from offload_engine.kernels.loading import UnavailableError, load
 
 CHOICE = "OFFLOAD_ENGINE_KERNEL"
 """Environment variable: auto (the default), off, or the name of a variant."""
@@ -23,10 +24,6 @@ NO_MEMORY = 1
 
 _INT, _INT64, _POINTER = ctypes.c_int, ctypes.c_int64, ctypes.c_void_p
 _FLOAT, _DOUBLE = ctypes.c_float, ctypes.c_double
-
-
-class UnavailableError(Exception):
-    """The kernels can't be used; the message says why and what to do."""
 
 
 class Library:
@@ -40,27 +37,24 @@ class Library:
         from offload_engine.kernels.build import LIBRARY, fingerprint  # here, for `python -m` runs that module afresh
 
         path = path or LIBRARY
-        if not path.exists():
-            raise UnavailableError(f"{path.name} is not built: {REBUILD}")
-        try:
-            library = ctypes.CDLL(str(path))
-            library.dmoe_sources.restype = ctypes.c_char_p
-            library.dmoe_variant.restype = ctypes.c_char_p
-            built_from = library.dmoe_sources().decode()
-        except (OSError, AttributeError) as error:
-            raise UnavailableError(f"{path.name} can't be loaded ({error}): {REBUILD}") from error
-        if built_from != fingerprint():
-            raise UnavailableError(
-                f"{path.name} was built from other sources ({built_from}, not {fingerprint()}): {REBUILD}"
-            )
+        library = load(path, "dmoe_sources", fingerprint(), REBUILD)
+        library.dmoe_variant.restype = ctypes.c_char_p
         self.path = path
         self.parallel = _parallel()
         self._experts = library.dmoe_experts
         self._experts.argtypes = [*(_INT,) * 4, _POINTER, *(_INT64,) * 6, *(_POINTER,) * 5]
         self._linear = library.dmoe_linear
         self._linear.argtypes = [*(_INT,) * 3, _POINTER, *(_INT64,) * 3, *(_POINTER,) * 4]
+        self._attention = library.dmoe_attention
+        self._attention.argtypes = [*(_INT,) * 2, _POINTER, *(_INT64,) * 5, _FLOAT, *(_POINTER,) * 4]
         self._weighted_sum = library.dmoe_weighted_sum
         self._weighted_sum.argtypes = [*(_INT,) * 2, _POINTER, *(_INT64,) * 3, *(_POINTER,) * 4]
+        self._norm = library.dmoe_norm
+        self._norm.argtypes = [*(_INT,) * 2, _POINTER, *(_INT64,) * 2, _FLOAT, *(_POINTER,) * 3]
+        self._turn_heads = library.dmoe_turn_heads
+        self._turn_heads.argtypes = [*(_INT,) * 2, _POINTER, *(_INT64,) * 5, _FLOAT, *(_POINTER,) * 5]
+        self._router = library.dmoe_router
+        self._router.argtypes = [*(_INT,) * 2, _POINTER, *(_INT64,) * 3, *(_POINTER,) * 3]
         self.select = library.dmoe_select
         """cpu/select.c, unchecked, as is the next."""
         self.select.argtypes = [_INT, *(_INT64,) * 6, _INT, _FLOAT, _DOUBLE, _INT64, *(_POINTER,) * 7]
@@ -108,11 +102,44 @@ class Library:
         if failure:
             raise ValueError(f"{self.path.name} refused a linear layer in variant {variant} with code {failure}")
 
+    def attention(self, variant: int, threads: int, sizes: tuple[int, ...], scale: float, *data: int) -> None:
+        """Call `dmoe_attention` (cpu/attention.c) with checked arguments. Raises MemoryError."""
+        failure = self._attention(variant, threads, self.parallel, *sizes, scale, *data)
+        if failure == NO_MEMORY:
+            raise MemoryError(f"no memory for the workspace of attention to {sizes[-1]} positions")
+        if failure:
+            raise ValueError(f"{self.path.name} refused attention in variant {variant} with code {failure}")
+
     def weighted_sum(self, variant: int, sizes: tuple[int, ...], *data: int) -> None:
         """Call `dmoe_weighted_sum` (cpu/weighted_sum.c) with checked arguments."""
         failure = self._weighted_sum(variant, self.threads(), self.parallel, *sizes, *data)
         if failure:
             raise ValueError(f"{self.path.name} refused a weighted sum in variant {variant} with code {failure}")
+
+    def norm(self, variant: int, threads: int | None, sizes: tuple[int, int], eps: float, *data: int) -> None:
+        """Call `dmoe_norm` (cpu/norms.c) with checked arguments, on `threads` (None: torch's number)."""
+        failure = self._norm(variant, self._crew(threads), self.parallel, *sizes, eps, *data)
+        if failure:
+            raise ValueError(f"{self.path.name} refused a norm in variant {variant} with code {failure}")
+
+    def turn_heads(
+        self, variant: int, threads: int | None, sizes: tuple[int, ...], eps: float, *data: int | None
+    ) -> None:
+        """Call `dmoe_turn_heads` (cpu/norms.c) with checked arguments, on `threads` (None: torch's number)."""
+        failure = self._turn_heads(variant, self._crew(threads), self.parallel, *sizes, eps, *data)
+        if failure:
+            raise ValueError(f"{self.path.name} refused heads in variant {variant} with code {failure}")
+
+    def router(self, variant: int, threads: int | None, sizes: tuple[int, int, int], *data: int) -> None:
+        """Call `dmoe_router` (cpu/router.c) with checked arguments, on `threads` (None: torch's number)."""
+        failure = self._router(variant, self._crew(threads), self.parallel, *sizes, *data)
+        if failure == NO_MEMORY:
+            raise MemoryError(f"no memory for the workspace of a router's {sizes[0]} tokens")
+        if failure:
+            raise ValueError(f"{self.path.name} refused a router in variant {variant} with code {failure}")
+
+    def _crew(self, threads: int | None) -> int:
+        return self.threads() if threads is None or self.parallel is None else threads
 
 
 def _parallel() -> int | None:

@@ -22,6 +22,10 @@ SLAB_ALIGNMENT = 4096
 GEMM_SCRATCH_BYTES: dict[DeviceKind, int] = {"cpu": 16 * 2**20, "cuda": 32 * 2**20}
 """The matrix libraries' own buffers: up to 11 MB were measured with MKL and oneDNN on 2 threads; cuBLAS takes 8 to 32
 MiB."""
+GRAPH_ALIGNMENT = 512
+"""What torch rounds an allocation up to."""
+GRAPH_BYTES = 2**18
+"""The driver's memory for a recording of some sixty kernels; an estimate."""
 ATTENTION_ROWS = 32
 """As in `model.attention`."""
 ROUTING_BYTES_PER_SCORE = 64
@@ -80,6 +84,16 @@ def embedding_bytes(config: ModelConfig, itemsize: int) -> int:
     return config.vocab_size * config.hidden_size * itemsize
 
 
+def shared_activation_bytes(tokens: int, hidden: int, itemsize: int) -> int:
+    """Bytes of the buffer through which activations go to the CPU, where it computes some of the experts."""
+    return round_up(tokens * hidden * itemsize, SLAB_ALIGNMENT)
+
+
+def shared_result_bytes(outputs: int, hidden: int, itemsize: int) -> int:
+    """Bytes of the buffer through which so many outputs come back, with an int64 each that says where they belong."""
+    return round_up(round_up(outputs * hidden * itemsize, INT64) + outputs * INT64, SLAB_ALIGNMENT)
+
+
 def resident_bytes(config: ModelConfig, itemsize: int) -> int:
     """Bytes of all weights but the embedding table, the lm head and the routed experts.
 
@@ -121,6 +135,22 @@ def workspace_bytes(config: ModelConfig, forward: Forward, device: DeviceKind) -
     if device == "cuda":
         largest += largest // 4  # torch's caching allocator keeps freed blocks whose size fits no later stage
     return largest + GEMM_SCRATCH_BYTES[device]
+
+
+def step_graph_bytes(config: ModelConfig, step: Forward) -> int:
+    """Upper bound of what recordings of attention and router of a denoising step (`model.graphs`) take on a GPU: the
+    results of every layer, the working memory that all share, torch's rounding, the matrix library's buffers on the
+    stream that records, and the driver's own share.
+    """
+    tokens, item = step.tokens, step.itemsize
+    stream = tokens * config.hidden_size * item
+    kept = 2 * round_up(stream, GRAPH_ALIGNMENT) + round_up(tokens * config.num_experts * FLOAT32, GRAPH_ALIGNMENT)
+    angles = 2 * round_up(tokens * config.rotary * item, GRAPH_ALIGNMENT)
+    norm = tokens * config.hidden_size * 2 * (FLOAT32 + item)
+    working = 3 * stream + max(norm, _attention_bytes(config, step, "cuda"))
+    layers = len(config.moe_layers)
+    shared = stream + working + working // 4 + GEMM_SCRATCH_BYTES["cuda"]
+    return layers * (kept + angles + GRAPH_BYTES) + shared
 
 
 def _prompt_bytes(config: ModelConfig, forward: Forward) -> int:

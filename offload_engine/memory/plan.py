@@ -40,6 +40,10 @@ class Setup:
     """What the process (cpu) or the driver and its libraries (cuda) already take; None: `RUNTIME_BYTES`."""
     transfers_in_flight: int = 2
     """Bounce buffers between disk and device; only "cuda" needs them."""
+    shared_tokens: int = 0
+    """Tokens of the largest forward of whose experts the CPU may compute some, beside a device; 0: it never does."""
+    step_graphs: bool = False
+    """Attention and routers of denoising steps are replayed from recordings, which have memory of their own."""
 
     @property
     def block(self) -> int:
@@ -71,7 +75,8 @@ class MemoryPlan:
     taken before it is needed: a run with prompts shorter than `forward_tokens` stays below the planned peak by some of
     it, and so does one that draws no tokens from a large vocabulary (temperature 0)."""
     staging: int
-    """Embedding rows on their way to the device; 0 on "cpu". Experts land in their slots directly."""
+    """Embedding rows, and outputs of experts that the CPU computes, on their way to the device; 0 on "cpu". Experts
+    land in their slots directly."""
     runtime: int
     slab_bytes: int
     slots: int

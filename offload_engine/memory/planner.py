@@ -150,17 +150,20 @@ def _without_slots(config: ModelConfig, setup: Setup, context: int, budget: int)
     tokens = max(min(positions, setup.chunk), min(setup.sequences * positions, setup.step_tokens))
     prompt = positions if positions > setup.chunk else 0
     forward = _forward(config, setup, tokens, positions, setup.block, prompt)
+    step = _forward(config, setup, setup.block, positions, setup.block, prompt=0)
+    graphs = footprint.step_graph_bytes(config, step) if setup.step_graphs else 0
     vocabulary = footprint.embedding_bytes(config, item)
     slab = setup.slab_bytes or footprint.estimated_slab_bytes(config, setup.stored_itemsize)
     hosted = cuda and not config.tie_word_embeddings  # a tied table is the lm head, which the device needs
     tables = 1 if hosted or config.tie_word_embeddings else 2
+    results, shared = _sharing(config, setup, slab)
     return MemoryPlan(
         device=setup.device,
         budget=budget,
         weights=footprint.resident_bytes(config, item) + tables * vocabulary,
         kv_cache=setup.sequences * footprint.kv_bytes_per_position(config, item) * positions,
-        workspace=footprint.workspace_bytes(config, forward, setup.device),
-        staging=tokens * config.hidden_size * item if hosted else 0,
+        workspace=footprint.workspace_bytes(config, forward, setup.device) + graphs,
+        staging=(tokens * config.hidden_size * item if hosted else 0) + results,
         runtime=RUNTIME_BYTES[setup.device] if setup.runtime_bytes is None else setup.runtime_bytes,
         slab_bytes=slab,
         slots=0,
@@ -171,12 +174,24 @@ def _without_slots(config: ModelConfig, setup: Setup, context: int, budget: int)
         sequences=setup.sequences,
         forward_tokens=tokens,
         host_embedding=vocabulary if hosted else 0,
-        host_staging=setup.transfers_in_flight * slab if cuda else 0,
+        host_staging=(setup.transfers_in_flight * slab if cuda else 0) + shared,
         host_slots=0,
         host_budget=None,
         reasons={},
         warnings=warnings,
     )
+
+
+def _sharing(config: ModelConfig, setup: Setup, slab: int) -> tuple[int, int]:
+    """Bytes on the device and on the host of what the CPU needs to compute experts beside it: activations, outputs, and
+    an expert that has left the host tier at the last moment.
+    """
+    if setup.device != "cuda" or not setup.shared_tokens:
+        return 0, 0
+    choices = config.num_experts_per_tok if setup.choices is None else setup.choices
+    down = footprint.shared_activation_bytes(setup.shared_tokens, config.hidden_size, setup.itemsize)
+    up = footprint.shared_result_bytes(setup.shared_tokens * choices, config.hidden_size, setup.itemsize)
+    return down + up, down + up + slab
 
 
 def _with_host_tier(config: ModelConfig, setup: Setup, plan: MemoryPlan, host_mem: int) -> MemoryPlan:
@@ -197,18 +212,19 @@ def _with_host_tier(config: ModelConfig, setup: Setup, plan: MemoryPlan, host_me
 
 def _held_by_machine(config: ModelConfig, setup: Setup, plan: MemoryPlan, least: int, limit: int) -> MemoryPlan:
     """`plan` with a warning if its budget exceeds what the machine can give; refused if its total does."""
+    holder = "this GPU" if setup.device == "cuda" else "this machine"
     if plan.total > limit:
         if least > limit:
             way_out = f"this model needs at least {_exact(least)}: free memory, or use a larger machine"
         else:
             way_out = f"set gpu_mem to at most {limit} bytes, or free memory"
         raise MemoryBudgetError(
-            f"gpu_mem is {format_bytes(plan.budget)} and allows a peak of {format_bytes(plan.total)}, but this machine "
+            f"gpu_mem is {format_bytes(plan.budget)} and allows a peak of {format_bytes(plan.total)}, but {holder} "
             f"has only {format_bytes(limit)} to give; {way_out}{_table(config, setup, plan)}"
         )
     if plan.budget > limit:
         warning = (
-            f"gpu_mem is {format_bytes(plan.budget)}, but this machine has only {format_bytes(limit)} to give; "
+            f"gpu_mem is {format_bytes(plan.budget)}, but {holder} has only {format_bytes(limit)} to give; "
             f"this model's plan needs no more than {format_bytes(plan.total)}"
         )
         return replace(plan, warnings=(*plan.warnings, warning))

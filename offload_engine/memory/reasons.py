@@ -16,15 +16,17 @@ def reasons_of(plan: MemoryPlan, config: ModelConfig, setup: Setup) -> dict[str,
     slab = format_bytes(plan.slab_bytes)
     measured = "estimated" if setup.runtime_bytes is None else "measured"
     where = "CUDA context and libraries" if plan.device == "cuda" else "the process without the model"
+    graphs = ", and recordings of attention in denoising steps" if setup.step_graphs else ""
     several = f"{plan.sequences} sequences x " if plan.sequences > 1 else ""
+    shared = ", outputs of experts computed on the CPU" if setup.shared_tokens else ""
     return {
         "weights": _weights(plan, config, setup),
         "KV cache": (
             f"{several}{plan.kv_positions} positions x {config.num_hidden_layers} layers x keys and values of "
             f"{config.num_key_value_heads} heads x {config.head_dim}, {setup.itemsize} bytes each"
         ),
-        "workspace": f"upper bound for {plan.forward_tokens} tokens that see {plan.kv_positions} positions",
-        "staging": f"embedding rows of {plan.forward_tokens} tokens",
+        "workspace": f"upper bound for {plan.forward_tokens} tokens that see {plan.kv_positions} positions{graphs}",
+        "staging": f"embedding rows of {plan.forward_tokens} tokens{shared}",
         "runtime": f"{where}, {measured}",
         "expert slots": (
             f"{plan.slots} of {plan.all_experts} experts x {slab}, {plan.slots_per_layer:.1f} per MoE layer"
@@ -34,7 +36,8 @@ def reasons_of(plan: MemoryPlan, config: ModelConfig, setup: Setup) -> dict[str,
         "total": "planned peak",
         "spare": _spare(plan),
         "embedding table": "only the rows of a forward's tokens go to the device" if plan.host_embedding else "none",
-        "bounce buffers": f"{setup.transfers_in_flight} transfers in flight x {slab}",
+        "bounce buffers": f"{setup.transfers_in_flight} transfers in flight x {slab}"
+        + (f"; activations and outputs of {setup.shared_tokens} tokens, {slab}" if setup.shared_tokens else ""),
         "host slots": f"{plan.host_slots} of {plan.all_experts} experts x {slab}",
     }
 

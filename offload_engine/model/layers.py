@@ -10,7 +10,9 @@ from offload_engine import kernels
 
 
 class RMSNorm(nn.Module):
-    """Root-mean-square norm over the last dimension, computed in float32 and scaled in the input's dtype."""
+    """Root-mean-square norm over the last dimension, computed in float32 and scaled in the input's dtype; in bf16 on
+    the CPU by our kernel, if it is there and no gradient is wanted.
+    """
 
     def __init__(self, size: int, eps: float) -> None:
         super().__init__()
@@ -19,6 +21,8 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[.., size] in any float dtype -> the same."""
+        if kernels.serves_norm(x, self.weight):
+            return kernels.rms_norm(x, self.weight, self.eps)
         wide = x.float()
         normed = wide * torch.rsqrt(wide.pow(2).mean(dim=-1, keepdim=True) + self.eps)
         return self.weight * normed.to(x.dtype)

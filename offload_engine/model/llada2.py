@@ -14,6 +14,7 @@ from offload_engine.core import ForwardInfo, RoutingDecision
 from offload_engine.errors import InternalError
 from offload_engine.model.attention import Attention, KeyValues
 from offload_engine.model.config import ModelConfig
+from offload_engine.model.graphs import Attended, StepGraphs
 from offload_engine.model.layers import Linear, RMSNorm, SwiGLU, rotary_angles
 from offload_engine.model.moe import ExpertExecutor, MoEBlock
 from offload_engine.model.prefill import prefill
@@ -32,12 +33,19 @@ class Forward:
     key_values: KeyValues
     policy: RoutingPolicy
     experts: ExpertExecutor
+    graphs: StepGraphs | None = None
+    """Replays what comes before the experts, where earlier forwards did the same."""
 
     def policy_at(self, layer: int, *, preview: bool = False) -> Route:
         """How `layer` routes in this forward; a `preview` leaves no trace."""
         if isinstance(self.policy, SituatedPolicy):
             return self.policy.at(layer, self.info, preview=preview)
         return self.policy
+
+
+def residual_sum(out: Tensor, hidden: Tensor) -> Tensor:
+    """The residual stream `hidden` with `out` added to it, in the memory of `out`: fresh memory costs more."""
+    return out.add_(hidden)
 
 
 class DecoderLayer(nn.Module):
@@ -62,17 +70,28 @@ class DecoderLayer(nn.Module):
 
     def feed_forward(self, hidden: Tensor, forward: Forward) -> Tensor:
         """What the layer's second half adds to the residual stream: [.., T, H] -> [.., T, H]."""
-        normed = self.post_attention_layernorm(hidden)
-        if isinstance(self.mlp, MoEBlock):
-            out: Tensor = self.mlp(normed, forward.block_ids, forward.policy_at(self.layer), forward.experts)
+        normed, mlp = self.post_attention_layernorm(hidden), self.mlp
+        if isinstance(mlp, MoEBlock):
+            out: Tensor = mlp(normed, forward.block_ids, forward.policy_at(self.layer), forward.experts)
         else:
-            out = self.mlp(normed)
+            out = mlp(normed)
         return out
 
     def forward(self, hidden: Tensor, angles: tuple[Tensor, Tensor], forward: Forward) -> Tensor:
         """[.., T, H] -> [.., T, H]."""
-        hidden = self.attend(hidden, angles, forward.key_values).add_(hidden)  # fresh memory costs more than to add
-        return self.feed_forward(hidden, forward).add_(hidden)
+        if forward.graphs is not None and isinstance(self.mlp, MoEBlock):
+            work = partial(self.attended, angles, forward.key_values)
+            hidden, normed, logits = forward.graphs.run(self.layer, self.attention.query_key_value.weight, hidden, work)
+            policy = forward.policy_at(self.layer)
+            return residual_sum(self.mlp.routed(normed, logits, forward.block_ids, policy, forward.experts), hidden)
+        hidden = residual_sum(self.attend(hidden, angles, forward.key_values), hidden)
+        return residual_sum(self.feed_forward(hidden, forward), hidden)
+
+    def attended(self, angles: tuple[Tensor, Tensor], key_values: KeyValues, hidden: Tensor) -> Attended:
+        """The MoE layer up to its router, for `hidden` [T, H]."""
+        hidden = residual_sum(self.attend(hidden, angles, key_values), hidden)
+        normed = self.post_attention_layernorm(hidden)
+        return Attended(hidden, normed, cast("MoEBlock", self.mlp).gate(normed))
 
     def preview(self, hidden: Tensor, forward: Forward) -> RoutingDecision:
         """How this layer would route `hidden` [.., T, H] as it stands (the cross-layer gate of REFERENCE §3)."""
@@ -118,8 +137,9 @@ class LLaDA2Model(nn.Module):
         forward.experts.begin(forward.info)
         hidden = self.model.embed(token_ids, forward.positions.device)
         angles = rotary_angles(forward.positions, self.config.rotary, self.config.rope_theta, hidden.dtype)
+        routing = self.config.moe_layers
         for index, layer in enumerate(self.layers):
-            if index in self.config.moe_layers:
+            if index in routing:
                 forward.experts.prepare(index, partial(self.preview, hidden, forward))
             hidden = layer(hidden, angles, forward)
         normed: Tensor = self.model.norm(hidden)

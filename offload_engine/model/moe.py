@@ -144,6 +144,9 @@ class LayerOutputs(Protocol):
     def compute(self, work: Sequence[ExpertWork]) -> None:
         """Run some of the experts, each on the tokens that chose it."""
 
+    def put(self, places: Tensor, rows: Tensor) -> None:
+        """Take outputs [n, H] that were computed elsewhere; `places` [n] int64 as those of `ExpertTokens`."""
+
     def combine(self) -> Tensor:
         """The weighted sum [T, H]: accumulated in float32, then cast (REFERENCE §1). Once all have been computed."""
 
@@ -186,6 +189,10 @@ class ExpertOutputs:
             places = self.places[expert]
             rows = self.hidden.index_select(0, places.div(choices, rounding_mode="floor"))
             self.outputs.index_copy_(0, places, expert_ffn(rows, weights))
+
+    def put(self, places: Tensor, rows: Tensor) -> None:
+        """See `LayerOutputs`."""
+        self.outputs.index_copy_(0, places, rows)
 
     def combine(self) -> Tensor:
         """See `LayerOutputs`."""
@@ -258,6 +265,8 @@ class Router(nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         """[T, H] -> logits [T, E] float32."""
+        if kernels.serves_router(hidden, self.weight):
+            return kernels.router_logits(hidden, self.weight)
         return F.linear(hidden.float(), self.weight.float())
 
 
@@ -273,16 +282,27 @@ class MoEBlock(nn.Module):
 
     def forward(self, hidden: Tensor, block_ids: Tensor, policy: Route, experts: ExpertExecutor) -> Tensor:
         """[.., H] -> [.., H]; `block_ids` [T] with T the product of the leading dimensions."""
-        decision = self.route(hidden, block_ids, policy)
+        return self.routed(hidden, self.gate(hidden.flatten(0, -2)), block_ids, policy, experts)
+
+    def routed(
+        self, hidden: Tensor, logits: Tensor, block_ids: Tensor, policy: Route, experts: ExpertExecutor
+    ) -> Tensor:
+        """As `forward`, once the router has spoken: `logits` [T, E]."""
+        decision = self.decide(logits, block_ids, policy)
         return self.with_shared(experts.run(self.layer, hidden.flatten(0, -2), decision).view_as(hidden), hidden)
 
     def with_shared(self, routed: Tensor, hidden: Tensor) -> Tensor:
         """The routed experts' output and the shared ones' of `hidden`, both [.., H], together."""
-        if self.shared_experts is None:
+        shared_experts = self.shared_experts
+        if shared_experts is None:
             return routed
-        shared: Tensor = self.shared_experts(hidden)
+        shared: Tensor = shared_experts(hidden)
         return shared.add_(routed)
 
     def route(self, hidden: Tensor, block_ids: Tensor, policy: Route) -> RoutingDecision:
         """Where `hidden` [.., H], normed, goes."""
-        return policy(self.gate(hidden.flatten(0, -2)), self.gate.expert_bias, block_ids)
+        return self.decide(self.gate(hidden.flatten(0, -2)), block_ids, policy)
+
+    def decide(self, logits: Tensor, block_ids: Tensor, policy: Route) -> RoutingDecision:
+        """Where tokens with these `logits` [T, E] go."""
+        return policy(logits, self.gate.expert_bias, block_ids)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import heapq
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -43,6 +44,12 @@ class Transfers(Protocol):
     def advance(self) -> tuple[float, ExpertKey | None]:
         """Carry out the next event: its time, and the expert that arrived with it, if any did."""
 
+    def hosted(self, keys: Iterable[ExpertKey]) -> list[bool]:
+        """Which of these are in host memory, from which the CPU may compute them."""
+
+    def computed(self, keys: Iterable[ExpertKey]) -> None:
+        """The CPU has computed these from host memory."""
+
     @property
     def busy(self) -> float:
         """Seconds the last link before the slots was taken."""
@@ -57,6 +64,8 @@ class Direct:
     """One channel straight into the slots: disk on a machine without a GPU, the link where the host holds all."""
 
     channel: Channel
+    from_host: bool = False
+    """Whether it comes from host memory."""
     _flying: list[tuple[float, int, ExpertKey]] = field(default_factory=list)
     """Heap of (arrival, number, key); the number keeps what arrives together in the order of issue."""
     _issued: int = 0
@@ -74,6 +83,13 @@ class Direct:
         """See `Transfers`."""
         at, _number, key = heapq.heappop(self._flying)
         return at, key
+
+    def hosted(self, keys: Iterable[ExpertKey]) -> list[bool]:
+        """See `Transfers`."""
+        return [self.from_host for _key in keys]
+
+    def computed(self, keys: Iterable[ExpertKey]) -> None:
+        """See `Transfers`: nothing is forgotten here."""
 
     @property
     def busy(self) -> float:
@@ -125,6 +141,15 @@ class Tiered:
         self.host.loaded(key)
         self._over_the_link(key, at)
         return at, None
+
+    def hosted(self, keys: Iterable[ExpertKey]) -> list[bool]:
+        """See `Transfers`."""
+        return [self.host.state(key) is SlotState.RESIDENT for key in keys]
+
+    def computed(self, keys: Iterable[ExpertKey]) -> None:
+        """See `Transfers`."""
+        for key in keys:
+            self.host.use(key, 1.0)
 
     @property
     def busy(self) -> float:

@@ -17,6 +17,8 @@ from offload_engine.core import usage_error
 from offload_engine.errors import UsageError
 
 PROFILES: Final = Path(__file__).parent / "profiles"
+HOST: Final = ("host_bandwidth", "host_compute")
+"""Figures of the CPU beside a GPU; without them no expert can be computed there."""
 UNITS: Final = {
     "memory": "B",
     "memory_bandwidth": "B/s",
@@ -34,6 +36,8 @@ UNITS: Final = {
     "pageable_bandwidth": "B/s",
     "link_latency": "s",
     "host_memory": "B",
+    "host_bandwidth": "B/s",
+    "host_compute": "FLOP/s",
     "disk_bandwidth": "B/s",
     "disk_latency": "s",
 }
@@ -92,6 +96,10 @@ class Profile(BaseModel):
     link_latency: Figure | None = None
     host_memory: Figure | None = None
     """RAM of a usual machine with this card; not a property of the card."""
+    host_bandwidth: Figure | None = None
+    """At which that machine's CPU reads an expert's weights from RAM while it computes one token with them."""
+    host_compute: Figure | None = None
+    """What every further token of an expert comes to there."""
     disk_bandwidth: Figure
     """Direct reads of whole experts, two under way."""
     disk_latency: Figure
@@ -111,7 +119,15 @@ class Profile(BaseModel):
         if found != wanted:
             odd = ", ".join(name for name in LINK if (name in found) != (name in wanted))
             raise ValueError(f"device is {self.device!r}, which {'needs' if wanted else 'has no'} {odd}")
+        told = [name for name in HOST if getattr(self, name) is not None]
+        if told and (self.device == "cpu" or len(told) < len(HOST)):
+            raise ValueError(f"{' and '.join(HOST)} belong together, and to a machine with a GPU; found {told[0]}")
         return self
+
+    @property
+    def shares(self) -> bool:
+        """Whether it says what an expert takes on the CPU beside the GPU."""
+        return self.host_bandwidth is not None
 
     def with_values(self, source: str, **values: float) -> Profile:
         """The same with some figures measured; `source` says by what."""

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from offload_engine.core import Phase
+from offload_engine.core import ExpertKey, Phase
 from offload_engine.errors import InternalError
 from offload_engine.experts.predictor import ExpertPredictor, PredictionCounts
 from offload_engine.experts.prefetch import PREDICTION_SHARE, RECENT_RUNS, prefetch_order
@@ -19,6 +19,7 @@ from offload_engine.experts.scheduler import Command, Compute, ExpertScheduler, 
 from offload_engine.simulate.channel import Channel, Direct, Transfers
 from offload_engine.simulate.forwards import ForwardRun, LayerRun
 from offload_engine.simulate.gate import Gate
+from offload_engine.simulate.sharing import Shared, Sharing
 
 
 class CostModel(Protocol):
@@ -95,6 +96,8 @@ class Moment:
     loads: int
     requests: int
     hits: int
+    on_cpu: int = 0
+    """Of the requests, those computed on the CPU."""
 
 
 @dataclass(slots=True)
@@ -109,7 +112,7 @@ class ReplayResult:
     """Denoising forwards."""
     seconds: float = 0.0
     stall_seconds: float = 0.0
-    """Compute waiting for a transfer."""
+    """Compute waiting for a transfer, or for the CPU."""
     transfer_seconds: float = 0.0
     """Of the transfers that a layer asked for, whether before or after they began."""
     moments: list[Moment] = field(default_factory=list)
@@ -144,9 +147,10 @@ class Replay:
         transfers: Transfers | None = None,
         launch: int = 1,
         gate: Gate | None = None,
+        sharing: Sharing | None = None,
     ) -> None:
         """`depth`: layers to prefetch ahead, 0 for none; `transfers` None: those of `Costs`; `launch`: experts that are
-        computed together, at most; `gate` None: no previews.
+        computed together, at most; `gate` None: no previews; `sharing` None: the CPU computes no expert.
         """
         if transfers is None:
             if not isinstance(costs, Costs):
@@ -161,6 +165,7 @@ class Replay:
         self.transfers = transfers
         self.launch = launch
         self.gate = gate
+        self.sharing = sharing
         self._now = 0.0
         self._ready: deque[Compute] = deque()
         self._requests = 0
@@ -197,6 +202,7 @@ class Replay:
             result.loads,
             self._requests,
             self.scheduler.counters.hits,
+            self.scheduler.counters.elsewhere,
         )
 
     def _run_layer(self, forward: ForwardRun, run: LayerRun) -> None:
@@ -204,18 +210,32 @@ class Replay:
         self._pass(self.costs.before(forward, run))
         self.predictor.observe(run.layer, run.experts, run.scores, run.learned)
         self._requests += len(run.experts)
-        moved = self._moved()
-        self._carry_out(self.scheduler.want(run.layer, run.experts, run.scores, run.outlook))
-        share = (self._moved() - moved) / max(1, len(run.experts))
+        moved = self.scheduler.counters.moved
+        shared = self._shared(forward, run)
+        done = self._now + shared.seconds
+        self._pass(shared.own)
+        self._carry_out(self.scheduler.want(run.layer, run.experts, run.scores, run.outlook, shared.experts))
+        share = (self.scheduler.counters.moved - moved) / max(1, len(run.experts))
         self._moved_share += (share - self._moved_share) / RECENT_RUNS
-        missing = len(run.experts)
+        missing = len(run.experts) - len(shared.experts)
         while missing:
             computes = self._next_computes()
             self._pass(self.costs.experts(forward, run, len(computes)))
             for compute in computes:
                 self._carry_out(self.scheduler.computed(compute.key))
             missing -= len(computes)
+        self._stall(done)
         self._pass(self.costs.after(forward, run))
+
+    def _shared(self, forward: ForwardRun, run: LayerRun) -> Shared:
+        """What the CPU computes of a layer."""
+        if self.sharing is None:
+            return Shared()
+        absent = self.scheduler.absent(run.layer, run.experts)
+        hosted = self.transfers.hosted(ExpertKey(run.layer, expert) for expert in absent)
+        shared = self.sharing.share(forward, run, absent, hosted, self.scheduler.copies_ahead)
+        self.transfers.computed(ExpertKey(run.layer, expert) for expert in absent if expert in shared.experts)
+        return shared
 
     def _guesses(self, forward: ForwardRun, layer: int) -> list[tuple[int, list[tuple[int, float]]]]:
         if self._moved_share < PREDICTION_SHARE and forward.info.step:
@@ -235,18 +255,19 @@ class Replay:
                 self._pass(self.costs.preview(forward))
                 self.predictor.offer(layer, *self.gate.preview(self._number, runs[layer], distance))
 
-    def _moved(self) -> int:
-        return self.scheduler.counters.misses + self.scheduler.counters.prefetches_used
-
     def _next_computes(self) -> list[Compute]:
         while not self._ready:
             event = self.transfers.next_event()
             if event is None:
                 raise InternalError("the replay waits for an expert, and no transfer is under way")
-            arrival = max(self._now, event)
-            self._result.stall_seconds += arrival - self._now
-            self._pass(arrival - self._now)
+            self._stall(event)
         return [self._ready.popleft() for _ in range(min(len(self._ready), self.launch))]
+
+    def _stall(self, until: float) -> None:
+        """Wait, if that is still to come."""
+        waited = max(0.0, until - self._now)
+        self._result.stall_seconds += waited
+        self._pass(waited)
 
     def _pass(self, seconds: float) -> None:
         """Let time go by; what arrives meanwhile is reported at its time, so that the channel goes on."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 
 from offload_engine.core import ExpertKey, Phase
@@ -13,12 +14,14 @@ from offload_engine.experts.cache import ExpertCache
 from offload_engine.experts.eviction import LRU, make_eviction
 from offload_engine.experts.predictor import ExpertPredictor, Oracle, make_predictor
 from offload_engine.experts.scheduler import LAUNCH_EXPERTS, ExpertScheduler
+from offload_engine.experts.sharing import ShareMode
 from offload_engine.simulate.belady import belady_misses
 from offload_engine.simulate.channel import Channel, Direct, Tiered, Transfers
 from offload_engine.simulate.forwards import ForwardRun
 from offload_engine.simulate.gate import ACCURACY, Gate
 from offload_engine.simulate.profile import Figure
 from offload_engine.simulate.replay import Moment, Replay
+from offload_engine.simulate.sharing import Sharing
 from offload_engine.simulate.synchronous import on_demand
 from offload_engine.simulate.timing import Timing
 
@@ -40,6 +43,8 @@ class Setting:
     pinned: bool = True
     gate_accuracy: float | None = ACCURACY
     """See `Gate`; None: no previews."""
+    cpu_experts: ShareMode = "off"
+    """As of `EngineConfig`; of no effect without a GPU."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +67,8 @@ class Figures:
     """Share of the time in which the link into the slots was taken: PCIe, or the disk of a machine without a GPU."""
     loads: float
     """Transfers completed per step."""
+    on_cpu: float = 0.0
+    """Experts computed on the CPU per step."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,6 +176,7 @@ class Simulation:
             stall=_share(ended.stall_seconds - (began.stall_seconds if began else 0.0), seconds),
             link_busy=_share(ended.busy_seconds - (began.busy_seconds if began else 0.0), seconds),
             loads=(ended.loads - (began.loads if began else 0)) / steps,
+            on_cpu=(ended.on_cpu - (began.on_cpu if began else 0)) / steps,
         )
 
     def _counted(self) -> Sequence[ForwardRun]:
@@ -202,6 +210,7 @@ class Simulation:
             transfers,
             LAUNCH_EXPERTS,
             gate,
+            self._sharing(setting),
         )
         return replay.run(self.trace).moments
 
@@ -220,7 +229,12 @@ class Simulation:
             return Direct(disk)
         link = Channel(self.timing.link_seconds(pinned=setting.pinned), _value(self.timing.profile.link_latency))
         host = self._host_cache(setting)
-        return Direct(link) if host is None else Tiered(disk, link, host)
+        return Direct(link, from_host=True) if host is None else Tiered(disk, link, host)
+
+    def _sharing(self, setting: Setting) -> Sharing | None:
+        if setting.cpu_experts == "off" or not self.timing.profile.shares:
+            return None
+        return Sharing(setting.cpu_experts, self.timing.shape.top_k, partial(self.timing.rates, pinned=setting.pinned))
 
     def _host_cache(self, setting: Setting) -> ExpertCache | None:
         """The host tier, filled before the run with as many experts of each layer as it holds; None: it holds all."""

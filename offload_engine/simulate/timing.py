@@ -11,6 +11,9 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from offload_engine.errors import InternalError
+from offload_engine.experts.cpu_rates import HANDOVER, OWN_PART
+from offload_engine.experts.sharing import Rates
 from offload_engine.simulate.forwards import ForwardRun, LayerRun
 from offload_engine.simulate.profile import Profile
 
@@ -121,6 +124,26 @@ class Timing:
             return math.inf
         whole = profile.link_bandwidth.value * profile.link_efficiency.value
         return self.shape.expert_bytes / (whole if pinned else min(whole, profile.pageable_bandwidth.value))
+
+    def rates(self, forward: ForwardRun, *, pinned: bool = True) -> Rates:
+        """What it takes to share misses with the CPU: its kernels read an expert's weights once, and spend on each of
+        its tokens what the products come to. Only of a profile that `shares`.
+        """
+        profile, shape = self.profile, self.shape
+        if profile.host_bandwidth is None or profile.host_compute is None or profile.link_latency is None:
+            raise InternalError(f"profile {profile.name} says nothing of the CPU")
+        copy = self.link_seconds(pinned=pinned)
+        row = shape.hidden * shape.itemsize * copy / shape.expert_bytes
+        trip = 2 * profile.link_latency.value + profile.readback.value + forward.size.tokens * row + HANDOVER
+        return Rates(
+            copy=copy,
+            expert=shape.expert_bytes / profile.host_bandwidth.value,
+            token=2 * 3 * shape.hidden * shape.expert_width / profile.host_compute.value,
+            trip=trip,
+            row=row,
+            own=OWN_PART,
+            read=self.disk_seconds(),
+        )
 
     def disk_seconds(self) -> float:
         """Of one expert from disk."""

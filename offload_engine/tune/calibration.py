@@ -33,7 +33,7 @@ def record(config: EngineConfig, directory: Path) -> list[Path]:
 
 def _record(config: EngineConfig, routing: str, directory: Path) -> Path:
     path = directory / f"{routing}.jsonl"
-    values = config.model_dump(exclude_unset=True) | {"routing": routing, "hot_set": "off"}
+    values = config.model_dump(exclude_unset=True) | {"routing": routing, "hot_set": "off", "tuned": "off"}
     with Engine.from_pretrained(config=EngineConfig(**values)) as engine:
         engine.record_trace(path)
         steps = 0

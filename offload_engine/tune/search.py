@@ -73,12 +73,20 @@ def best_knobs(trial: Trial, start: Knobs) -> tuple[Knobs, Figures]:
     return best, figures_of(best)
 
 
-def survey(routings: Sequence[Routing], sizes: Sequence[Budget], machine: Machine, knobs: Knobs) -> list[Point]:
-    """Every routing under every budget."""
+def survey(
+    routings: Sequence[Routing],
+    sizes: Sequence[Budget],
+    machine: Machine,
+    knobs: Knobs,
+    advance: Callable[[int], None] = lambda _points: None,
+) -> list[Point]:
+    """Every routing under every budget; `advance` is told how many more points are done."""
     points = []
     for routing in routings:
         simulation = machine.run(routing.records)
-        points += [Point(routing, size, machine.play(simulation, knobs, size.slots)) for size in sizes]
+        for size in sizes:
+            points.append(Point(routing, size, machine.play(simulation, knobs, size.slots)))
+            advance(1)
     return points
 
 

@@ -49,6 +49,18 @@ def test_every_turn_knows_those_before(speaking, answers):
     assert "tokens/s, " in done.stderr.splitlines()[-1]
 
 
+def test_a_turn_begins_with_what_the_last_one_left(speaking):
+    long = "How many? " * 10
+    done = chat("--model", speaking, *SHORT, stdin=f"{long}\nmore\n/stats\n")
+    again = chat("--model", speaking, *SHORT, "--prefix-reuse", "off", stdin=f"{long}\nmore\n/stats\n")
+    assert done.stdout_bytes == again.stdout_bytes
+
+    def forwards(result):
+        return result.stderr.split("expert requests")[1].split(":")[0]
+
+    assert int(forwards(done)) < int(forwards(again))
+
+
 def test_reset_forgets_and_exit_ends(speaking, answers):
     done = chat("--model", speaking, *SHORT, stdin="two\n/reset\none\n/exit\none\n")
     assert done.stdout_bytes.decode().endswith(ended(answers[0]))

@@ -5,8 +5,9 @@ import json
 import pytest
 
 from offload_engine.cli import doctor as doctor_module
-from offload_engine.doctor import disk, graphics
+from offload_engine.doctor import device_kernels, disk, graphics
 from offload_engine.doctor.graphics import Card, Graphics
+from offload_engine.kernels import grouped
 from offload_engine.simulate.profile import load_profile
 from tests.cli.command_line import ROOT, complaint, dmoe_command
 
@@ -63,10 +64,25 @@ def test_a_gpu_without_a_torch_for_it(monkeypatch):
     card = Card("RTX 4060", 8 * 10**9, 7 * 10**9, (8, 9), 8, 8, 4)
     monkeypatch.setattr(graphics, "read_graphics", lambda: Graphics(driver="570", cuda=(12, 8), cards=(card,)))
     monkeypatch.setattr(doctor_module.torch.version, "cuda", None)
+    monkeypatch.setattr(device_kernels, "read_cuda_kernels", lambda _card: (False, "l.so: run `make cuda`"))
     _, _, checks = findings("--device", "cpu", "--gpu-mem", "4GB")
     assert checks["torch"]["level"] == "warning"
     assert checks["GPU 0"]["found"].startswith("RTX 4060")
-    assert "nvcc" in checks
+    assert "l.so: run" in checks["CUDA kernels"]["found"]
+    assert "make cuda" in checks["CUDA kernels"]["way_out"]
+    assert checks["Triton"]["found"].startswith("torch computes the experts of a GPU one by one: ")
+
+
+def test_a_bad_choice_of_kernels_is_a_problem_with_its_way_out(monkeypatch):
+    monkeypatch.setenv("OFFLOAD_ENGINE_TRITON", "maybe")
+    monkeypatch.setattr(device_kernels, "read_cuda_kernels", lambda _card: (True, "built for it"))
+    monkeypatch.setattr(doctor_module.torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(doctor_module.torch.cuda, "device_count", lambda: 1)
+    grouped.why_not.cache_clear()
+    found = list(doctor_module._device_kernels(0))
+    assert [one.check for one in found] == ["CUDA kernels", "GPU kernels"]
+    assert (found[1].found or found[1].way_out).startswith("OFFLOAD_ENGINE_TRITON='maybe'")
+    assert found[1].level.word == "problem"
 
 
 def test_a_model_that_is_not_there_and_a_budget_too_small(tmp_path):

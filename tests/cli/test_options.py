@@ -7,7 +7,7 @@ import pytest
 
 import offload_engine
 from offload_engine import EngineConfig, SamplingParams
-from offload_engine.cli.commands import bench, conversion, evaluation, plan, run
+from offload_engine.cli.commands import bench, conversion, evaluation, plan, run, serving
 from offload_engine.cli.options import EVALUATION_NAMES, SAMPLING_NAMES, take_engine_config, take_sampling_params
 from offload_engine.errors import OffloadError
 from tests.cli.command_line import ROOT, dmoe_command
@@ -47,7 +47,9 @@ def test_what_is_not_given_is_the_default():
     assert take_sampling_params(options) == SamplingParams()
 
 
-@pytest.mark.parametrize("command", [run, plan, evaluation, bench, conversion], ids=lambda command: command.name)
+@pytest.mark.parametrize(
+    "command", [run, serving, plan, evaluation, bench, conversion], ids=lambda command: command.name
+)
 def test_every_option_is_explained_here_and_in_the_manual(command):
     manual = (ROOT / "docs" / "command-line.md").read_text()
     for option in command.params:

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from offload_engine import assembly
+from offload_engine import assembly, planning
 from offload_engine.decode.kv_cache import PrefixCache
 from offload_engine.experts import disk_file
 from offload_engine.experts.conversion import convert
@@ -118,8 +118,8 @@ def test_a_budget_below_the_dense_weights_is_refused_before_loading(model, monke
 
 
 def test_memory_that_goes_after_the_plan_was_made(model, monkeypatch):
-    answers = iter([10**10, 10**5])
-    monkeypatch.setattr(assembly, "available_memory", lambda: next(answers))
+    monkeypatch.setattr(planning, "available_memory", lambda: 10**10)
+    monkeypatch.setattr(assembly, "available_memory", lambda: 10**5)
     done = dmoe_run("--model", model, *SHORT, "-p", "a")
     assert complaint(done).startswith("100 KB of memory are left")
     assert done.exit_code == 4

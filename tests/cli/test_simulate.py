@@ -87,6 +87,33 @@ def test_every_combination_is_simulated_and_says_so(trace: Path, model: Path) ->
     assert found["profiles"]["rtx4060-8gb"]["link_efficiency"]["estimate"] is True
 
 
+def test_misses_may_be_shared_with_the_cpu(trace: Path, model: Path) -> None:
+    arguments = (trace, "--model", model, "--gpu", "rtx4060", "--slots", 12, "--predictor", "none")
+    shares = ("--cpu-experts", "off", "--cpu-experts", "Auto", "--cpu-experts", "1")
+    found = simulated(*arguments, *shares)["results"]
+    assert [one["setting"]["cpu_experts"] for one in found] == ["off", "auto", 1.0]
+    off, _auto, whole = (one["simulated"] for one in found)
+    assert off["on_cpu"] == 0
+    assert whole["on_cpu"] > 0
+    table = dmoe_command("simulate", *arguments, *shares).stdout
+    assert "CPU experts" in table
+    assert "on CPU/step" in table
+    assert "CPU experts" not in dmoe_command("simulate", *arguments).stdout
+
+
+@pytest.mark.parametrize(("gpu", "reason"), [("cpu-disk", "has no GPU"), ("bare.toml", "lacks host_bandwidth and")])
+def test_a_profile_that_says_nothing_of_the_cpu_is_refused(
+    tmp_path: Path, trace: Path, model: Path, gpu: str, reason: str
+) -> None:
+    lines = load_profile("rtx4060").toml().splitlines(keepends=True)
+    (tmp_path / "bare.toml").write_text("".join(line for line in lines if not line.startswith(("host_b", "host_c"))))
+    place = str(tmp_path / gpu) if gpu.endswith(".toml") else gpu
+    done = dmoe_command("simulate", trace, "--model", model, "--gpu", place, "--slots", 12, "--cpu-experts", "auto")
+    assert done.exit_code == 2
+    assert "--cpu-experts is auto, but profile" in done.stderr
+    assert reason in done.stderr
+
+
 def test_slots_come_from_the_planner(trace: Path) -> None:
     arguments = [RECORDED, "--gpu", "rtx4060", "--gpu-mem", "6GB", "--gpu-mem", "8GB", "--host-mem", "9GB"]
     found = simulated(*arguments, "--predictor", "none")

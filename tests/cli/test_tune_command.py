@@ -2,10 +2,12 @@ from __future__ import annotations
 
 import gzip
 import json
+import shutil
 
 import pytest
 
 from offload_engine.config import load_config
+from offload_engine.learned import recall_tuning
 from offload_engine.tune import calibration, search
 from tests.cli.command_line import FAST, ROOT, complaint, dmoe_command, dmoe_run
 
@@ -134,3 +136,21 @@ def test_a_config_that_can_not_be_written(tmp_path, traces):
     done = dmoe_command("tune", *asked, "--out", tmp_path / "absent" / "t.toml")
     assert done.exit_code == 1
     assert "--out" in complaint(done)
+
+
+def test_what_was_found_for_a_card_is_kept_for_auto(tmp_path, speaking, monkeypatch):
+    directory = tmp_path / "model"
+    shutil.copytree(speaking, directory)
+    asked = ["--model", directory, "--max-context", "256", "--gpu", "rtx4060", *ONE_P]
+    found, _ = tuned(tmp_path / "t.toml", *asked)
+    assert found["remembered"] == str(directory / ".tuned.json")
+    (kept,) = recall_tuning(directory)
+    assert kept.device == "NVIDIA GeForce RTX 4060"
+    assert kept.slots == found["smallest"]["slots"]
+    assert kept.knobs == found["chosen"]["knobs"]
+    assert kept.routing == {"routing": found["smallest"]["settings"]["routing"]}
+    (directory / ".tuned.json").unlink()
+    for changed in (["--gpu", "cpu-disk"], ["--gpu-mem", "4GB"], ["--expert-mem", "1MB"]):
+        found, _ = tuned(tmp_path / "t.toml", *asked, *changed)
+        assert found["remembered"] is None, changed
+    assert not recall_tuning(directory)

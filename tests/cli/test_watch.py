@@ -8,10 +8,9 @@ from rich.console import Console
 from offload_engine import Engine, EngineStats, SamplingParams, StepEvent
 from offload_engine.cli.live import LiveWatch, occupancy_bar, render
 from offload_engine.cli.terminal import visible
-from offload_engine.cli.watch import Board, Frame, PlainWatch, Token, plain_line, token_texts
+from offload_engine.cli.watch import Board, Frame, PlainWatch, Token, plain_line
 from offload_engine.experts.cache import Occupancy
-from offload_engine.text import load_tokenizer
-from tests.cli.command_line import EOS, MASK, SHORT, dmoe_run
+from tests.cli.command_line import MASK, SHORT, dmoe_run
 
 PARAMS = SamplingParams(max_new_tokens=48, block_length=16, steps=4)
 
@@ -77,17 +76,6 @@ def test_occupancy_is_the_caches_own(engine):
         if shown is not None:
             assert sum(shown.occupancy[:3]) == engine.plan.slots < engine.plan.all_experts
     assert engine.occupancy().resident > 0
-
-
-def test_a_character_of_several_tokens_appears_whole(speaking):
-    tokenizer = load_tokenizer(speaking, 261)
-    ids = tuple(tokenizer.encode_text("aé\x1bé"))
-    assert len(ids) == 6
-    signs = {MASK: "?", EOS: "!"}
-    assert token_texts((MASK, *ids, EOS), signs, tokenizer) == ["?", "a", "", "é", "␛", "", "é", "!"]
-    cut = (*ids[:2], MASK, *ids[2:3])
-    assert "".join(token_texts(cut, signs, tokenizer)) == "a\ufffd?\ufffd"
-    assert token_texts((5, MASK), signs, None) == [" 5", "?"]
 
 
 def test_a_plain_line_stays_one_line():

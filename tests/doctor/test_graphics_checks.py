@@ -13,7 +13,6 @@ from offload_engine.doctor.graphics import (
     Card,
     Graphics,
     check_card,
-    check_compiler,
     check_device,
     check_driver,
     check_torch,
@@ -64,10 +63,6 @@ def test_torch_beside_the_card_and_its_driver() -> None:
 def test_the_device_asked_for(wanted: str, count: int, level: Level) -> None:
     assert check_device(wanted, count).level is level
     assert bool(check_device(wanted, count).way_out) is (level is Level.PROBLEM)
-
-
-def test_a_compiler_is_never_needed() -> None:
-    assert check_compiler(None).level is check_compiler("/usr/bin/nvcc").level is Level.OK
 
 
 def nvml(monkeypatch: pytest.MonkeyPatch, *, driver: bool = True, lanes: bool = True) -> ModuleType:

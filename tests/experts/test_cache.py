@@ -56,6 +56,21 @@ def test_what_has_a_slot_is_held_loading_or_resident() -> None:
     assert cache.held(KEYS) == [C]
 
 
+def test_a_cache_shrinks_to_the_slots_that_are_there() -> None:
+    cache = make(8, share=0.5)
+    bring(cache, A, B)
+    with pytest.raises(InternalError, match="shrink to 1"):
+        cache.shrink(1)
+    cache.check()
+    cache.shrink(3)
+    cache.check()
+    assert (cache.slots, cache.probation_limit, cache.has_free) == (3, 1, True)
+    assert bring(cache, C, D) == [None, A]
+    cache.reset({})
+    cache.check()
+    assert cache.occupancy().free == 3
+
+
 def test_a_failed_load_gives_its_slot_back() -> None:
     cache = make(1)
     cache.reserve(A, prefetch=True)

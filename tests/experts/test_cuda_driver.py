@@ -10,8 +10,10 @@ import pytest
 import torch
 
 from offload_engine.errors import MemoryBudgetError
+from offload_engine.experts.transfer import pinned
 from offload_engine.experts.transfer.base import Stream
 from offload_engine.experts.transfer.cuda_driver import CudaDriver
+from offload_engine.experts.transfer.pinned import PinnedSlabs
 
 CUDA = torch.device("cuda", 0)
 
@@ -34,13 +36,11 @@ class FakeStream:
 
 
 class FakeEvent:
-    def __init__(self, *, blocking: bool) -> None:
+    def __init__(self, *, blocking: bool, enable_timing: bool) -> None:
         assert blocking, "a host that waits must not spin"
+        self.timed = enable_timing
         self.recorded: list[Any] = []
         self.synchronized = 0
-
-    def query(self) -> bool:
-        return self.synchronized > 0
 
     def record(self, stream: Any) -> None:
         self.recorded.append(stream)
@@ -48,17 +48,27 @@ class FakeEvent:
     def synchronize(self) -> None:
         self.synchronized += 1
 
+    def query(self) -> bool:
+        return self.synchronized > 0
+
+    def elapsed_time(self, later: FakeEvent) -> float:
+        assert self.timed
+        assert later.timed
+        return 2500.0
+
 
 class FakeRuntime:
-    """The calls of the CUDA runtime that we use; the first registrations are refused."""
+    """The calls of the CUDA runtime that we use; registrations are refused after some that are granted."""
 
-    def __init__(self, refuses: int = 0) -> None:
-        self.refuses = refuses
+    def __init__(self, refuses: int = 0, grants: int = 0) -> None:
+        self.refuses, self.grants = refuses, grants
         self.held: dict[int, int] = {}
 
     def cudaHostRegister(self, address: int, nbytes: int, flags: int) -> int:  # noqa: N802 (its name)
         assert flags == 0
-        if self.refuses:
+        if self.grants:
+            self.grants -= 1
+        elif self.refuses:
             self.refuses -= 1
             return 2
         self.held[address] = nbytes
@@ -117,6 +127,43 @@ def test_memory_is_registered_as_it_is_and_a_refusal_leaves_no_error_behind(
     assert not runtime.held
 
 
+@pytest.mark.parametrize("grants", [0, 1, 2, 3])
+def test_chunks_are_registered_once_filled_and_what_is_refused_stays_pageable(
+    monkeypatch: pytest.MonkeyPatch, grants: int
+) -> None:
+    slab = 2 * 4096
+    monkeypatch.setattr(pinned, "CHUNK_BYTES", 2 * slab)
+    runtime = FakeRuntime(refuses=9, grants=grants)
+    seen = Torch(monkeypatch, runtime)
+    slabs, registered = PinnedSlabs(CudaDriver(CUDA), 5, slab), []
+    for number in range(5):
+        assert slabs.have(number)
+        slabs.slabs[number].data[:] = bytes([number]) * slab
+        chunk = slabs.filled(number)
+        assert (chunk is None) == (number in (0, 2)), "a chunk is pinned with the last of its slabs"
+        if chunk is not None:
+            slabs.pin(chunk)
+        assert slabs.filled(number) is None, "filled again"
+        registered.append(sorted(runtime.held.values()))
+    whole = [2 * slab, 2 * slab, slab]
+    assert registered == [sorted(whole[: min(grants, done)]) for done in (0, 1, 1, 2, 3)]
+    assert list(runtime.held) == [slabs.slabs[number].tensor.data_ptr() for number in (0, 2, 4)][:grants]
+    assert all(address % 4096 == 0 for address in runtime.held)
+    assert [one.pinned for one in slabs.slabs] == [number < 2 * grants for number in range(5)]
+    assert slabs.pinned == min(2 * grants, 5)
+    assert seen.forgotten == (grants < 3), "one refusal is enough"
+    assert slabs.refusal == (None if grants == 3 else f"cudaHostRegister of {whole[grants]} bytes: out of memory")
+    slabs.close()
+    assert not runtime.held
+
+
+def test_host_memory_is_copied_by_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    Torch(monkeypatch, FakeRuntime())
+    source, target = torch.arange(8, dtype=torch.uint8), torch.zeros(8, dtype=torch.uint8)
+    CudaDriver(CUDA).move(source, target)
+    assert torch.equal(source, target)
+
+
 def test_copies_go_to_their_stream_and_launches_to_the_callers(monkeypatch: pytest.MonkeyPatch) -> None:
     seen = Torch(monkeypatch, FakeRuntime())
     driver = CudaDriver(CUDA)
@@ -156,6 +203,7 @@ def test_an_event_marks_one_stream_and_holds_up_another(monkeypatch: pytest.Monk
     driver = CudaDriver(CUDA)
     event = driver.event()
     inner = event._event
+    assert not inner.timed, "keeping the time costs time"
     event.record(Stream.COPY)
     event.before(Stream.COMPUTE)
     assert not event.done()
@@ -166,6 +214,13 @@ def test_an_event_marks_one_stream_and_holds_up_another(monkeypatch: pytest.Monk
     assert driver.stream(Stream.COMPUTE).waited == [inner]
     assert inner.synchronized == 1
     assert event._event is None
+
+
+def test_the_devices_milliseconds_are_our_thousandths_of_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
+    Torch(monkeypatch, FakeRuntime())
+    driver = CudaDriver(CUDA)
+    earlier, later = driver.event(timed=True), driver.event(timed=True)
+    assert later.seconds_since(earlier) == 2.5
 
 
 def test_a_card_without_room_is_a_budget_error(monkeypatch: pytest.MonkeyPatch) -> None:

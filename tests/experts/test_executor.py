@@ -26,6 +26,7 @@ from offload_engine.experts.scheduler import ExpertScheduler
 from offload_engine.experts.store import ExpertStore, load_all
 from offload_engine.experts.transfer.base import OnComplete, Stream, TransferTicket
 from offload_engine.experts.transfer.cpu import CpuTransfers
+from offload_engine.experts.transfer.stalls import HostStalls
 from offload_engine.metrics import EngineStats
 from offload_engine.model.attention import MaskedSequence, block_causal_mask
 from offload_engine.model.checkpoint import Checkpoint
@@ -37,10 +38,13 @@ from offload_engine.routing import POLICIES, RoutingOptions, make_policy
 from tests.checkpoints import tiny_config, write_checkpoint
 
 
-class ScrambledTransfers:
+class ScrambledTransfers(HostStalls):
     """A driver that completes copies in an order drawn in advance, and only once the slab has been scribbled over."""
 
+    notices = ()
+
     def __init__(self, store: ExpertStore, arena: SlotArena, order: Sequence[int]) -> None:
+        super().__init__()
         self.store = store
         self.arena = arena
         self.order = list(order) or [0]

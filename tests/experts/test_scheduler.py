@@ -108,6 +108,24 @@ def test_predictions_of_a_layer_that_has_routed_are_dropped() -> None:
     assert loads(scheduler.arrived(ExpertKey(1, 9))) == []
 
 
+def test_what_is_computed_elsewhere_takes_no_slot_and_no_transfer() -> None:
+    scheduler = scheduler_of(4, in_flight=1)
+    scheduler.predict(keys(1, 7, 8))
+    assert scheduler.absent(1, [5, 7, 8, 9]) == [5, 8, 9]
+    commands = scheduler.want(1, [5, 7, 8, 9], [4.0, 3.0, 2.0, 1.0], elsewhere={5, 8})
+    assert (loads(commands), computes(commands)) == ([], [])
+    arrived = scheduler.arrived(ExpertKey(1, 7))
+    assert (loads(arrived), computes(arrived)) == (keys(1, 9), keys(1, 7))
+    scheduler.computed(ExpertKey(1, 7))
+    scheduler.arrived(ExpertKey(1, 9))
+    scheduler.computed(ExpertKey(1, 9))
+    counters = scheduler.counters
+    assert scheduler.done
+    assert (counters.elsewhere, counters.late, counters.misses) == (2, 1, 1)
+    assert counters.moved == 4
+    assert scheduler.cache.state(ExpertKey(1, 5)) is SlotState.FREE
+
+
 def test_a_failed_load_frees_its_slot_and_the_layer_can_be_abandoned() -> None:
     scheduler = scheduler_of(2)
     scheduler.want(1, [0, 1, 2], [3.0, 2.0, 1.0])
@@ -138,8 +156,9 @@ def test_a_layer_cannot_be_wanted_twice() -> None:
 def test_every_layer_is_computed_whole_whatever_happens_in_between(
     slots: int, in_flight: int, eviction: str, data: st.DataObject
 ) -> None:
-    """Random layers, predictions and orders of completion: each wanted expert is computed exactly once, from the slot
-    it was loaded into, never more transfers are under way than allowed, and the cache conserves its slots.
+    """Random layers, predictions and orders of completion, some experts computed elsewhere: each other that is wanted
+    is computed exactly once, from the slot it was loaded into, never more transfers are under way than allowed, and the
+    cache conserves its slots.
     """
     scheduler = scheduler_of(slots, in_flight, eviction)
     flying: list[ExpertKey] = []
@@ -159,6 +178,7 @@ def test_every_layer_is_computed_whole_whatever_happens_in_between(
         assert len(flying) <= in_flight
 
     landing: dict[ExpertKey, int] = {}
+    counted = 0
     hot = [ExpertKey(*key) for key in data.draw(st.lists(st.tuples(st.integers(0, 2), st.integers(0, 7))), label="hot")]
     carry_out(scheduler.warm(hot))
     assert len(flying) <= 1
@@ -167,7 +187,12 @@ def test_every_layer_is_computed_whole_whatever_happens_in_between(
         scheduler.begin(ForwardInfo(data.draw(st.sampled_from(Phase)), 0, data.draw(st.integers(0, 1))))
         carry_out(scheduler.predict(keys(data.draw(st.integers(0, 2)), *data.draw(expert_sets))))
         wanted = data.draw(expert_sets, label="wanted")
-        carry_out(scheduler.want(layer, wanted, [float(len(wanted) - i) for i in range(len(wanted))]))
+        absent = scheduler.absent(layer, wanted)
+        assert absent == [one for one in wanted if scheduler.cache.state(ExpertKey(layer, one)) is SlotState.FREE]
+        elsewhere = [expert for expert in absent if data.draw(st.booleans(), label="elsewhere")]
+        scores = [float(len(wanted) - i) for i in range(len(wanted))]
+        carry_out(scheduler.want(layer, wanted, scores, elsewhere=elsewhere))
+        counted += len(wanted)
         computed: list[ExpertKey] = []
         while not scheduler.done:
             assert flying or ready, "nothing under way, yet the layer is not done"
@@ -181,12 +206,13 @@ def test_every_layer_is_computed_whole_whatever_happens_in_between(
                 computed.append(compute.key)
                 carry_out(scheduler.computed(compute.key))
             scheduler.cache.check()
-        assert sorted(computed) == sorted(keys(layer, *wanted))
+        assert sorted(computed) == sorted(keys(layer, *(expert for expert in wanted if expert not in elsewhere)))
         assert flying or not (scheduler.transfers_under_way or scheduler.warming), "nobody would report what is awaited"
     while flying:
         carry_out(scheduler.arrived(flying.pop()))
     assert (scheduler.transfers_under_way, scheduler.warming) == (0, False)
     counters = scheduler.counters
+    assert counters.hits + counters.late + counters.misses + counters.elsewhere == counted
     assert counters.prefetches_used + counters.prefetches_wasted <= counters.prefetches
     assert counters.warmed <= min(slots, len(set(hot)))
 

@@ -78,7 +78,7 @@ class TestCudaTransfers:
         assert self.program(store, device)
         device.check()
         assert device.most_copies == (2 if order == [0] else device.most_copies)
-        assert len(device.events) <= 4
+        assert len([event for event in device.events if not event.timed]) <= 4
 
     @pytest.mark.parametrize("host_slots", [None, 3])
     @pytest.mark.parametrize("name", PLANTED)
@@ -138,13 +138,12 @@ class TestCudaTransfers:
     def test_where_pinning_is_refused_copies_are_pageable_and_a_notice_says_so(self, store: SafetensorsStore) -> None:
         device = SimulatedDevice(pinning="code 2, out of memory")
         backend, _arena, _inbox = self.make(store, device)
-        notice = backend.notice
+        (notice,) = backend.notices
         backend.close()
-        assert notice is not None
         assert "code 2, out of memory" in notice
         assert "ulimit -l" in notice
         pinned, _arena, _inbox = self.make(store, SimulatedDevice())
-        assert pinned.notice is None
+        assert not pinned.notices
         pinned.close()
 
     def test_a_launch_elsewhere_than_on_the_compute_stream_is_refused(self, store: SafetensorsStore) -> None:

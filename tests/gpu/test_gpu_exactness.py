@@ -16,13 +16,17 @@ from offload_engine.errors import InternalError
 from offload_engine.experts import arena as arenas
 from offload_engine.experts.cache import ExpertCache
 from offload_engine.experts.conversion import Kind, convert
+from offload_engine.experts.cpu_experts import ForwardShape, HostExperts
+from offload_engine.experts.cpu_rates import LearnedRates
 from offload_engine.experts.device.executor import DeviceExperts
 from offload_engine.experts.eviction import EVICTION, make_eviction
 from offload_engine.experts.observe import ObservedExperts
 from offload_engine.experts.opening import open_store
 from offload_engine.experts.predictor import make_predictor
 from offload_engine.experts.scheduler import ExpertScheduler
+from offload_engine.experts.sharing import Rates
 from offload_engine.experts.store import ExpertStore, load_all
+from offload_engine.experts.transfer.host_tier import HostTier
 from offload_engine.kernels import grouped
 from offload_engine.metrics import EngineStats
 from offload_engine.model.checkpoint import Checkpoint
@@ -30,7 +34,7 @@ from offload_engine.model.config import ModelConfig
 from offload_engine.model.moe import ExpertWeights, ResidentExperts
 from tests.checkpoints import tiny_config, write_checkpoint
 from tests.gpu.conftest import never_waiting
-from tests.grouped_layers import random_decision, to_device
+from tests.grouped_layers import EPSILON, random_decision, to_device
 
 transfers = pytest.importorskip("offload_engine.experts.transfer.cuda")
 drivers = pytest.importorskip("offload_engine.experts.transfer.cuda_driver")
@@ -109,17 +113,26 @@ class Layers:
         }
         self.resident = ResidentExperts(lambda layer, expert: kept[ExpertKey(layer, expert)])
 
-    def offloaded(self, slots: int, eviction: str) -> DeviceExperts:
+    def offloaded(self, slots: int, eviction: str, host: HostTier | None = None) -> DeviceExperts:
         driver = drivers.CudaDriver(self.device)
         arena = arenas.DeviceArena(slots, self.store.slab_bytes, driver.allocate)
         return DeviceExperts(
             store=self.store,
             arena=arena,
-            transfers=transfers.CudaTransfers(self.store, arena, driver),
+            transfers=transfers.CudaTransfers(self.store, arena, driver, host=host),
             scheduler=ExpertScheduler(ExpertCache(slots, make_eviction(eviction)), 2),
             predictor=make_predictor("previous-step"),
             stats=EngineStats(),
         )
+
+    def shared(self, slots: int, share: float) -> DeviceExperts:
+        """The CPU computes this share of the missing experts, from a host tier that holds everything."""
+        driver = drivers.CudaDriver(self.device)
+        host = HostTier(driver, 96, self.store.slab_bytes)
+        experts = self.offloaded(slots, "lru", host)
+        shape = ForwardShape(tokens=20, choices=4, hidden=64, itemsize=self.dtype.itemsize)
+        experts.cpu = HostExperts(driver, host, self.store, shape, share, LearnedRates(Rates.unknown()))
+        return experts
 
     def steps(self, count: int) -> Iterator[tuple[int, int, torch.Tensor, RoutingDecision]]:
         """Step, layer, tokens and where they go."""
@@ -198,3 +211,21 @@ def test_layers_equal_the_oracle(checkpoint: Path, slots: int, eviction: str, cu
     for experts in (few, all_here):
         experts.idle()
         experts.close()
+
+
+def test_layers_whose_misses_the_cpu_shares_agree_with_the_oracle(
+    checkpoint: Path, cuda: torch.device, kernels: str
+) -> None:
+    """Within the tolerance that docs/streams.md states."""
+    layers = Layers(checkpoint, cuda)
+    shared = layers.shared(7, 0.5)
+    with torch.inference_mode():
+        for step, layer, hidden, decision in layers.steps(6):
+            if layer == 1:
+                shared.begin(ForwardInfo(Phase.DENOISE, 0, step))
+            shared.prepare(layer, lambda _layer, decision=decision: decision)  # type: ignore[misc]
+            found, wanted = shared.run(layer, hidden, decision), layers.resident.run(layer, hidden, decision)
+            assert (found.double() - wanted.double()).norm() < 6 * EPSILON[layers.dtype] * wanted.double().norm()
+    assert shared.stats.computed_on_cpu > 50
+    shared.idle()
+    shared.close()

@@ -23,10 +23,24 @@ int64_t dmoe_select(
     int stages, int64_t tokens, int64_t experts, int64_t blocks, int64_t choices, int64_t groups, int64_t kept_groups,
     int normalise, float scale, double top_p, int64_t least, const int64_t *block_ids, const float *scores,
     const float *selection, int64_t *chosen, float *weights, uint8_t *coreset, float *votes);
+int dmoe_norm(
+    int variant, int threads, parallel_fn parallel, int64_t tokens, int64_t cols, float eps, const void *x,
+    const void *weight, void *out);
+int dmoe_turn_heads(
+    int variant, int threads, parallel_fn parallel, int64_t tokens, int64_t heads, int64_t kv_heads, int64_t dim,
+    int64_t dims, float eps, const void *query_weight, const void *key_weight, const void *cos, const void *sin,
+    void *fused);
+int dmoe_router(
+    int variant, int threads, parallel_fn parallel, int64_t tokens, int64_t k, int64_t n, const void *x,
+    const float *weights, float *out);
+int dmoe_attention(
+    int variant, int threads, parallel_fn parallel, int64_t tokens, int64_t heads, int64_t kv_heads, int64_t head_dim,
+    int64_t positions, float scale, const void *query, const void *key, const void *value, void *out);
 const char *dmoe_variant(int index);
 
 enum { EXPERTS = 3, TOKENS = 7, CHOICES = 2, H = 72, I = 40, GROUP = 8, ROUTED = 64, BLOCKS = 2 };
 enum { ALL_STAGES = 31 };
+enum { HEADS = 4, KV_HEADS = 2, DIM = 72, DIMS = 40, POSITIONS = 75 };
 
 static uint32_t state = 1;
 
@@ -133,6 +147,34 @@ static void select_experts(void)
     tell("votes", 0, 0, votes, sizeof votes);
 }
 
+static void norm_and_route(int variant)
+{
+    void *x = fill(TOKENS * H, DMOE_BF16), *weight = fill(H, DMOE_BF16);
+    static uint16_t normed[TOKENS * H];
+    static float weights[ROUTED * H], logits[TOKENS * ROUTED];
+    int failure = dmoe_norm(variant, 1, NULL, TOKENS, H, 1e-6f, x, weight, normed);
+    tell(failure ? "norm failed" : "norm", 0, 1, normed, sizeof normed);
+    for (int at = 0; at < ROUTED * H; at++)
+        weights[at] = draw_float(0);
+    failure = dmoe_router(variant, 1, NULL, TOKENS, H, ROUTED, x, weights, logits);
+    tell(failure ? "router failed" : "router", 0, 0, logits, sizeof logits);
+    size_t count = TOKENS * (HEADS + 2 * KV_HEADS) * DIM;
+    void *fused = fill(count, DMOE_BF16), *cos = fill(TOKENS * DIMS, DMOE_BF16), *sin = fill(TOKENS * DIMS, DMOE_BF16);
+    failure = dmoe_turn_heads(
+        variant, 1, NULL, TOKENS, HEADS, KV_HEADS, DIM, DIMS, 1e-6f, weight, weight, cos, sin, fused);
+    tell(failure ? "heads failed" : "heads", 0, 1, fused, 2 * count);
+}
+
+static void attend(int variant)
+{
+    void *query = fill(TOKENS * HEADS * DIM, DMOE_BF16);
+    void *key = fill(POSITIONS * KV_HEADS * DIM, DMOE_BF16), *value = fill(POSITIONS * KV_HEADS * DIM, DMOE_BF16);
+    static uint16_t out[TOKENS * HEADS * DIM];
+    int failure = dmoe_attention(
+        variant, 1, NULL, TOKENS, HEADS, KV_HEADS, DIM, POSITIONS, 0.125f, query, key, value, out);
+    tell(failure ? "attention failed" : "attention", 0, 1, out, sizeof out);
+}
+
 int main(void)
 {
     int generic = 0;
@@ -142,5 +184,7 @@ int main(void)
         for (int bf16 = 0; bf16 < 2; bf16++)
             run_experts(generic, format, bf16);
     select_experts();
+    norm_and_route(generic);
+    attend(generic);
     return 0;
 }

@@ -11,7 +11,7 @@ from offload_engine.errors import DeviceError
 from offload_engine.kernels import cuda, cuda_build
 from offload_engine.kernels.build import BuildError
 from offload_engine.kernels.cuda import CudaLibrary, SelectionCall
-from offload_engine.kernels.library import UnavailableError
+from offload_engine.kernels.loading import UnavailableError
 
 
 @pytest.fixture(scope="session")

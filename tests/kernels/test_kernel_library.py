@@ -14,7 +14,8 @@ from kernel_cases import random_expert, random_hidden, relative_error
 from offload_engine import kernels
 from offload_engine.errors import UsageError
 from offload_engine.kernels import build, ffn
-from offload_engine.kernels.library import KernelStatus, Library, UnavailableError, choose
+from offload_engine.kernels.library import KernelStatus, Library, choose
+from offload_engine.kernels.loading import UnavailableError
 from offload_engine.model.moe import ExpertWeights, expert_ffn
 
 OFF = KernelStatus(None, "off for this test")

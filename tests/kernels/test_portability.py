@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from offload_engine.kernels.build import FLAGS, SOURCES
+from offload_engine.kernels.build import FLAGS, LIBRARIES, SOURCES
 
 DRIVER = Path(__file__).parent / "portability.c"
 MACHINES = {
@@ -29,7 +29,8 @@ def digests(machine: str, directory: Path) -> list[str]:
     program = directory / "driver"
     flags = [flag for flag in FLAGS if flag not in ("-shared", "-fPIC")]
     sources = [str(path) for path in [*sorted(SOURCES.glob("*.c")), DRIVER]]
-    command = [compiler[0], *flags, *compiler[1:], "-DDMOE_SOURCES=x", f"-I{SOURCES}", *sources, "-o", str(program)]
+    options = [*flags, *compiler[1:], "-DDMOE_SOURCES=x", f"-I{SOURCES}"]
+    command = [compiler[0], *options, *sources, *LIBRARIES, "-o", str(program)]
     subprocess.run(command, check=True, capture_output=True)
     done = subprocess.run([*emulator, str(program)], check=True, capture_output=True, text=True, timeout=300)
     return done.stdout.splitlines()
@@ -42,5 +43,5 @@ def test_every_compiler_and_machine_gives_the_same_bits(machine, tmp_path):
     there.mkdir()
     found = digests(machine, there)
     assert found == digests("gcc", here)
-    assert len(found) == 13
+    assert len(found) == 17
     assert not [line for line in found if "failed" in line]

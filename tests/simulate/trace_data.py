@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from offload_engine.core import Phase
-from offload_engine.simulate.profile import LINK, UNITS, Profile
+from offload_engine.simulate.profile import HOST, LINK, UNITS, Profile
 from offload_engine.simulate.timing import ModelShape
 from offload_engine.trace import TraceRecord
 
@@ -45,7 +45,7 @@ def machine(device: str = "cuda", **values: float) -> Profile:
     """Every figure 0 or, where that is refused, 1; a roofline."""
     figures: dict[str, Any] = {}
     for name, unit in UNITS.items():
-        if device == "cuda" or name not in LINK:
+        if device == "cuda" or name not in (*LINK, *HOST):
             figures[name] = {"value": 0.0 if unit == "s" else 1.0, "unit": unit, "source": "made up"}
     figures |= {name: figures[name] | {"value": value} for name, value in values.items()}
     return Profile(name="abacus", title="an abacus", device=device, **figures)

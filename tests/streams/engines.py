@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import cast
+
 import torch
 from torch import Tensor
 
 from offload_engine.core import RoutingDecision
 from offload_engine.experts.arena import DeviceArena
 from offload_engine.experts.cache import ExpertCache
+from offload_engine.experts.cpu_experts import ForwardShape, HostExperts
+from offload_engine.experts.cpu_rates import LearnedRates
 from offload_engine.experts.device.exchange import Exchange
 from offload_engine.experts.device.executor import DeviceExperts
 from offload_engine.experts.device.table import UNUSED
@@ -15,6 +20,7 @@ from offload_engine.experts.eviction import make_eviction
 from offload_engine.experts.grouped import LayerSlabs, SlotExperts
 from offload_engine.experts.predictor import make_predictor
 from offload_engine.experts.scheduler import ExpertScheduler
+from offload_engine.experts.sharing import Rates, ShareMode
 from offload_engine.experts.store import ExpertStore
 from offload_engine.experts.transfer.cuda import CudaTransfers
 from offload_engine.experts.transfer.host_tier import HostTier
@@ -78,6 +84,17 @@ class WatchedExchange(Exchange):
         return super()._read(slab, nbytes)
 
 
+class WatchedHostExperts(HostExperts):
+    """Tells the device of all that the CPU reads and writes."""
+
+    def compute(self, layer: int, experts: Sequence[int], outputs: ExpertOutputs) -> int:
+        device = cast(SimulatedDevice, self.driver)
+        device.host_reads(self.activations)
+        read = super().compute(layer, experts, outputs)
+        device.host_writes(self.results.data_ptr())
+        return read
+
+
 def on_device(
     device: SimulatedDevice,
     store: ExpertStore,
@@ -89,9 +106,13 @@ def on_device(
     threads: int = 2,
     host_slots: int | None = None,
     emulated: bool = False,
+    share: ShareMode = "off",
+    rates: Rates | None = None,
+    dtype: torch.dtype = torch.float32,
 ) -> DeviceExperts:
     """An executor whose slots are on `device`; without `host_slots` there is no tier between it and the disk.
-    `emulated`: it takes torch's products for the grouped kernels'.
+    `emulated`: it takes torch's products for the grouped kernels'. `share`: what the CPU computes from the tier, by
+    these `rates`.
     """
     arena = DeviceArena(slots, store.slab_bytes, device.allocate)
     watched = WatchedStore(store, device)
@@ -117,4 +138,9 @@ def on_device(
     experts.exchange = WatchedExchange(device)
     if emulated:
         experts.slots = EmulatedSlots(store, arena, device)
+    if host is not None and share != "off":
+        width = store.layout(next(iter(store.keys()))).gate.columns
+        shape = ForwardShape(tokens=16, choices=8, hidden=width, itemsize=dtype.itemsize)
+        learned = LearnedRates(rates or Rates.unknown())
+        experts.cpu = WatchedHostExperts(device, host, watched, shape, share, learned)  # type: ignore[arg-type]
     return experts

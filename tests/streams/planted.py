@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from torch import Tensor
+
+from offload_engine.experts.cpu_experts import Errand, HostExperts
 from offload_engine.experts.device.executor import DeviceExperts
 from offload_engine.experts.transfer.base import Stream
+from offload_engine.model.moe import ExpertOutputs, LayerOutputs
 from tests.streams.order import Fault
 from tests.streams.simulator import SimulatedDevice, SimulatedEvent
 
@@ -69,7 +74,7 @@ def stale_row_is_not_sent(experts: DeviceExperts) -> None:
 
 
 class Misdeed(NamedTuple):
-    """A defect of the slot table, of the work enqueued by it, or of the read-back."""
+    """A defect of the slot table, of the work enqueued by it, of the read-back, or of what is shared with the CPU."""
 
     plant: Callable[[DeviceExperts], None]
     left_out: str
@@ -93,13 +98,76 @@ MISDEEDS = {
 """By what is wrong then."""
 
 
+def activations_are_not_waited_for(experts: DeviceExperts) -> None:
+    _cpu(experts)._arrived.wait = lambda: None  # type: ignore[method-assign]
+
+
+def activations_are_not_marked(experts: DeviceExperts) -> None:
+    _cpu(experts)._arrived.record = lambda _stream: None  # type: ignore[method-assign]
+
+
+def activations_are_not_copied_down(experts: DeviceExperts) -> None:
+    cpu = _cpu(experts)
+    cpu._copy_down = lambda _hidden: cpu._arrived.record(Stream.COMPUTE)  # type: ignore[method-assign]
+
+
+def results_go_up_too_early(experts: DeviceExperts) -> None:
+    """They are asked for before the worker has begun with them, and it is waited for only then."""
+    cpu, asked = _cpu(experts), threading.Event()
+    compute = cpu.compute
+
+    def later(layer: int, chosen: Sequence[int], outputs: ExpertOutputs) -> int:
+        assert asked.wait(20)
+        asked.clear()
+        return compute(layer, chosen, outputs)
+
+    def at_once(errand: Errand, outputs: LayerOutputs) -> None:
+        errand.deliver(outputs)
+        asked.set()
+        errand.wait()
+
+    cpu.compute = later  # type: ignore[method-assign]
+    experts._fetch_results = at_once  # type: ignore[method-assign]
+
+
+def results_are_not_copied_up(experts: DeviceExperts) -> None:
+    cpu = _cpu(experts)
+
+    class Deaf:
+        def copy(self, stream: Stream, source: Tensor, target: Tensor) -> None: ...
+
+        def __getattr__(self, name: str) -> object:
+            return getattr(driver, name)
+
+    driver, cpu.driver = cpu.driver, Deaf()  # type: ignore[assignment]
+
+
+def _cpu(experts: DeviceExperts) -> HostExperts:
+    assert experts.cpu is not None
+    return experts.cpu
+
+
+SHARING = {
+    "the CPU does not wait for its activations": Misdeed(
+        activations_are_not_waited_for, "the worker's `event.wait()`", Fault.HOST_READ
+    ),
+    "activations are not marked": Misdeed(activations_are_not_marked, "`event.record(compute)`", Fault.HOST_READ),
+    "activations are not copied down": Misdeed(activations_are_not_copied_down, "`fetch(compute)`", None),
+    "results go up before the CPU is through": Misdeed(
+        results_go_up_too_early, "the wait for the worker", Fault.STAGING
+    ),
+    "results are not copied up": Misdeed(results_are_not_copied_up, "`copy(compute)`", Fault.READ_EMPTY),
+}
+"""The same of experts that the CPU computes. Without a fault, the outputs are not those of the oracle."""
+
+
 class FaultyEvent(SimulatedEvent):
     """An event of a device on which something is left out."""
 
     device: FaultyDevice
 
     def record(self, stream: Stream) -> None:
-        if not self.device.left_out("record", stream):
+        if self.timed or not self.device.left_out("record", stream):  # what keeps the time orders nothing
             super().record(stream)
 
     def before(self, stream: Stream) -> None:
@@ -129,8 +197,8 @@ class FaultyDevice(SimulatedDevice):
         self.heard += 1
         return self.heard % self.every == 0
 
-    def event(self) -> FaultyEvent:
-        event = FaultyEvent(self)
+    def event(self, *, timed: bool = False) -> FaultyEvent:
+        event = FaultyEvent(self, timed)
         self.events.append(event)
         return event
 

@@ -8,6 +8,7 @@ the simulator keeps the order that the program has asked for (`order`), and reco
 from __future__ import annotations
 
 import ctypes
+import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -19,6 +20,7 @@ from torch import Tensor
 from offload_engine.core import ExpertKey
 from offload_engine.experts.store import ExpertStore
 from offload_engine.experts.transfer.base import Stream
+from offload_engine.experts.transfer.driver import Event
 from tests.streams.order import HOST, Accesses, Clock, Fault, Moment, join
 
 PAGE = 4096
@@ -38,13 +40,15 @@ class Operation:
     steps: deque[Callable[[], None]] = field(default_factory=deque)
     requires: list[Operation] = field(default_factory=list)
     done: bool = False
+    ended: float = 0.0
+    """When a device whose work takes as long as `SimulatedDevice.takes` says would be done with it."""
 
 
 class SimulatedEvent:
     """See `Event`."""
 
-    def __init__(self, device: SimulatedDevice) -> None:
-        self.device = device
+    def __init__(self, device: SimulatedDevice, timed: bool = False) -> None:
+        self.device, self.timed = device, timed
         self.marked: Operation | None = None
         self.closed = False
 
@@ -71,6 +75,15 @@ class SimulatedEvent:
                 self.device.host_waits(self.marked)
             return self.marked is None or self.marked.done
 
+    def seconds_since(self, earlier: Event) -> float:
+        assert isinstance(earlier, SimulatedEvent)
+        assert self.timed
+        assert earlier.timed
+        assert self.marked is not None
+        assert earlier.marked is not None
+        assert self.marked.done
+        return self.marked.ended - earlier.marked.ended
+
     def close(self) -> None:
         with self.device.lock:
             self.closed = True
@@ -91,8 +104,14 @@ class SimulatedDevice:
         self.executed = 0
         self.most_copies = 0
         """Copies enqueued on the copy stream and not executed at once."""
+        self.takes = 0.0, 0.0
+        """Seconds of a copy and of a launch; the order in which they are executed is another matter."""
+        self.now = 0.0
+        """The host's clock, which only waiting for the device moves, and tests."""
         self._order, self._drawn = list(order) or [0], 0
         self._queues: dict[Stream, deque[Operation]] = {stream: deque() for stream in Stream}
+        self._ended = dict.fromkeys(Stream, 0.0)
+        """When the last operation of each ends."""
         self._clocks: dict[Stream, Clock] = {stream: {} for stream in Stream}
         self._host: Clock = {}
         self._memory: dict[int, Accesses] = {}
@@ -124,8 +143,15 @@ class SimulatedDevice:
             if any(memory.data_ptr() <= source < end and not copy.done for source, copy in self._copies):
                 self.report(Fault.FREED)
 
-    def event(self) -> SimulatedEvent:
-        event = SimulatedEvent(self)
+    def move(self, source: Tensor, target: Tensor) -> None:
+        with self.lock:
+            moment = self._host_moment()
+            self._check(self._accesses(source).read(moment))
+            self._check(self._accesses(target).write(moment))
+            target.copy_(source)
+
+    def event(self, *, timed: bool = False) -> SimulatedEvent:
+        event = SimulatedEvent(self, timed)
         self.events.append(event)
         return event
 
@@ -136,7 +162,7 @@ class SimulatedDevice:
             if not pinned:  # read before the call returns
                 self._check(self._accesses(source).read(self._host_moment()))
                 source = source.clone()
-            copy = self.enqueue(stream, [lambda: _fill(target), lambda: _bring(source, target)])
+            copy = self.enqueue(stream, [lambda: _fill(target), lambda: _bring(source, target)], takes=self.takes[0])
             if pinned:
                 self._check(self._accesses(source).read(copy.moment))
             self._note_copy(source, copy)
@@ -154,7 +180,7 @@ class SimulatedDevice:
 
     def launch(self, stream: Stream, fn: Callable[[], None], reads: Sequence[Tensor], writes: Sequence[Tensor]) -> None:
         with self.lock:
-            work = self.enqueue(stream, [lambda: self._run(fn, reads)])
+            work = self.enqueue(stream, [lambda: self._run(fn, reads)], takes=self.takes[1])
             for slab in reads:
                 self._check(self._accesses(slab).read(work.moment))
             for slab in writes:
@@ -210,7 +236,11 @@ class SimulatedDevice:
         self.faults.append(fault)
 
     def enqueue(
-        self, stream: Stream, steps: Sequence[Callable[[], None]] = (), requires: Sequence[Operation] = ()
+        self,
+        stream: Stream,
+        steps: Sequence[Callable[[], None]] = (),
+        requires: Sequence[Operation] = (),
+        takes: float = 0.0,
     ) -> Operation:
         """Put an operation at the end of a stream; an event is one without steps."""
         clock = self._clocks[stream]
@@ -219,6 +249,8 @@ class SimulatedDevice:
             join(clock, operation.moment.clock)
         clock[stream] = clock.get(stream, 0) + 1
         operation = Operation(Moment(stream, clock[stream], dict(clock)), deque(steps), list(requires))
+        begins = max([self.now, self._ended[stream], *(one.ended for one in requires)])
+        operation.ended = self._ended[stream] = begins + takes
         self._queues[stream].append(operation)
         self.run_some()
         return operation
@@ -231,6 +263,7 @@ class SimulatedDevice:
     def host_waits(self, operation: Operation) -> None:
         while not operation.done:
             self._step()
+        self.now = max(self.now, operation.ended)
         join(self._host, operation.moment.clock)
 
     def _step(self) -> None:
@@ -258,11 +291,15 @@ class SimulatedDevice:
 
     def _run(self, fn: Callable[[], None], reads: Sequence[Tensor]) -> None:
         self._declared = {slab.data_ptr() for slab in reads}
+        tracing = sys.gettrace()
+        sys.settrace(None)  # a device knows nothing of the interrupts of the thread that has it work, ...
         try:
-            with torch.inference_mode():  # a device knows nothing of the mode of the thread that has it work
+            with torch.inference_mode():  # ... nor of its mode
                 fn()
         except BaseException as error:
             self._failure = error
+        finally:
+            sys.settrace(tracing)
 
     def _raise_failure(self) -> None:
         failure, self._failure = self._failure, None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
@@ -10,10 +10,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from offload_engine import Engine, SamplingParams, assembly, placement
+from offload_engine import Engine, SamplingParams, assembly, placement, planning
 from offload_engine.errors import DeviceError, MemoryBudgetError
 from offload_engine.experts.device import executor
-from tests.streams.engines import EmulatedSlots, WatchedExchange
+from offload_engine.experts.transfer import pinned
+from tests.model.graph_recorder import FakeRecorder
+from tests.streams.engines import EmulatedSlots, WatchedExchange, WatchedHostExperts
 from tests.streams.simulator import SimulatedDevice, WatchedStore
 
 PROMPT = "Anna has 37 apples. Tom gives her 58 more. How many apples does Anna have now?"
@@ -28,6 +30,11 @@ class SimulatedGpu:
     has_bfloat16: bool = True
     size: int = 8 * 10**9
     device = torch.device("cpu")
+    name = "NVIDIA Simulated"
+    graphs: FakeRecorder = field(default_factory=FakeRecorder)
+
+    def recorder(self) -> FakeRecorder:
+        return self.graphs
 
     def context_bytes(self) -> int:
         return 300 * 10**6
@@ -59,6 +66,7 @@ def on_gpu(monkeypatch: pytest.MonkeyPatch, device: SimulatedDevice, **options: 
     opened = assembly.open_store
     monkeypatch.setattr(assembly, "find_gpu", lambda _config: SimulatedGpu(device, size=size))
     monkeypatch.setattr(assembly, "open_store", lambda *given, **named: WatchedStore(opened(*given, **named), device))
+    monkeypatch.setattr(placement, "HostExperts", WatchedHostExperts)
     monkeypatch.setattr(executor, "Exchange", lambda _driver: WatchedExchange(device))
     if emulated:
         monkeypatch.setattr(executor, "SlotExperts", lambda store, arena: EmulatedSlots(store, arena, device))
@@ -73,13 +81,21 @@ def on_gpu(monkeypatch: pytest.MonkeyPatch, device: SimulatedDevice, **options: 
     host_mem=st.sampled_from(["none", "auto", 12_000_000]),
     routing=st.sampled_from(["original", "dmoe"]),
     emulated=st.booleans(),
+    cpu_experts=st.sampled_from(["off", "auto", 0.5]),
 )
 def test_answers_are_those_of_the_cpu_in_every_order(
-    on_cpu: dict[str, list[int]], order: list[int], expert_mem: int, host_mem: str | int, routing: str, emulated: bool
+    on_cpu: dict[str, list[int]],
+    order: list[int],
+    expert_mem: int,
+    host_mem: str | int,
+    routing: str,
+    emulated: bool,
+    cpu_experts: str | float,
 ) -> None:
     device = SimulatedDevice(order)
     with pytest.MonkeyPatch.context() as patch:
         options = {"expert_mem": expert_mem, "host_mem": host_mem, "routing": routing, "emulated": emulated}
+        options["cpu_experts"] = cpu_experts
         with on_gpu(patch, device, **options) as engine:
             plan = engine.plan
             assert plan.device == "cuda"
@@ -92,6 +108,75 @@ def test_answers_are_those_of_the_cpu_in_every_order(
     device.check()
 
 
+@pytest.mark.parametrize("emulated", [False, True])
+@pytest.mark.parametrize("routing", ["original", "dmoe"])
+def test_experts_that_miss_are_computed_on_the_cpu(
+    monkeypatch: pytest.MonkeyPatch, on_cpu: dict[str, list[int]], routing: str, emulated: bool
+) -> None:
+    device = SimulatedDevice([1, 0])
+    options = {"expert_mem": 100_000, "routing": routing, "predictor": "none", "emulated": emulated}
+    with (
+        on_gpu(monkeypatch, device, **options, cpu_experts=0.5) as engine,
+        on_gpu(monkeypatch, device, **options) as plain,
+    ):
+        plan, without = engine.plan, plain.plan
+        hidden, choices = engine.model_config.hidden_size, engine.model_config.num_experts_per_tok
+        assert plan.staging - without.staging >= 64 * (hidden * 4 + choices * (hidden * 4 + 8)), "room on the device"
+        assert plan.host_staging - without.host_staging >= plan.staging - without.staging + plan.slab_bytes
+        assert engine.generate(PROMPT, PARAMS).token_ids == on_cpu[routing]
+        first = engine.stats.computed_on_cpu
+        assert first > 0
+        assert engine.logits(PROMPT).equal(plain.logits(PROMPT))
+        assert engine.stats.computed_on_cpu == first, "what only scores doesn't depend on what is resident"
+        stats = engine.stats
+        assert stats.hits + stats.late + stats.misses + stats.computed_on_cpu == stats.expert_requests
+    device.check()
+
+
+def test_without_a_host_tier_the_cpu_computes_nothing_and_a_notice_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    device = SimulatedDevice()
+    with on_gpu(monkeypatch, device, cpu_experts="auto", host_mem="none") as engine:
+        assert "cpu_experts is ignored: host_mem is none, so that no expert is in host memory" in engine.notices
+        engine.generate(PROMPT, SamplingParams(max_new_tokens=32))
+        assert engine.stats.computed_on_cpu == 0
+    device.check()
+
+
+def test_without_a_gpu_the_option_is_ignored_and_a_notice_says_so() -> None:
+    with Engine.from_pretrained(gpu_mem="2GB", device="cpu", cpu_experts="auto") as engine:
+        assert "cpu_experts is ignored: without a GPU the CPU computes every expert anyway" in engine.notices
+
+
+def test_attention_is_replayed_unless_nobody_wants_it(
+    monkeypatch: pytest.MonkeyPatch, on_cpu: dict[str, list[int]]
+) -> None:
+    recorded = {}
+    params = SamplingParams(max_new_tokens=64, threshold=0.9999)
+    for choice in ("auto", "off"):
+        device = SimulatedDevice([2, 0, 1])
+        with on_gpu(monkeypatch, device, routing="original", cuda_graphs=choice) as engine:
+            assert engine.generate(PROMPT, PARAMS).token_ids == on_cpu["original"]
+            engine.generate(PROMPT, params)
+            graphs, plan = engine._parts.graphs, engine.plan
+            recorded[choice] = graphs is not None and graphs._recorder.replays, plan.workspace  # type: ignore[attr-defined]
+        device.check()
+    assert recorded["auto"][0] > 0
+    assert recorded["off"][0] is False
+    assert recorded["auto"][1] > recorded["off"][1], "recordings take memory"
+
+
+def test_a_refusal_to_record_is_a_notice_or_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    params = SamplingParams(max_new_tokens=64, threshold=0.9999)
+    monkeypatch.setattr(SimulatedGpu, "recorder", lambda _gpu: FakeRecorder(most=0))
+    with on_gpu(monkeypatch, SimulatedDevice()) as engine:
+        engine.generate(PROMPT, params)
+        assert any("CUDA refuses to record it" in notice for notice in engine.notices)
+    with on_gpu(monkeypatch, SimulatedDevice(), cuda_graphs="on") as engine:
+        with pytest.raises(DeviceError, match="cuda_graphs is on, but CUDA refuses"):
+            engine.generate(PROMPT, params)
+        engine.generate(PROMPT, params)  # plainly, from then on
+
+
 def test_a_refusal_to_pin_is_a_notice_of_the_engine(monkeypatch: pytest.MonkeyPatch) -> None:
     device = SimulatedDevice(pinning="code 2")
     with on_gpu(monkeypatch, device) as engine:
@@ -99,13 +184,25 @@ def test_a_refusal_to_pin_is_a_notice_of_the_engine(monkeypatch: pytest.MonkeyPa
     device.check()
 
 
+def test_what_comes_up_in_use_joins_the_notices(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pinned, "CHUNK_BYTES", 10**6)
+    device = SimulatedDevice()
+    with on_gpu(monkeypatch, device) as engine:
+        before = engine.notices
+        device.pinning = "code 2"
+        engine.generate(PROMPT, PARAMS)
+        (late,) = [notice for notice in engine.notices if notice not in before]
+        assert "then refused (code 2)" in late
+    device.check()
+
+
 def test_a_card_smaller_than_asked_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(MemoryBudgetError, match="this machine has only"):
+    with pytest.raises(MemoryBudgetError, match="this GPU has only"):
         on_gpu(monkeypatch, SimulatedDevice(), size=310 * 10**6)
 
 
 def test_ram_that_does_not_hold_the_host_tier_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(assembly, "available_memory", lambda: 10**6)
+    monkeypatch.setattr(planning, "available_memory", lambda: 10**6)
     with pytest.raises(MemoryBudgetError, match=r"this machine has only 1000000 to give; set host_mem to at most that"):
         on_gpu(monkeypatch, SimulatedDevice(), host_mem="1GB")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -48,6 +49,7 @@ SEEN = [
     Stretch("forward", 40, 50),
     Stretch("attention", 40, 45),
     Stretch("copy", 45, 50, 10**6),
+    Stretch("stall", 46, 50),
 ]
 
 
@@ -61,6 +63,8 @@ def test_a_summary_is_of_the_time_between_the_first_forward_and_the_last() -> No
     lines = list(summary.lines())
     assert "3 copies, 4.0 MB in 12.0 ms, 0.3 GB/s" in lines
     assert "beside attention: 2.0 ms, 17% of the copies' time" in lines
+    assert summary.stall_ms == 4
+    assert "attention 9.0 ms, experts 4.0 ms; stalled 4.0 ms, 10% of the time" in lines
 
 
 def test_without_copies_or_forwards() -> None:
@@ -72,7 +76,12 @@ def test_without_copies_or_forwards() -> None:
 
 
 def test_a_drawing_shows_the_last_forward() -> None:
-    assert drawing(SEEN, columns=10) == ["     copy .....#####", "attention #####.....", "  experts .........."]
+    assert drawing(SEEN, columns=10) == [
+        "     copy .....#####",
+        "attention #####.....",
+        "  experts ..........",
+        "    stall ......####",
+    ]
     assert drawing([*SEEN, Stretch("experts", 49.8, 60)], columns=10)[2] == "  experts .........+"
 
 
@@ -111,6 +120,22 @@ class Driver:
         self.done.append("launch")
 
 
+class Stalls:
+    """As `DeviceStalls`."""
+
+    def __init__(self) -> None:
+        self.calls: list[str] = []
+
+    def begin(self) -> None:
+        self.calls.append("begin")
+
+    def end(self) -> None:
+        self.calls.append("end")
+
+    def forget(self) -> None:
+        self.calls.append("forget")
+
+
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_checkpoint(tmp_path_factory.mktemp("timeline"), tiny_config())
@@ -118,19 +143,25 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_copies_launches_attention_and_forwards_are_recorded_while_watched(checkpoint: Path) -> None:
     driver, recorder = Driver(), Recorder(Clock().event)
+    transfers = SimpleNamespace(driver=driver, stalls=Stalls())
     copy = driver.copy
     with Engine.from_pretrained(checkpoint, gpu_mem="3GB") as engine:
         model = engine._parts.model
-        with watched(driver, model, recorder):
+        with watched(transfers, model, recorder):
             driver.copy(Stream.COPY, torch.ones(12), torch.empty(12))
             driver.launch(Stream.COMPUTE, lambda: None, [], [])
+            stalls = transfers.stalls
+            for call in (stalls.begin, stalls.begin, stalls.end, stalls.end, stalls.begin, stalls.forget, stalls.end):
+                call()
             done = engine.generate([1, 2, 3], SamplingParams(max_new_tokens=32, steps=4))
         seen = recorder.stretches()
         assert driver.copy == copy, "nothing is left behind"
         engine.generate([1, 2, 3], SamplingParams(max_new_tokens=32, steps=4))
         assert len(recorder.stretches()) == len(seen)
     assert driver.done == ["copy", "launch"]
-    assert seen[:2] == [Stretch("copy", 1, 2, 48), Stretch("experts", 3, 4)]
+    assert transfers.stalls.calls == ["begin", "begin", "end", "end", "begin", "forget", "end"]
+    assert seen[:3] == [Stretch("copy", 1, 2, 48), Stretch("experts", 3, 4), Stretch("stall", 5, 6)]
+    assert sum(one.kind == "stall" for one in seen) == 1
     forwards = [one for one in seen if one.kind == "forward"]
     assert len(forwards) >= done.stats.denoise_steps > 0
     attention = [one for one in seen if one.kind == "attention"]

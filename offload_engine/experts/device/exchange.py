@@ -14,7 +14,7 @@ from torch import Tensor
 from offload_engine.experts.layout import SLOT_ALIGNMENT
 from offload_engine.experts.transfer.base import Stream
 from offload_engine.experts.transfer.driver import StreamDriver
-from offload_engine.experts.transfer.pinned import HostSlab, PinnedSlabs
+from offload_engine.experts.transfer.pinned import HostSlab, PinnedSlabs, pinned_buffers
 
 FIRST_ROOM: Final = 4 * SLOT_ALIGNMENT
 """Bytes of a record that there is room for to begin with: LLaDA2's, of a forward over four blocks."""
@@ -79,7 +79,7 @@ class Exchange:
 
     def _make_room(self, nbytes: int) -> None:
         size = -(-nbytes // SLOT_ALIGNMENT) * SLOT_ALIGNMENT
-        slabs = PinnedSlabs(self._driver, 2, size)
+        slabs = pinned_buffers(self._driver, 2, size)
         if self._slabs is not None:
             self._slabs.close()
         self._slabs = slabs

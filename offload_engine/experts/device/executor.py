@@ -8,9 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from offload_engine.core import RoutingDecision
+from offload_engine.core import Phase, RoutingDecision
 from offload_engine.errors import InternalError
 from offload_engine.experts.arena import Slots
+from offload_engine.experts.cpu_experts import NO_ERRAND, Errand, HostExperts
 from offload_engine.experts.device.exchange import Exchange
 from offload_engine.experts.device.record import Record
 from offload_engine.experts.device.table import ABSENT, UNUSED, Row, SlotTable
@@ -43,15 +44,16 @@ class Ahead:
 class DeviceExperts(OffloadedExperts):
     """`OffloadedExperts` whose host waits, once in a layer, for a record of a few kilobytes, and for nothing else.
 
-    A layer's run enqueues, in this order: its row of the slot table, if that changed; the look-up of what its tokens
-    want, and the record of both for the host; the product of all wanted experts that are there. Then the host waits for
-    the record and, while the device works, keeps its books and has the missing ones fetched, each of which is computed
-    as it comes. Nothing of the layer is evicted before the host knows what it wants (`ExpertScheduler.lend`).
+    A layer's run enqueues, in this order: its activations' way to the CPU, where that shares in the work; its row of
+    the slot table, if that changed; the look-up of what its tokens want, and the record of both for the host; the
+    product of all wanted experts that are there. Then the host waits for the record and, while the device works, keeps
+    its books and has the missing ones fetched, each of which is computed as it comes. Nothing of the layer is evicted
+    before the host knows what it wants (`ExpertScheduler.lend`).
 
     Where the grouped kernels do not run, nothing is looked up: the host reads the decision back, and has torch compute.
 
     By the kernels, outputs equal those of a run in which every expert is resident, bit for bit; by torch, those of
-    `ResidentExperts`. The two agree within rounding.
+    `ResidentExperts`. The two agree within rounding, and so does what `cpu` computes.
     """
 
     def __init__(
@@ -71,6 +73,8 @@ class DeviceExperts(OffloadedExperts):
         self.exchange = Exchange(transfers.driver)
         self._landed = transfers.landed
         self._ahead: Ahead | None = None
+        self.cpu: HostExperts | None = None
+        """Computes some of the missing experts while others are copied; set before the first forward, if at all."""
         super().__init__(store, arena, transfers, scheduler, predictor, stats, prefetch_depth, hot)
 
     def run(self, layer: int, hidden: Tensor, decision: RoutingDecision) -> Tensor:
@@ -95,12 +99,17 @@ class DeviceExperts(OffloadedExperts):
 
     def close(self) -> None:
         """See `OffloadedExperts`."""
+        if self.cpu is not None:
+            self.cpu.close()
         super().close()
         self.slots.close()
         self.exchange.close()
 
     def _run_ahead(self, layer: int, hidden: Tensor, decision: RoutingDecision) -> RoutingDecision:
         """Enqueue what can be, and wait for what `layer` wants."""
+        cpu = self._shares()
+        if cpu is not None:  # ahead of the product, for which they would have to wait
+            cpu.bring(layer, hidden)
         outputs = self.slots.outputs(layer, hidden, decision)
         record = Record(decision, 0 if outputs is None else self.slots.counts[layer])
         self.exchange.begin(record.nbytes)
@@ -133,6 +142,18 @@ class DeviceExperts(OffloadedExperts):
             self.transfers.launch(Stream.COMPUTE, outputs.compute_found, reads=slots)
         return row
 
+    def _shares(self) -> HostExperts | None:
+        """What computes experts of this forward on the CPU; of one that only scores nothing does, for what that says
+        must not depend on what happens to be resident.
+        """
+        return self.cpu if self._info.phase in (Phase.DENOISE, Phase.COMMIT) else None
+
+    def _errand(self, layer: int, experts: Sequence[int], hidden: Tensor, decision: RoutingDecision) -> Errand:
+        cpu, scheduler = self._shares(), self.scheduler
+        if cpu is None:
+            return NO_ERRAND
+        return cpu.take(layer, scheduler.absent(layer, experts), hidden, decision, scheduler.copies_ahead)
+
     def _outputs(self, layer: int, hidden: Tensor, decision: RoutingDecision) -> LayerOutputs:
         if self._ahead is None or self._ahead.outputs is None:
             return super()._outputs(layer, hidden, decision)
@@ -156,7 +177,14 @@ class DeviceExperts(OffloadedExperts):
         if len(found) < len(computes):
             super()._launch([one for one in computes if row[one.key.expert] == ABSENT], work)
 
+    def _abandon(self, error: BaseException) -> None:
+        if self.cpu is not None:
+            self.cpu.withdraw()
+        super()._abandon(error)
+
     def _start_over(self) -> None:
+        if self.cpu is not None:
+            self.cpu.withdraw()
         with self._changed:
             self._ahead = None
             self.table.reset()

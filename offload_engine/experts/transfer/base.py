@@ -9,6 +9,7 @@ which nobody may rely.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
+from contextlib import AbstractContextManager
 from enum import StrEnum
 from typing import Protocol
 
@@ -44,6 +45,10 @@ OnComplete = Callable[[TransferTicket], None]
 class TransferBackend(Protocol):
     """Copies experts into slots and launches work on them."""
 
+    @property
+    def notices(self) -> tuple[str, ...]:
+        """What the user should know so far: whatever makes copies slower than they could be."""
+
     def start(self, on_complete: OnComplete) -> None:
         """Begin to serve. `on_complete` is called once per copy, from any thread, never from within `copy`, once a
         launch may read the slot: on a device that is when the copy is enqueued, for the launch will wait for it there.
@@ -60,6 +65,17 @@ class TransferBackend(Protocol):
 
     def launch(self, stream: Stream, fn: Callable[[], None], reads: Sequence[int], writes: Sequence[int] = ()) -> None:
         """Enqueue `fn`, which reads and writes these slots and no others."""
+
+    def waiting(self) -> AbstractContextManager[None]:
+        """To be entered while the caller, who has launched all it can, waits for a copy to be reported."""
+
+    def abandon(self) -> None:
+        """No copy is waited for any more: what it was for will not be computed. Copies go on."""
+
+    def stalled(self) -> float:
+        """Seconds for which compute stood still for want of an expert, those not told of before; on a device those that
+        it has got past by now.
+        """
 
     def synchronize(self) -> None:
         """Order what the caller does next after everything launched on the compute stream."""

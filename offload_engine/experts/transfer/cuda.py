@@ -15,7 +15,8 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
 
 from offload_engine.errors import InternalError
 from offload_engine.experts.arena import Slots
@@ -24,16 +25,18 @@ from offload_engine.experts.transfer.base import Stream, TransferTicket
 from offload_engine.experts.transfer.driver import StreamDriver
 from offload_engine.experts.transfer.host_tier import Held, HostTier
 from offload_engine.experts.transfer.marks import Mark, Marks
-from offload_engine.experts.transfer.pinned import HostSlab, PinnedSlabs
+from offload_engine.experts.transfer.pinned import HostSlab, pinned_buffers
 from offload_engine.experts.transfer.readers import ReaderThreads
+from offload_engine.experts.transfer.stalls import DeviceStalls
 
 
 class CudaTransfers(ReaderThreads):
     """A `TransferBackend` over a device's streams. At most `in_flight` copies are enqueued and not finished.
 
-    An expert comes from the host tier, where there is one: what isn't there is read from the store into it first. Else
-    it comes through one of `in_flight` bounce buffers. Raises `MemoryBudgetError` when the memory for these can't be
-    had. `close` closes the tier as well; the slots' memory must outlive it.
+    An expert comes from the host tier, where there is one: what isn't there is read from the store into it first. It
+    goes through one of `in_flight` bounce buffers where there is no tier, or its slab isn't pinned. Raises
+    `MemoryBudgetError` when the memory for these can't be had. `close` closes the tier as well; the slots' memory must
+    outlive it.
     """
 
     def __init__(
@@ -54,11 +57,12 @@ class CudaTransfers(ReaderThreads):
         self._books = threading.Lock()
         """Guards the marks, and that what is enqueued is enqueued together with them."""
         self._marks = Marks(driver)
+        self.stalls = DeviceStalls(driver)
         self._copied: dict[int, Mark] = {}
         """By slot, the copy into it that the compute stream has not waited for yet."""
         self._used: dict[int, Mark] = {}
         """By slot, the last launch that used it, if no copy has waited for that yet."""
-        self._staging = PinnedSlabs(driver, in_flight, arena.slab_bytes)
+        self._staging = pinned_buffers(driver, in_flight, arena.slab_bytes)
         self._passages: queue.SimpleQueue[HostSlab] = queue.SimpleQueue()
         """The bounce buffers: who wants to enqueue a copy holds one, used or not, and their marks are those of the last
         copies. The oldest comes first.
@@ -68,13 +72,15 @@ class CudaTransfers(ReaderThreads):
         self._finished = False
 
     @property
-    def notice(self) -> str | None:
-        """What the user should know about the copies; None where they are as fast as they can be."""
+    def notices(self) -> tuple[str, ...]:
+        """See `TransferBackend`."""
+        told = () if self.host is None else self.host.notices
         if self._staging.refusal is None:
-            return None if self.host is None else self.host.notice
+            return told
         return (
             f"the system refused to pin host memory ({self._staging.refusal}): experts are copied from pageable "
-            "memory, more slowly and without overlap; raise the limit of locked memory (ulimit -l)"
+            "memory, more slowly and without overlap; raise the limit of locked memory (ulimit -l)",
+            *told,
         )
 
     def withdraw(self) -> Collection[TransferTicket]:
@@ -83,10 +89,28 @@ class CudaTransfers(ReaderThreads):
         """
         begun = super().withdraw()
         with self._books:
+            self.stalls.forget()
             mark = self._marks.record(Stream.COMPUTE, holders=1)
             mark.event.before(Stream.COPY)
             self._marks.drop(mark)
         return begun
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """See `TransferBackend`. The device stalls once it has done what was launched before."""
+        with self._books:
+            self.stalls.begin()
+        yield
+
+    def abandon(self) -> None:
+        """See `TransferBackend`: a stall that ends with nothing is none."""
+        with self._books:
+            self.stalls.forget()
+
+    def stalled(self) -> float:
+        """See `TransferBackend`."""
+        with self._books:
+            return self.stalls.seconds()
 
     def launch(self, stream: Stream, fn: Callable[[], None], reads: Sequence[int], writes: Sequence[int] = ()) -> None:
         """See `TransferBackend`. Copies into these slots may be asked for again once it has returned."""
@@ -96,8 +120,11 @@ class CudaTransfers(ReaderThreads):
             for slot in (*reads, *writes):
                 copied = self._copied.get(slot)
                 if copied is not None:
+                    if not copied.event.done():
+                        self.stalls.begin()
                     copied.event.before(Stream.COMPUTE)
                     self._marks.drop(self._copied.pop(slot))
+            self.stalls.end()
         try:
             self.driver.launch(
                 stream, fn, [self.arena.slab(slot) for slot in reads], [self.arena.slab(slot) for slot in writes]
@@ -130,6 +157,7 @@ class CudaTransfers(ReaderThreads):
             self.driver.finish()
         finally:
             self._marks.close()
+            self.stalls.close()
             while not self._passages.empty():
                 self._passages.get_nowait()
             self._staging.close()
@@ -156,7 +184,11 @@ class CudaTransfers(ReaderThreads):
                 self._wait_for_copy(held.slab)
                 ticket.bytes_read = self.store.read(ticket.key, held.slab.data)
                 filled = True
-            self._enqueue(held.slab, ticket.slot, passage, held.slab)
+            if held.slab.pinned or not passage.pinned:
+                self._enqueue(held.slab, ticket.slot, passage, held.slab)
+            else:  # the driver would copy it just so, but keep this thread, and who waits for the books, until it can
+                self.driver.move(held.slab.tensor, passage.tensor)
+                self._enqueue(passage, ticket.slot, passage)
         finally:
             host.release(ticket.key, held, filled=filled)
 

@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from offload_engine.errors import MemoryBudgetError
+from offload_engine.errors import InternalError, MemoryBudgetError
 from offload_engine.experts.transfer.base import Stream
+from offload_engine.experts.transfer.driver import Event
 
 
 class CudaEvent:
     """See `Event`. A host that waits sleeps, rather than keep a core busy."""
 
-    def __init__(self, driver: CudaDriver) -> None:
+    def __init__(self, driver: CudaDriver, timed: bool) -> None:
         self._driver = driver
-        self._event: Any = torch.cuda.Event(blocking=True)
+        self._event: Any = torch.cuda.Event(blocking=True, enable_timing=timed)
 
     def record(self, stream: Stream) -> None:
         """See `Event`."""
@@ -34,6 +36,12 @@ class CudaEvent:
     def done(self) -> bool:
         """See `Event`."""
         return bool(self._event.query())
+
+    def seconds_since(self, earlier: Event) -> float:
+        """See `Event`."""
+        if not isinstance(earlier, CudaEvent):
+            raise InternalError(f"the time since an event of another device, {type(earlier).__name__}, was asked for")
+        return float(earlier._event.elapsed_time(self._event)) / 1000
 
     def close(self) -> None:
         """See `Event`."""
@@ -87,9 +95,13 @@ class CudaDriver:
         with torch.cuda.device(self._device):
             torch.cuda.cudart().cudaHostUnregister(memory.data_ptr())
 
-    def event(self) -> CudaEvent:
+    def move(self, source: Tensor, target: Tensor) -> None:
         """See `StreamDriver`."""
-        return CudaEvent(self)
+        ctypes.memmove(target.data_ptr(), source.data_ptr(), source.numel())  # torch would begin threads of its own
+
+    def event(self, *, timed: bool = False) -> CudaEvent:
+        """See `StreamDriver`."""
+        return CudaEvent(self, timed)
 
     def copy(self, stream: Stream, source: Tensor, target: Tensor) -> None:
         """See `StreamDriver`."""

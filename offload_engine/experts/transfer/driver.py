@@ -36,6 +36,9 @@ class Event(Protocol):
     def done(self) -> bool:
         """Whether what it marks has run. Once it has, that is as if `wait` had been called."""
 
+    def seconds_since(self, earlier: Event) -> float:
+        """By the device's clock, between what the two mark, both done and both `timed`."""
+
     def close(self) -> None:
         """Give it back. Nobody may wait for it any more."""
 
@@ -58,8 +61,11 @@ class StreamDriver(Protocol):
     def unpin(self, memory: Tensor) -> None:
         """Undo `pin`, once every copy from there has run, and before the memory is freed."""
 
-    def event(self) -> Event:
-        """A new one, marking nothing. To be closed."""
+    def move(self, source: Tensor, target: Tensor) -> None:
+        """Copy host bytes to host memory of the same size, before this returns. Holds no interpreter lock."""
+
+    def event(self, *, timed: bool = False) -> Event:
+        """A new one, marking nothing; `timed`: it keeps the time. To be closed."""
 
     def copy(self, stream: Stream, source: Tensor, target: Tensor) -> None:
         """Enqueue the copy of host bytes to device memory of the same size."""

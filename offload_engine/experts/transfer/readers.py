@@ -10,15 +10,17 @@ from collections.abc import Collection
 from offload_engine.core import ExpertKey
 from offload_engine.errors import EngineClosedError, MemoryBudgetError, OffloadError, TransferError
 from offload_engine.experts.transfer.base import OnComplete, Stream, TransferTicket
+from offload_engine.experts.transfer.stalls import HostStalls
 
 
-class ReaderThreads:
+class ReaderThreads(HostStalls):
     """Half of a `TransferBackend`: takes copies, has `_bring` carry them out on threads, reports what became of them.
 
     Derive from it and define `_bring`.
     """
 
     def __init__(self, threads: int) -> None:
+        super().__init__()
         self._jobs: queue.SimpleQueue[TransferTicket | None] = queue.SimpleQueue()
         self._threads = [
             threading.Thread(target=self._read_forever, name=f"expert-reader-{i}", daemon=True) for i in range(threads)
@@ -30,6 +32,11 @@ class ReaderThreads:
         self._closing = threading.Lock()
         """No job may be queued behind the marks that end the readers."""
         self._closed = False
+
+    @property
+    def notices(self) -> tuple[str, ...]:
+        """See `TransferBackend`."""
+        return ()
 
     def _bring(self, ticket: TransferTicket) -> None:
         """Carry out a copy, on a reader's thread; whatever it raises is put into the ticket."""

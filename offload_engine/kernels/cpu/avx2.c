@@ -1,5 +1,7 @@
 /* AVX2 with FMA: float32 products eight at a time; integers by pairs (vpmaddwd). */
-#include "variant.h"
+#define DMOE_VECTOR 32
+#include "norms.h"
+#include "router.h"
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -46,7 +48,7 @@ TARGET DMOE_INLINE int32_t total_integer(__m256i sums)
 /* `tokens` is a constant at every call, so that the sums stay in registers. */
 TARGET DMOE_INLINE void tile(const struct product *p, int64_t first, const int tokens)
 {
-    struct stream stream = tile_stream(p, first, tokens);
+    struct stream stream = tile_stream(p, first, tokens, 0);
     __m256 sums[ROWS][TOKENS];
     for (int row = 0; row < ROWS; row++)
         for (int t = 0; t < tokens; t++)
@@ -70,7 +72,7 @@ TARGET DMOE_INLINE void tile(const struct product *p, int64_t first, const int t
 
 TARGET DMOE_INLINE void tile_integer(const struct product *p, int64_t first, const int tokens)
 {
-    struct stream stream = tile_stream(p, first, tokens);
+    struct stream stream = tile_stream(p, first, tokens, 0);
     __m256i sums[ROWS][TOKENS];
     for (int row = 0; row < ROWS; row++)
         for (int t = 0; t < tokens; t++)
@@ -130,13 +132,34 @@ TARGET static void round_bf16(const float *from, int64_t count, uint16_t *to)
     round_inline(from, count, to);
 }
 
+TARGET static float exponentials(float *row, int64_t count, int64_t padded, float scale)
+{
+    return exponentials_inline(row, count, padded, scale);
+}
+
 TARGET static void weighted_sum(const struct choices *choices, int64_t h, uint16_t *to)
 {
     weighted_sum_inline(choices, h, to);
 }
 
+TARGET static void norm(
+    const unsigned char *row, const unsigned char *weight, int64_t cols, float eps, uint16_t *out)
+{
+    norm_inline(row, weight, cols, eps, out);
+}
+
+TARGET static void turn(uint16_t *head, const struct turning *turning, const unsigned char *weight, int64_t token)
+{
+    turn_inline(head, turning, weight, token);
+}
+
+TARGET static void route(const struct routed_product *product, int64_t row, int64_t count, float *out)
+{
+    route_inline(product, row, count, 6, 1, out);
+}
+
 const struct variant dmoe_avx2 = {
     "avx2", supported, sizeof(float), ROWS, DMOE_ROW_BY_ROW, DMOE_ROW_BY_ROW, pack, quantise, decode, multiply,
-    multiply_integer, scale, silu_times, round_bf16, weighted_sum,
+    multiply_integer, scale, silu_times, round_bf16, exponentials, weighted_sum, norm, turn, route,
 };
 #endif

@@ -4,12 +4,19 @@
  * into two signed bytes, q = 256 high + low. So w q = 256 (w + 128) high + (w + 128) low - 128 q, exactly, and int8
  * weights are multiplied as they lie in memory.
  */
-#include "variant.h"
+#define DMOE_VECTOR 64
+#include "norms.h"
+#include "router.h"
 
 #if defined(__x86_64__)
 #include <immintrin.h>
 
-#define TARGET __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,avx512vnni,avx2,fma")))
+#if defined(__clang__)
+#define WIDE /* it knows no such word */
+#else
+#define WIDE ",prefer-vector-width=512"
+#endif
+#define TARGET __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,avx512vnni,avx2,fma" WIDE)))
 /* A register holds a group of four tokens, each in a lane of 128 bits, with which four neighbouring products of a row are
  * summed apart. With six rows: 24 sums, four groups of activations and one row of weights, of 32 registers.
  */
@@ -113,19 +120,23 @@ TARGET DMOE_INLINE __m512i pairs_integer(__m512i a, __m512i b)
     return _mm512_add_epi32(_mm512_unpacklo_epi32(a, b), _mm512_unpackhi_epi32(a, b));
 }
 
+/* A token's sums with six rows: four in its lane of the one register, two in the other's. */
+#define STORE_LANE(out, four, two, lane)                                        \
+    do {                                                                        \
+        _mm_storeu_ps(out, _mm512_extractf32x4_ps(four, lane));                 \
+        _mm_storel_pi((__m64 *)((out) + 4), _mm512_extractf32x4_ps(two, lane)); \
+    } while (0)
+
 /* The sums of a group's tokens with six rows: in each lane the four of one row, always added in the same order. */
 TARGET DMOE_INLINE void store_totals(const __m512 *sums, float *out, int64_t stride)
 {
     __m512 ab = pairs(sums[0], sums[1]), cd = pairs(sums[2], sums[3]), ef = pairs(sums[4], sums[5]);
     __m512 four = _mm512_add_ps(_mm512_shuffle_ps(ab, cd, 0x44), _mm512_shuffle_ps(ab, cd, 0xEE));
     __m512 two = _mm512_add_ps(ef, _mm512_shuffle_ps(ef, ef, 0xEE));
-    float fours[4 * LANES], twos[4 * LANES];
-    _mm512_storeu_ps(fours, four);
-    _mm512_storeu_ps(twos, two);
-    UNROLL for (int t = 0; t < LANES; t++) {
-        memcpy(out + t * stride, fours + 4 * t, 4 * sizeof *out);
-        memcpy(out + t * stride + 4, twos + 4 * t, 2 * sizeof *out);
-    }
+    STORE_LANE(out, four, two, 0);
+    STORE_LANE(out + stride, four, two, 1);
+    STORE_LANE(out + 2 * stride, four, two, 2);
+    STORE_LANE(out + 3 * stride, four, two, 3);
 }
 
 TARGET DMOE_INLINE __m512i load(const char *at)
@@ -143,11 +154,20 @@ TARGET DMOE_INLINE __m512i load_piece(const void *row, int64_t byte)
 #define DOT_BF16(sum, a, b) __asm__("vdpbf16ps %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b))
 #define DOT_BYTES(sum, unsigned_, signed_) __asm__("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(unsigned_), "v"(signed_))
 
-/* A tile of `groups`, a constant at every call, so that the sums stay in registers. */
-TARGET DMOE_INLINE void tile(const struct product *p, int64_t first, const int groups)
+/* Whether weights are asked for past the outer caches, of which a layer's experts are a multiple. Measured on AMD's cores:
+ * what the rest of the program had there is then still there. Where such lines go to the first level alone, they might be
+ * gone before they are used.
+ */
+DMOE_INLINE int weights_pass(void)
+{
+    return __builtin_cpu_is("amd");
+}
+
+/* A tile of `groups`, a constant at every call, so that the sums stay in registers; `passing`, likewise, of its weights. */
+TARGET DMOE_INLINE void tile(const struct product *p, int64_t first, const int groups, const int passing)
 {
     const char *x = p->packed + first / LANES * p->group_bytes;
-    struct stream stream = tile_stream(p, first, LANES * groups);
+    struct stream stream = tile_stream(p, first, LANES * groups, passing);
     __m512 sums[GROUPS][ROWS];
     UNROLL for (int g = 0; g < groups; g++)
         UNROLL for (int row = 0; row < ROWS; row++)
@@ -189,10 +209,10 @@ TARGET DMOE_INLINE void store_integer_totals(
     }
 }
 
-TARGET DMOE_INLINE void tile_integer(const struct product *p, int64_t first, const int groups)
+TARGET DMOE_INLINE void tile_integer(const struct product *p, int64_t first, const int groups, const int passing)
 {
     const char *x = p->packed + first / LANES * p->group_bytes;
-    struct stream stream = tile_stream(p, first, LANES * groups);
+    struct stream stream = tile_stream(p, first, LANES * groups, passing);
     const __m512i sign = _mm512_set1_epi8((char)0x80); /* w + 128, as an unsigned byte */
     __m512i high[INTEGER_GROUPS][ROWS], low[INTEGER_GROUPS][ROWS];
     UNROLL for (int g = 0; g < groups; g++)
@@ -229,26 +249,42 @@ DMOE_INLINE int64_t groups_at(const struct product *p, int64_t t, int64_t width)
     return left < width ? left : width;
 }
 
-TARGET static void multiply(const struct product *p)
+TARGET DMOE_INLINE void multiply_tiles(const struct product *p, const int passing)
 {
     int64_t width = tile_groups(&(struct tiling)TILING, p->tokens);
     for (int64_t t = 0; t < p->tokens; t += LANES * width)
         switch (groups_at(p, t, width)) {
-        case 1: tile(p, t, 1); break;
-        case 2: tile(p, t, 2); break;
-        case 3: tile(p, t, 3); break;
-        default: tile(p, t, 4);
+        case 1: tile(p, t, 1, passing); break;
+        case 2: tile(p, t, 2, passing); break;
+        case 3: tile(p, t, 3, passing); break;
+        default: tile(p, t, 4, passing);
         }
 }
 
-TARGET static void multiply_integer(const struct product *p)
+TARGET static void multiply(const struct product *p)
+{
+    if (weights_pass())
+        multiply_tiles(p, 1);
+    else
+        multiply_tiles(p, 0);
+}
+
+TARGET DMOE_INLINE void multiply_integer_tiles(const struct product *p, const int passing)
 {
     int64_t width = tile_groups(&(struct tiling)INTEGER_TILING, p->tokens);
     for (int64_t t = 0; t < p->tokens; t += LANES * width)
         if (groups_at(p, t, width) == 1)
-            tile_integer(p, t, 1);
+            tile_integer(p, t, 1, passing);
         else
-            tile_integer(p, t, 2);
+            tile_integer(p, t, 2, passing);
+}
+
+TARGET static void multiply_integer(const struct product *p)
+{
+    if (weights_pass())
+        multiply_integer_tiles(p, 1);
+    else
+        multiply_integer_tiles(p, 0);
 }
 
 TARGET static void scale(float *sums, const unsigned char *scales, float worth, int64_t count)
@@ -266,13 +302,34 @@ TARGET static void round_bf16(const float *from, int64_t count, uint16_t *to)
     round_inline(from, count, to);
 }
 
+TARGET static float exponentials(float *row, int64_t count, int64_t padded, float scale)
+{
+    return exponentials_inline(row, count, padded, scale);
+}
+
 TARGET static void weighted_sum(const struct choices *choices, int64_t h, uint16_t *to)
 {
     weighted_sum_inline(choices, h, to);
 }
 
+TARGET static void norm(
+    const unsigned char *row, const unsigned char *weight, int64_t cols, float eps, uint16_t *out)
+{
+    norm_inline(row, weight, cols, eps, out);
+}
+
+TARGET static void turn(uint16_t *head, const struct turning *turning, const unsigned char *weight, int64_t token)
+{
+    turn_inline(head, turning, weight, token);
+}
+
+TARGET static void route(const struct routed_product *product, int64_t row, int64_t count, float *out)
+{
+    route_inline(product, row, count, 8, 2, out);
+}
+
 const struct variant dmoe_avx512 = {
     "avx512_bf16", supported, sizeof(uint16_t), ROWS, TILING, INTEGER_TILING, pack, quantise, decode, multiply,
-    multiply_integer, scale, silu_times, round_bf16, weighted_sum,
+    multiply_integer, scale, silu_times, round_bf16, exponentials, weighted_sum, norm, turn, route,
 };
 #endif

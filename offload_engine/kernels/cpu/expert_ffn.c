@@ -35,17 +35,17 @@ struct job {
 
 static struct matrix gate_of(const struct job *job, const struct expert *expert)
 {
-    return (struct matrix){expert->gate, expert->gate_scales, job->i, job->h, job->group, job->format};
+    return (struct matrix){expert->gate, expert->gate_scales, job->i, job->h, job->group, job->format, 0};
 }
 
 static struct matrix up_of(const struct job *job, const struct expert *expert)
 {
-    return (struct matrix){expert->up, expert->up_scales, job->i, job->h, job->group, job->format};
+    return (struct matrix){expert->up, expert->up_scales, job->i, job->h, job->group, job->format, 0};
 }
 
 static struct matrix down_of(const struct job *job, const struct expert *expert)
 {
-    return (struct matrix){expert->down, expert->down_scales, job->h, job->i, job->group, job->format};
+    return (struct matrix){expert->down, expert->down_scales, job->h, job->i, job->group, job->format, 0};
 }
 
 /* The tokens of a share from its `t`th on that are packed together. */
@@ -109,8 +109,8 @@ static void gate_and_up(void *argument)
                 struct matrix next_gate = gate_of(job, following.expert);
                 after = row_values(&next_gate, following.first);
             }
-            project(&job->hidden_packing, &gate, first, last, block, row_values(&up, first), decoded, gates);
-            project(&job->hidden_packing, &up, first, last, block, after, decoded, ups);
+            project(&job->hidden_packing, &gate, first, last, block, row_values(&up, first), decoded, gates, CHUNK);
+            project(&job->hidden_packing, &up, first, last, block, after, decoded, ups, CHUNK);
             for (int64_t b = 0; b < block.tokens; b++) {
                 job->variant->silu_times(gates + b * CHUNK, ups + b * CHUNK, count);
                 float *to = job->inner + (block.first + b) * job->i + first;
@@ -151,7 +151,7 @@ static void down(void *argument)
                 struct matrix next_matrix = down_of(job, following.expert);
                 after = row_values(&next_matrix, following.first);
             }
-            project(&job->inner_packing, &matrix, first, last, block, after, decoded, tile);
+            project(&job->inner_packing, &matrix, first, last, block, after, decoded, tile, CHUNK);
             const int64_t *places = job->places + chunk.share->first + t;
             for (int64_t b = 0; b < block.tokens; b++)
                 store_row(job->variant, tile + b * CHUNK, last - first, job->bf16, job->out, places[b] * job->h + first);

@@ -1,5 +1,7 @@
 /* Plain C for any CPU. The compiler's vector extension gives SSE2 on x86-64 and NEON on Arm. */
-#include "variant.h"
+#define DMOE_VECTOR 16
+#include "norms.h"
+#include "router.h"
 
 #define ROWS 4
 
@@ -83,12 +85,33 @@ static void round_bf16(const float *from, int64_t count, uint16_t *to)
     round_inline(from, count, to);
 }
 
+static float exponentials(float *row, int64_t count, int64_t padded, float scale)
+{
+    return exponentials_inline(row, count, padded, scale);
+}
+
 static void weighted_sum(const struct choices *choices, int64_t h, uint16_t *to)
 {
     weighted_sum_inline(choices, h, to);
 }
 
+static void norm(
+    const unsigned char *row, const unsigned char *weight, int64_t cols, float eps, uint16_t *out)
+{
+    norm_inline(row, weight, cols, eps, out);
+}
+
+static void turn(uint16_t *head, const struct turning *turning, const unsigned char *weight, int64_t token)
+{
+    turn_inline(head, turning, weight, token);
+}
+
+static void route(const struct routed_product *product, int64_t row, int64_t count, float *out)
+{
+    route_inline(product, row, count, 2, 1, out);
+}
+
 const struct variant dmoe_generic = {
     "generic", supported, sizeof(float), ROWS, DMOE_ROW_BY_ROW, DMOE_ROW_BY_ROW, pack, quantise, decode, multiply,
-    multiply_integer, scale, silu_times, round_bf16, weighted_sum,
+    multiply_integer, scale, silu_times, round_bf16, exponentials, weighted_sum, norm, turn, route,
 };

@@ -57,7 +57,7 @@ static void multiply_chunks(void *argument)
         for (int64_t index = 0; index < blocks(layer); index++) {
             struct block block = block_of(layer, index);
             int64_t following = index + 1 < blocks(layer) || next >= limit ? first : next * CHUNK;
-            project(&layer->packing, weights, first, last, block, row_values(weights, following), decoded, tile);
+            project(&layer->packing, weights, first, last, block, row_values(weights, following), decoded, tile, CHUNK);
             for (int64_t t = 0; t < block.tokens; t++) {
                 add_bias(layer, first, last - first, tile + t * CHUNK);
                 int64_t at = (block.first + t) * weights->rows + first;

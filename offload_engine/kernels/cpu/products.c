@@ -74,7 +74,7 @@ void pack_token(const struct packing *packing, struct block block, int64_t t, co
 
 void project(
     const struct packing *packing, const struct matrix *matrix, int64_t first, int64_t last, struct block block,
-    const unsigned char *after, char *decoded, float *tile)
+    const unsigned char *after, char *decoded, float *out, int64_t stride)
 {
     const struct variant *variant = packing->variant;
     int64_t rows = variant->rows, row_bytes = packing->padded * element_size(packing);
@@ -84,8 +84,8 @@ void project(
         .group_bytes = packing->group_bytes,
         .padded = packing->padded,
         .tokens = block.tokens,
-        .ahead_bytes = row_values(matrix, rows) - row_values(matrix, 0),
-        .out_stride = CHUNK,
+        .ahead_bytes = matrix->apart ? 0 : row_values(matrix, rows) - row_values(matrix, 0),
+        .out_stride = stride,
     };
     for (int64_t row = first; row < last; row += rows) {
         for (int64_t r = 0; r < rows; r++) {
@@ -94,7 +94,7 @@ void project(
             product.weights[r] = variant->decode(matrix, at, packing->padded, decoded + r * row_bytes);
         }
         product.ahead = (const char *)(row + rows < last ? row_values(matrix, row + rows) : after);
-        product.out = tile + (row - first);
+        product.out = out + (row - first);
         if (packing->integer)
             variant->multiply_integer(&product);
         else
@@ -103,7 +103,7 @@ void project(
     if (packing->integer)
         for (int64_t t = 0; t < block.tokens; t++)
             variant->scale(
-                tile + t * CHUNK, matrix->scales + first * (int64_t)sizeof(float), packing->worth[block.first + t],
+                out + t * stride, matrix->scales + first * (int64_t)sizeof(float), packing->worth[block.first + t],
                 last - first);
 }
 

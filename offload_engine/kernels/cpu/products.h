@@ -48,14 +48,15 @@ int64_t decoded_bytes(const struct packing *packing);
 /* Token `t` of a block. */
 void pack_token(const struct packing *packing, struct block block, int64_t t, const float *row);
 
-/* Rows [first, last) of `matrix`, CHUNK at most, times a block, into tile[t * CHUNK + row - first]. `after` is what this
- * thread reads next: the memory is asked for early, which may lie there.
+/* Rows [first, last) of `matrix`, CHUNK at most, times a block, into out[t * stride + row - first], and what is
+ * of no use into up to DMOE_MOST_ROWS - 1 places behind each row. `after` is what this thread reads next: the memory is
+ * asked for early, which may lie there.
  */
 void project(
     const struct packing *packing, const struct matrix *matrix, int64_t first, int64_t last, struct block block,
-    const unsigned char *after, char *decoded, float *tile);
+    const unsigned char *after, char *decoded, float *out, int64_t stride);
 
-/* Room for what `project` writes. */
+/* Room for what `project` writes of a block with a stride of CHUNK. */
 #define TILE (DMOE_BLOCK * CHUNK)
 
 /* `count` sums as elements of `out` from `at` on: rounded to bf16, or float32 as they are. */

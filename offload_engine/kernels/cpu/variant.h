@@ -9,6 +9,7 @@
 #ifndef DMOE_VARIANT_H
 #define DMOE_VARIANT_H
 
+#include <math.h>
 #include <stdint.h>
 #include <string.h>
 
@@ -25,6 +26,7 @@ struct matrix {
     const unsigned char *scales; /* nothing, float32 [rows], bf16 [rows, cols / group] */
     int64_t rows, cols, group;
     int format;
+    int64_t apart; /* bytes from a row to the next, if they don't lie one behind the other; 0 if they do */
 };
 
 /* Some rows of weights against up to DMOE_BLOCK tokens, packed together (`struct lane`). */
@@ -89,6 +91,20 @@ struct choices {
     int64_t count;
 };
 
+/* How heads of queries and keys are normed and turned. */
+struct turning {
+    const unsigned char *cos, *sin; /* bf16 [tokens, dims] */
+    int64_t dim, dims;              /* of a head, and how many of them turn: an even number */
+    float eps;
+};
+
+/* A router's weights, and tokens in groups (router.h). */
+struct routed_product {
+    float *packed;        /* [groups, cols, DMOE_LANES] */
+    const float *weights; /* [rows, cols] */
+    int64_t cols, rows, groups;
+};
+
 struct variant {
     const char *name;
     int (*supported)(void);
@@ -104,7 +120,14 @@ struct variant {
     void (*scale)(float *sums, const unsigned char *scales, float worth, int64_t count); /* int32 to float32, in place */
     void (*silu_times)(float *gate, const float *up, int64_t count); /* gate = silu(gate) * up */
     void (*round)(const float *from, int64_t count, uint16_t *to);   /* to bf16, to nearest even */
+    /* e^(scale (x - largest)) of a row, in place, with zeros behind up to `padded`; returns the sum. NaN stays NaN. */
+    float (*exponentials)(float *row, int64_t count, int64_t padded, float scale);
     void (*weighted_sum)(const struct choices *choices, int64_t h, uint16_t *to);
+    /* norms.h */
+    void (*norm)(const unsigned char *row, const unsigned char *weight, int64_t cols, float eps, uint16_t *out);
+    void (*turn)(uint16_t *head, const struct turning *turning, const unsigned char *weight, int64_t token);
+    /* router.h: `count` rows from `row` on, to out[r * DMOE_BLOCK + t] */
+    void (*route)(const struct routed_product *product, int64_t row, int64_t count, float *out);
 };
 
 /* Variant `index`, fastest first; null if there is none, or this CPU can't run it. */
@@ -183,6 +206,36 @@ DMOE_INLINE void round_inline(const float *from, int64_t count, uint16_t *to)
 {
     for (int64_t i = 0; i < count; i++)
         to[i] = to_bf16(from[i]);
+}
+
+/* Floats as integers of the same order, NaN at the ends; its own inverse. */
+DMOE_INLINE int32_t ordered(int32_t bits)
+{
+    return bits ^ ((bits >> 31) & 0x7FFFFFFF);
+}
+
+#define DMOE_SUMS 16 /* that are added up apart; divides DMOE_PAD */
+
+DMOE_INLINE float exponentials_inline(float *row, int64_t count, int64_t padded, float scale)
+{
+    int32_t highest = INT32_MIN;
+    for (int64_t i = 0; i < count; i++) {
+        int32_t key = ordered((int32_t)bits_of(row[i]));
+        highest = key > highest ? key : highest;
+    }
+    float largest = float_of((uint32_t)ordered(highest)), sums[DMOE_SUMS] = {0};
+    for (int64_t i = count; i < padded; i++)
+        row[i] = largest - 1e6f / scale; /* adds nothing to a sum that the largest takes part in */
+    for (int64_t i = 0; i < padded; i += DMOE_SUMS)
+        for (int lane = 0; lane < DMOE_SUMS; lane++) {
+            row[i + lane] = fast_exp((row[i + lane] - largest) * scale);
+            sums[lane] += row[i + lane];
+        }
+    memset(row + count, 0, (size_t)(padded - count) * sizeof *row);
+    for (int half = DMOE_SUMS / 2; half; half /= 2)
+        for (int lane = 0; lane < half; lane++)
+            sums[lane] += sums[lane + half];
+    return sums[0];
 }
 
 #define DMOE_COLUMNS 128 /* of a weighted sum, kept in registers or the nearest cache */
@@ -286,7 +339,7 @@ DMOE_INLINE const unsigned char *row_values(const struct matrix *matrix, int64_t
     int64_t bytes = matrix->format == DMOE_BF16 ? 2 * matrix->cols
                     : matrix->format == DMOE_INT8 ? matrix->cols
                                                   : matrix->cols / 2;
-    return matrix->values + row * bytes;
+    return matrix->values + row * (matrix->apart ? matrix->apart : bytes);
 }
 
 DMOE_INLINE const unsigned char *int4_scales(const struct matrix *matrix, int64_t row)
@@ -317,21 +370,25 @@ DMOE_INLINE void pack_float_inline(const float *row, int64_t cols, int64_t padde
 struct stream {
     const char *next, *end;
     int64_t step; /* bytes for every DMOE_PAD columns, whole cache lines */
+    int passing;  /* to be read once and not kept in the outer caches, where the rest of the program has its data */
 };
 
-DMOE_INLINE struct stream tile_stream(const struct product *product, int64_t first, int64_t tokens)
+DMOE_INLINE struct stream tile_stream(const struct product *product, int64_t first, int64_t tokens, const int passing)
 {
     int64_t last = first + tokens < product->tokens ? first + tokens : product->tokens;
     int64_t from = product->ahead_bytes * first / product->tokens, to = product->ahead_bytes * last / product->tokens;
     int64_t step = (to - from) * DMOE_PAD / product->padded;
-    return (struct stream){product->ahead + from, product->ahead + to, (step + 63) / 64 * 64};
+    return (struct stream){product->ahead + from, product->ahead + to, (step + 63) / 64 * 64, passing};
 }
 
 DMOE_INLINE void prefetch_step(struct stream *stream)
 {
     for (int64_t line = 0; line < stream->step; line += 64)
         if (stream->next < stream->end) {
-            __builtin_prefetch(stream->next, 0, 3);
+            if (stream->passing)
+                __builtin_prefetch(stream->next, 0, 0);
+            else
+                __builtin_prefetch(stream->next, 0, 3);
             stream->next += 64;
         }
 }
