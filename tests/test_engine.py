@@ -242,7 +242,8 @@ def test_a_batch_moves_fewer_bytes_and_counts_its_forwards_once(checkpoint: Path
     prompts = [[number] * 40 for number in range(4)]
     moved, forwards, unique = [], [], []
     for batch_size in (1, 2, 4):
-        with open_engine(checkpoint, expert_mem=6 * SLAB, batch_size=4, predictor="none") as engine:
+        options: dict[str, Any] = {"expert_mem": 6 * SLAB, "batch_size": 4, "lanes_together": 4, "predictor": "none"}
+        with open_engine(checkpoint, **options) as engine:
             engine.generate(prompts, SHORT, batch_size=batch_size)
             stats = engine.stats
             moved.append(stats.bytes_moved)

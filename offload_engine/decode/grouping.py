@@ -137,14 +137,17 @@ def loads_by_size(histories: Sequence[Sequence[Uses]], compared: Iterable[int], 
     layers = layers[:: -(-len(layers) // LAYERS)]
     return {
         size: sum(_loads(_unions(recent, size, layer), slots) for layer in layers)
-        / (len(layers) * length * len(histories))
+        / (len(layers) * length * size * -(-len(recent) // size))
         for size in compared
     }
 
 
 def _unions(histories: Sequence[Sequence[Uses]], size: int, layer: int) -> list[int]:
-    """What each forward wants of `layer` as lanes go in groups of `size`, one group after the other."""
-    groups = (histories[start : start + size] for start in range(0, len(histories), size))
+    """What each forward wants of `layer` as lanes go in groups of `size`, one group after the other; the first lanes
+    fill up the last one.
+    """
+    around = [*histories, *histories]
+    groups = (around[start : start + size] for start in range(0, len(histories), size))
     return [
         reduce(or_, (uses.get(layer, 0) for uses in forward))
         for group in groups
