@@ -34,7 +34,9 @@ class EngineOptions(TypedDict, total=False):
     predictor: str | MakePredictor
     prefetch_depth: int
     hot_set: Literal["on", "off"]
+    tuned: Literal["on", "off"]
     transfers_in_flight: int
+    cpu_experts: Literal["off", "auto"] | float
     reader_threads: int
     verify: Literal["first", "always", "never"]
     prefill_chunk: int
@@ -42,6 +44,7 @@ class EngineOptions(TypedDict, total=False):
     lanes_together: int | Literal["auto"]
     prefix_reuse: Literal["auto", "on", "off"]
     fused_commit: bool
+    cuda_graphs: Literal["auto", "on", "off"]
     threads: int | None
     mask_token_id: int | None
     eos_token_id: int | None
