@@ -36,6 +36,7 @@ class EngineOptions(TypedDict, total=False):
     hot_set: Literal["on", "off"]
     tuned: Literal["on", "off"]
     transfers_in_flight: int
+    cpu_experts: Literal["off", "auto"] | float
     reader_threads: int
     verify: Literal["first", "always", "never"]
     cpu_experts: Literal["off", "auto"] | float
@@ -45,6 +46,7 @@ class EngineOptions(TypedDict, total=False):
     lanes_together: int | Literal["auto"]
     prefix_reuse: Literal["auto", "on", "off"]
     fused_commit: bool
+    cuda_graphs: Literal["auto", "on", "off"]
     threads: int | None
     mask_token_id: int | None
     eos_token_id: int | None
