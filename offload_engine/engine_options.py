@@ -39,14 +39,12 @@ class EngineOptions(TypedDict, total=False):
     cpu_experts: Literal["off", "auto"] | float
     reader_threads: int
     verify: Literal["first", "always", "never"]
-    cpu_experts: Literal["off", "auto"] | float
     cuda_graphs: Literal["auto", "on", "off"]
     prefill_chunk: int
     batch_size: int
     lanes_together: int | Literal["auto"]
     prefix_reuse: Literal["auto", "on", "off"]
     fused_commit: bool
-    cuda_graphs: Literal["auto", "on", "off"]
     threads: int | None
     mask_token_id: int | None
     eos_token_id: int | None
