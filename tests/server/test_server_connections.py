@@ -8,6 +8,7 @@ import time
 from contextlib import suppress
 
 import httpx
+import psutil
 import pytest
 
 from tests.server.serving import Served, chat_body, raw_request, serving, until
@@ -138,8 +139,12 @@ def test_many_connections(hasty: Served):
     assert hasty.http.get("/health").status_code == 200
 
 
-def test_hundreds_of_connects(hasty: Served):
-    for _ in range(10):
+@pytest.mark.slow
+def test_thousands_of_connects_leave_memory_as_it_was(hasty: Served):
+    process, before = psutil.Process(), 0
+    for wave in range(60):
+        if wave == 10:  # what the first ones brought with them stays
+            before = process.memory_info().rss
         crowd = []
         for _ in range(50):
             with suppress(OSError):
@@ -149,6 +154,7 @@ def test_hundreds_of_connects(hasty: Served):
             connection.close()
     until(lambda: len(hasty.server.server_state.connections) < 20)
     assert httpx.get(f"{hasty.url}/health").status_code == 200
+    assert process.memory_info().rss - before < 8 << 20, "2500 connections, 3 KB of each"
 
 
 def test_requests_in_a_row_on_one_connection(hasty: Served):
