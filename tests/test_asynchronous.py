@@ -223,3 +223,4 @@ def test_a_loop_that_ends_meanwhile_takes_the_answer_with_it(checkpoint: Path) -
         while held.active and time.monotonic() < deadline:
             time.sleep(0.01)
         assert not held.active, "the answer goes on though nobody listens"
+        asyncio.run(held.aclose())
