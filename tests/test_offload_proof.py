@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -33,7 +32,7 @@ def written(preset: str, folder: Path) -> Iterator[Path]:
     """A checkpoint, gone afterwards: pytest keeps its folders, and this is too large to keep."""
     directory = folder / preset
     config = config_of(PRESETS[preset], DTYPES["bf16"])
-    make_checkpoint(directory, config, seed=0, shard_bytes=10**9, tokenizer=None, log=io.StringIO())
+    make_checkpoint(directory, config, seed=0, shard_bytes=10**9, tokenizer=None)
     try:
         yield directory
     finally:
