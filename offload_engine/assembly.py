@@ -59,11 +59,11 @@ BUILT_IN = Path(__file__).parent / "assets" / "tiny"
 LLADA2_MASK, LLADA2_EOS = 156895, 156892
 """The special ids of published LLaDA2 checkpoints, for those that come without a tokenizer (REFERENCE §1)."""
 
-RUNTIME_MARGIN = 16 * 2**20
-"""Beside what the process takes once warm: kernels compiled for further shapes, stacks, the allocator's leftovers."""
+RUNTIME_MARGIN = 8 * 2**20
+"""Beside what the process takes once warm: stacks, the allocator's leftovers."""
 
-EXPERT_SHAPES_MARGIN = 8 * 2**20
-"""And where torch computes the experts: oneDNN compiles for every number of tokens that one of them gets."""
+SHAPES_MARGIN = 16 * 2**20
+"""And where torch computes all products: oneDNN compiles for every shape, such as the tokens that an expert gets."""
 
 SMALL_MATRIX = 2**18
 """Weights of the largest matrix of a layer, below which a model counts as small."""
@@ -224,7 +224,7 @@ def setup_for(
     gpu: Gpu | None = None,
 ) -> Setup:
     """What decides the memory a run takes, for this process as it stands."""
-    margin = RUNTIME_MARGIN + (EXPERT_SHAPES_MARGIN if kernels.status().variant is None else 0)
+    margin = RUNTIME_MARGIN + (SHAPES_MARGIN if kernels.status().variant is None else 0)
     process = round_up(psutil.Process().memory_info().rss + margin, RUNTIME_STEP)
     return Setup(
         device="cpu" if gpu is None else "cuda",
