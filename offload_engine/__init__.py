@@ -9,8 +9,6 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from offload_engine.asynchronous import AsyncEngine
-    from offload_engine.batching import Batcher, Ticket
     from offload_engine.config import EngineConfig
     from offload_engine.core import (
         Completion,
@@ -22,7 +20,9 @@ if TYPE_CHECKING:
         StepEvent,
     )
     from offload_engine.decode.scoring import LayerRouting
-    from offload_engine.engine import Engine
+    from offload_engine.engine.asynchronous import AsyncEngine
+    from offload_engine.engine.batching import Batcher, Ticket
+    from offload_engine.engine.engine import Engine
     from offload_engine.errors import (
         CheckpointError,
         ConfigError,
@@ -41,10 +41,10 @@ if TYPE_CHECKING:
         TransferError,
         UsageError,
     )
-    from offload_engine.experts.cache import Occupancy
-    from offload_engine.experts.eviction import EvictionPolicy
-    from offload_engine.experts.outlook import Outlook
-    from offload_engine.experts.predictor import ExpertPredictor
+    from offload_engine.experts.scheduling.cache import Occupancy
+    from offload_engine.experts.scheduling.eviction import EvictionPolicy
+    from offload_engine.experts.scheduling.outlook import Outlook
+    from offload_engine.experts.scheduling.predictor import ExpertPredictor
     from offload_engine.memory import MemoryPlan
     from offload_engine.metrics import EngineStats
     from offload_engine.routing.base import RouterShape, RoutingPolicy
@@ -95,28 +95,28 @@ __all__ = [
 ]
 
 _HOMES = {
-    "AsyncEngine": "asynchronous",
-    "Batcher": "batching",
+    "AsyncEngine": "engine.asynchronous",
+    "Batcher": "engine.batching",
     "Completion": "core",
-    "Engine": "engine",
+    "Engine": "engine.engine",
     "EngineConfig": "config",
     "EngineStats": "metrics",
-    "EvictionPolicy": "experts.eviction",
+    "EvictionPolicy": "experts.scheduling.eviction",
     "ExpertKey": "core",
-    "ExpertPredictor": "experts.predictor",
+    "ExpertPredictor": "experts.scheduling.predictor",
     "ForwardInfo": "core",
     "LayerRouting": "decode.scoring",
     "MemoryPlan": "memory",
     "Message": "text",
-    "Occupancy": "experts.cache",
-    "Outlook": "experts.outlook",
+    "Occupancy": "experts.scheduling.cache",
+    "Outlook": "experts.scheduling.outlook",
     "Phase": "core",
     "RouterShape": "routing.base",
     "RoutingDecision": "core",
     "RoutingPolicy": "routing.base",
     "SamplingParams": "core",
     "StepEvent": "core",
-    "Ticket": "batching",
+    "Ticket": "engine.batching",
 }
 """Where the public names live; errors are in `errors`."""
 

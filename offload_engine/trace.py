@@ -76,7 +76,7 @@ class TraceRecord(BaseModel):
     scores: tuple[Annotated[float, Field(allow_inf_nan=False)], ...]
     """The block score of each expert, to six significant digits."""
     runners_up: tuple[Index, ...] = ()
-    """Experts that some token voted for but none chose, by falling score (`offload_engine.experts.outlook`)."""
+    """Experts that some token voted for but none chose, by falling score (`experts.scheduling.outlook`)."""
 
 
 class TraceWriter:

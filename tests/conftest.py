@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
-from offload_engine import assembly
+from offload_engine.engine import assembly
 from offload_engine.experts.executor import OffloadedExperts
 from offload_engine.kernels import library
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from offload_engine.core import RoutingDecision
 from offload_engine.experts.grouped import KernelOutputs, LayerSlabs
-from offload_engine.experts.layout import SlabLayout, packed_layout
+from offload_engine.experts.storage.layout import SlabLayout, packed_layout
 from offload_engine.model.moe import ExpertOutputs, ExpertWeights, ExpertWork
 from offload_engine.model.quantized import (
     ExpertFormat,

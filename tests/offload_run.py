@@ -101,7 +101,7 @@ def main() -> None:
     import torch
 
     from offload_engine.core import SamplingParams
-    from offload_engine.engine import Engine
+    from offload_engine.engine.engine import Engine
     from offload_engine.metrics import measure_peak
 
     task = json.loads(sys.argv[1])

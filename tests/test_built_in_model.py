@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from offload_engine.assembly import BUILT_IN
 from offload_engine.core import SamplingParams
-from offload_engine.engine import Engine
+from offload_engine.engine.assembly import BUILT_IN
+from offload_engine.engine.engine import Engine
 from offload_engine.evaluate.arithmetic import generate
 
 PARAMS = SamplingParams(max_new_tokens=128)

@@ -11,14 +11,14 @@ from typing import Any
 import pytest
 import torch
 
-from offload_engine.assembly import BUILT_IN
 from offload_engine.core import SamplingParams
-from offload_engine.engine import Engine
+from offload_engine.engine.assembly import BUILT_IN
+from offload_engine.engine.engine import Engine
 from offload_engine.errors import CheckpointError, TransferError
 from offload_engine.evaluate.fingerprint import fingerprint
-from offload_engine.experts.conversion import Kind, convert
-from offload_engine.experts.layout import packed_layout
-from offload_engine.experts.packed_header import PACKED_FILE, read_packed_header
+from offload_engine.experts.storage.conversion import Kind, convert
+from offload_engine.experts.storage.layout import packed_layout
+from offload_engine.experts.storage.packed_header import PACKED_FILE, read_packed_header
 from offload_engine.memory import Setup, plan_memory
 from offload_engine.model.quantized import ExpertFormat
 from tests.checkpoints import tiny_config, write_checkpoint

@@ -20,14 +20,14 @@ import psutil
 import pytest
 import torch
 
-from offload_engine import assembly, planning
 from offload_engine.core import SamplingParams
 from offload_engine.decode.kv_cache import PrefixCache
-from offload_engine.engine import Engine
+from offload_engine.engine import assembly, planning
 from offload_engine.errors import CheckpointError, EngineClosedError, MemoryBudgetError, TransferError
-from offload_engine.experts import arena, disk_file
-from offload_engine.experts.conversion import convert
-from offload_engine.experts.packed_header import PACKED_FILE
+from offload_engine.experts import arena
+from offload_engine.experts.storage import disk_file
+from offload_engine.experts.storage.conversion import convert
+from offload_engine.experts.storage.packed_header import PACKED_FILE
 from offload_engine.kernels import library
 from tests.checkpoints import tiny_config, write_checkpoint
 from tests.interrupts import Interrupt
@@ -350,7 +350,7 @@ def test_slots_that_the_system_takes_back_its_word_on_are_a_budget_error(
 
 @pytest.mark.slow
 def test_an_interrupt_anywhere_in_a_call_leaves_the_engine_free_and_exact(directory: Path) -> None:
-    rooms = ("offload_engine/engine.py", "offload_engine/decode/", "contextlib.py", "offload_engine/metrics.py")
+    rooms = ("offload_engine/engine/engine.py", "offload_engine/decode/", "contextlib.py", "offload_engine/metrics.py")
     params, places = SamplingParams(max_new_tokens=8, block_length=8, steps=2), set()
     with open_engine(directory) as engine:
         wanted = engine.generate(PROMPT[:8], params).token_ids

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from offload_engine.core import SamplingParams
-from offload_engine.engine import Engine
+from offload_engine.engine.engine import Engine
 from tests.checkpoints import GOLDEN, needs_golden
 from tests.golden_cases import cases, generate_name, routing_options, tensors
 

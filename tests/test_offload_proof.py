@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from offload_engine.bench.cgroup import CgroupUnavailableError, run_limited
-from offload_engine.engine import Engine
+from offload_engine.engine.engine import Engine
 from offload_engine.metrics import measure_peak, reset_peak
 from tests import offload_run
 from tests.checkpoints import tiny_config, write_checkpoint

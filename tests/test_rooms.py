@@ -18,54 +18,15 @@ FLOORS: list[tuple[str, ...]] = [
     ("memory",),
     ("experts",),
     ("decode", "simulate"),
-    ("placement", "learned"),
-    (
-        "engine",
-        "adjusting",
-        "assembly",
-        "asynchronous",
-        "batching",
-        "dropping",
-        "engine_facts",
-        "engine_options",
-        "extending",
-        "planning",
-        "routing_notices",
-    ),
+    ("engine",),
     ("server", "evaluate", "bench", "doctor", "tune"),
     ("cli",),
 ]
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
-TORCH_FREE = ["core", "errors", "metrics", "trace", "config", "memory", "simulate"] + [
-    f"experts.{name}"
-    for name in (
-        "cache",
-        "cpu_rates",
-        "eviction",
-        "hot_set",
-        "next_use",
-        "outlook",
-        "predictor",
-        "prefetch",
-        "ranking",
-        "scheduler",
-        "sharing",
-    )
-]
-TORCH_FREE += ["decode.grouping", "decode.reuse", "decode.turns"]
+TORCH_FREE = ["core", "errors", "metrics", "trace", "config", "memory", "simulate", "experts.scheduling"]
+TORCH_FREE += ["experts.hot_set", "decode.grouping", "decode.reuse", "decode.turns"]
 SIMULATED = {"core", "metrics", "trace", "errors"}
-SIMULATED_EXPERTS = (
-    "cache",
-    "cpu_rates",
-    "eviction",
-    "next_use",
-    "outlook",
-    "predictor",
-    "prefetch",
-    "ranking",
-    "scheduler",
-    "sharing",
-)
+SCHEDULING = "offload_engine.experts.scheduling"
 
 
 def modules() -> list[Path]:
@@ -121,20 +82,16 @@ def test_the_pure_half_needs_no_torch(name: str) -> None:
         assert not {found for found in imports(file, at_run_time=True) if found.split(".")[0] == "torch"}
 
 
-@pytest.mark.parametrize("name", SIMULATED_EXPERTS)
-def test_the_simulated_half_of_experts_sees_only_the_ground_floor(name: str) -> None:
-    found = imports(PACKAGE / f"experts/{name}.py", at_run_time=True)
-    inside = {item for item in found if item.startswith("offload_engine.experts.")}
-    assert rooms_of(found - inside) <= SIMULATED
-    assert {item.split(".")[2] for item in inside} <= set(SIMULATED_EXPERTS)
+@pytest.mark.parametrize("path", sorted((PACKAGE / "experts/scheduling").glob("*.py")), ids=dotted)
+def test_scheduling_sees_only_the_ground_floor(path: Path) -> None:
+    found = imports(path, at_run_time=True)
+    assert rooms_of({name for name in found if not name.startswith(SCHEDULING)}) <= SIMULATED
 
 
 @pytest.mark.parametrize("path", sorted((PACKAGE / "simulate").glob("*.py")), ids=dotted)
-def test_the_simulator_sees_the_simulated_half_alone(path: Path) -> None:
+def test_the_simulator_sees_of_the_experts_their_scheduling_alone(path: Path) -> None:
     found = imports(path)
-    inside = {item for item in found if item.startswith("offload_engine.experts.")}
-    assert rooms_of(found - inside) <= SIMULATED | {"simulate"}
-    assert {item.split(".")[2] for item in inside} <= set(SIMULATED_EXPERTS)
+    assert rooms_of({name for name in found if not name.startswith(SCHEDULING)}) <= SIMULATED | {"simulate"}
     assert not {item for item in found if item.split(".")[0] == "torch"}
 
 

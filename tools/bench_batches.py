@@ -22,12 +22,12 @@ from dataclasses import asdict, dataclass
 
 import click
 
-from offload_engine.assembly import find_source
 from offload_engine.cli.errors import ReportingCommand
 from offload_engine.config import EngineConfig
 from offload_engine.core import Phase, SamplingParams
 from offload_engine.decode.state import never
-from offload_engine.engine import Engine
+from offload_engine.engine.assembly import find_source
+from offload_engine.engine.engine import Engine
 
 BLOCK = 32
 Asked = tuple[Sequence[int], SamplingParams]

@@ -20,7 +20,7 @@ import torch
 from offload_engine import kernels
 from offload_engine.core import RoutingDecision
 from offload_engine.experts.arena import SlotArena
-from offload_engine.experts.layout import packed_layout
+from offload_engine.experts.storage.layout import packed_layout
 from offload_engine.model.moe import ExpertOutputs, ExpertWeights, ExpertWork
 from offload_engine.model.quantized import Bits, ExpertFormat, quantize_int4, quantize_int8
 from offload_engine.simulate.profile import load_profile

@@ -23,9 +23,9 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from offload_engine.assembly import choose_policy
 from offload_engine.config import EngineConfig
 from offload_engine.core import ForwardInfo, Phase
+from offload_engine.engine.assembly import choose_policy
 from offload_engine.evaluate.arithmetic import Problem, problem
 from offload_engine.model.attention import MaskedSequence, block_causal_mask
 from offload_engine.model.config import ModelConfig

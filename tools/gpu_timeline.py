@@ -23,7 +23,7 @@ import torch
 
 from offload_engine.cli.errors import ReportingCommand
 from offload_engine.core import SamplingParams
-from offload_engine.engine import Engine
+from offload_engine.engine.engine import Engine
 from offload_engine.errors import DeviceError, InternalError
 from offload_engine.experts.transfer.base import Stream
 from offload_engine.model.attention import Attention

@@ -22,7 +22,7 @@ from offload_engine.cli.progress import Progress
 from offload_engine.cli.terminal import note
 from offload_engine.config import format_bytes, parse_bytes
 from offload_engine.errors import MemoryBudgetError, OffloadError, UsageError
-from offload_engine.experts.packed_header import SOURCE_KEY
+from offload_engine.experts.storage.packed_header import SOURCE_KEY
 from offload_engine.model.config import ModelConfig
 from offload_engine.model.partial_directory import partial_directory
 from tools.checkpoint_maker.measure import measure

@@ -21,10 +21,10 @@ if __package__ in (None, ""):  # run as a script: the repository's root is not o
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from offload_engine.errors import OffloadError
-from offload_engine.experts.cache import ExpertCache
-from offload_engine.experts.eviction import EVICTION, make_eviction
-from offload_engine.experts.predictor import PREDICTORS, make_predictor
-from offload_engine.experts.scheduler import ExpertScheduler
+from offload_engine.experts.scheduling.cache import ExpertCache
+from offload_engine.experts.scheduling.eviction import EVICTION, make_eviction
+from offload_engine.experts.scheduling.predictor import PREDICTORS, make_predictor
+from offload_engine.experts.scheduling.scheduler import ExpertScheduler
 from offload_engine.simulate.belady import belady_misses
 from offload_engine.simulate.forwards import ForwardRun, forwards
 from offload_engine.simulate.replay import Costs, Replay, ReplayResult

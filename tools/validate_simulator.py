@@ -28,7 +28,7 @@ from offload_engine.bench.yardstick import prompt_ids
 from offload_engine.cli.simulate import model_of, shape_of
 from offload_engine.config import EngineConfig, parse_bytes
 from offload_engine.core import Phase
-from offload_engine.engine import Engine
+from offload_engine.engine.engine import Engine
 from offload_engine.errors import OffloadError, UsageError
 from offload_engine.simulate.forwards import ForwardRun, forwards, sized
 from offload_engine.simulate.profile import Profile, load_profile

@@ -11,12 +11,12 @@ from typing import NamedTuple
 
 import torch
 
-from offload_engine.assembly import find_source
 from offload_engine.bench.spec import Bandwidth
 from offload_engine.config import EngineConfig
+from offload_engine.engine.assembly import find_source
 from offload_engine.experts.arena import SlotArena
-from offload_engine.experts.opening import open_store
-from offload_engine.experts.store import ExpertStore
+from offload_engine.experts.storage.opening import open_store
+from offload_engine.experts.storage.store import ExpertStore
 from offload_engine.model.checkpoint import Checkpoint
 
 DEPTHS = (1, 2, 4)

@@ -15,7 +15,6 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from offload_engine.assembly import find_source
 from offload_engine.bench.bandwidth import measure_bandwidth
 from offload_engine.bench.overlap import LayerRun, missed_bytes
 from offload_engine.bench.probe import (
@@ -32,7 +31,8 @@ from offload_engine.bench.spec import COMPONENTS, ENGINES, TORCH, Measured, Repo
 from offload_engine.bench.yardstick import digest, disk_bytes, out_of_patience, prompt_ids
 from offload_engine.config import EngineConfig
 from offload_engine.core import ExpertKey
-from offload_engine.engine import Engine
+from offload_engine.engine.assembly import find_source
+from offload_engine.engine.engine import Engine
 from offload_engine.errors import OffloadError, TokenizerError
 from offload_engine.kernels.library import CHOICE as KERNEL_CHOICE
 from offload_engine.memory.footprint import estimated_slab_bytes

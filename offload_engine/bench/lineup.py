@@ -13,7 +13,7 @@ from typing import Any
 from offload_engine.bench.spec import Kind, Task, Workload
 from offload_engine.config import EngineConfig, format_bytes
 from offload_engine.errors import UsageError
-from offload_engine.experts.packed_header import PACKED_FILE
+from offload_engine.experts.storage.packed_header import PACKED_FILE
 
 ROUTINGS = ("original", "dmoe")
 MAPPED: tuple[Kind, ...] = ("mmap", "mmap-random", "torch", "torch-random", "accelerate", "mlx")

@@ -13,11 +13,11 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
 
-from offload_engine.assembly import Source
 from offload_engine.bench.spec import Measured, Task
 from offload_engine.bench.yardstick import digest, disk_bytes, out_of_patience, prompt_ids
 from offload_engine.config import format_bytes
 from offload_engine.core import SamplingParams
+from offload_engine.engine.assembly import Source
 from offload_engine.errors import MemoryBudgetError, TokenizerError
 from offload_engine.memory.machine import available_memory
 from offload_engine.metrics import measure_peak, reset_peak

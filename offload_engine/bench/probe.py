@@ -11,12 +11,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from offload_engine.assembly import assemble
 from offload_engine.bench.overlap import Interval, LayerRun, Transfer
 from offload_engine.config import EngineConfig
 from offload_engine.core import ExpertKey, ForwardInfo, RoutingDecision
 from offload_engine.decode.block_diffusion import BlockDiffusionDecoder
-from offload_engine.engine import Engine
+from offload_engine.engine.assembly import assemble
+from offload_engine.engine.engine import Engine
 from offload_engine.experts.transfer.base import Stream, TransferTicket
 from offload_engine.metrics import EngineStats
 from offload_engine.model import llada2

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from rich.console import Console
 
-    from offload_engine.engine import Engine
+    from offload_engine.engine.engine import Engine
 
 
 class AnswerView(Protocol):

@@ -10,7 +10,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from offload_engine.assembly import BUILT_IN
 from offload_engine.bench.lineup import Request, line_up
 from offload_engine.bench.machine import describe_machine
 from offload_engine.bench.report import Conditions, Findings, prepare, save
@@ -19,8 +18,9 @@ from offload_engine.bench.spec import Run
 from offload_engine.cli.errors import FAILED, INTERRUPTED
 from offload_engine.cli.loading import loading_progress
 from offload_engine.cli.terminal import Output, note
+from offload_engine.engine.assembly import BUILT_IN
 from offload_engine.errors import CheckpointError, OffloadError
-from offload_engine.experts.packed_header import PACKED_FILE
+from offload_engine.experts.storage.packed_header import PACKED_FILE
 from offload_engine.model.hub import resolve_model
 
 CHECKPOINTS = Path("checkpoints")

@@ -9,7 +9,6 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from offload_engine.adjusting import changed
 from offload_engine.cli.answer_view import answer_view
 from offload_engine.cli.errors import INTERRUPTED
 from offload_engine.cli.interrupt import interruptible
@@ -18,7 +17,8 @@ from offload_engine.cli.report import announce, show_stats
 from offload_engine.cli.terminal import Output, note
 from offload_engine.config import EngineConfig, format_bytes
 from offload_engine.core import Completion, SamplingParams
-from offload_engine.engine import Engine
+from offload_engine.engine.adjusting import changed
+from offload_engine.engine.engine import Engine
 from offload_engine.errors import EngineClosedError, OffloadError, PromptError, UsageError
 from offload_engine.files import write_aside
 from offload_engine.routing import described

@@ -7,20 +7,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from offload_engine.assembly import BUILT_IN
 from offload_engine.cli.loading import loading_progress
 from offload_engine.cli.terminal import Output, note
 from offload_engine.config import EngineConfig, format_bytes
 from offload_engine.core import SamplingParams
-from offload_engine.engine import Engine
+from offload_engine.engine.assembly import BUILT_IN
+from offload_engine.engine.engine import Engine
 from offload_engine.errors import UsageError
 from offload_engine.evaluate.compare import compare, comparison_table
 from offload_engine.evaluate.fingerprint import fingerprint
 from offload_engine.evaluate.records import Memory, SavedRun
 from offload_engine.evaluate.runner import about, evaluate, run_folder_settings
 from offload_engine.evaluate.tasks import ARITHMETIC, Task, make_task
-from offload_engine.experts.conversion import DEFAULT_GROUP, Conversion, Kind, convert
-from offload_engine.experts.rounding import KindError
+from offload_engine.experts.storage.conversion import DEFAULT_GROUP, Conversion, Kind, convert
+from offload_engine.experts.storage.rounding import KindError
 from offload_engine.model.hub import resolve_model
 
 

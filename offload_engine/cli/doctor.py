@@ -12,7 +12,6 @@ import psutil
 import torch
 
 from offload_engine import kernels
-from offload_engine.assembly import BUILT_IN, compute_threads
 from offload_engine.bench.machine import processor
 from offload_engine.cli.plan import Described, describe, device_kind, make_plan, plan_dtype
 from offload_engine.cli.terminal import Output, note
@@ -22,6 +21,7 @@ from offload_engine.doctor.finding import EXIT_CODES, Finding, refused, table, w
 from offload_engine.doctor.plan import check_plan
 from offload_engine.doctor.processor import check_kernels, check_processor, check_threads, read_threads
 from offload_engine.doctor.profile import measure_profile, write_profile
+from offload_engine.engine.assembly import BUILT_IN, compute_threads
 from offload_engine.errors import OffloadError
 from offload_engine.memory import MemoryPlan, available_memory
 from offload_engine.memory.machine import memory_caps

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from types import TracebackType
 
     from offload_engine.core import StepEvent
-    from offload_engine.experts.cache import Occupancy
+    from offload_engine.experts.scheduling.cache import Occupancy
 
 TAIL = 500
 """Characters of the answer before the block that stay in view."""

@@ -13,7 +13,7 @@ from offload_engine.cli.terminal import note
 from offload_engine.config import EngineConfig, format_bytes
 
 if TYPE_CHECKING:
-    from offload_engine.engine import Engine
+    from offload_engine.engine.engine import Engine
 
 PATIENCE = 1.0
 """Seconds of a prefill before it is shown: most are over by then."""
@@ -27,7 +27,7 @@ DOWNLOAD = "download"
 
 def load_engine(config: EngineConfig) -> Engine:
     """The engine, with progress on stderr. Raises `OffloadError`s."""
-    from offload_engine.engine import Engine  # here, for commands that load none start faster
+    from offload_engine.engine.engine import Engine  # here, for commands that load none start faster
 
     with loading_progress() as progress:
         engine = Engine.from_pretrained(config=config, progress=progress)

@@ -10,11 +10,11 @@ from pathlib import Path
 
 import torch
 
-from offload_engine.assembly import BUILT_IN, compute_dtype, setup_for
 from offload_engine.cli.terminal import Output
 from offload_engine.config import EngineConfig
+from offload_engine.engine.assembly import BUILT_IN, compute_dtype, setup_for
 from offload_engine.errors import DeviceError
-from offload_engine.experts.opening import open_store
+from offload_engine.experts.storage.opening import open_store
 from offload_engine.memory import DeviceKind, MemoryPlan, auto_budget, available_memory, plan_memory
 from offload_engine.model.checkpoint import INDEX_FILE, SINGLE_FILE, Checkpoint
 from offload_engine.model.config import ModelConfig

@@ -10,7 +10,7 @@ from offload_engine.config import format_bytes
 
 if TYPE_CHECKING:
     from offload_engine.core import Completion
-    from offload_engine.engine import Engine
+    from offload_engine.engine.engine import Engine
     from offload_engine.memory import MemoryPlan
     from offload_engine.metrics import EngineStats
 

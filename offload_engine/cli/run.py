@@ -16,7 +16,7 @@ from offload_engine.cli.terminal import Output, note
 from offload_engine.cli.watch import watching
 from offload_engine.config import EngineConfig
 from offload_engine.core import Completion, SamplingParams, StepEvent
-from offload_engine.engine import Engine
+from offload_engine.engine.engine import Engine
 from offload_engine.errors import PromptError, UsageError
 
 

@@ -9,16 +9,16 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from offload_engine.assembly import native_routing, routing_options
 from offload_engine.cli.plan import Described, make_plan, plan_dtype
 from offload_engine.cli.progress import PIECES, Progress
 from offload_engine.cli.simulate import BOUNCE_SLOTS, model_of, shape_of
 from offload_engine.cli.terminal import Output, note
 from offload_engine.config import EngineConfig
 from offload_engine.doctor.profile import measure_profile
+from offload_engine.engine.assembly import native_routing, routing_options
+from offload_engine.engine.learned import Learned, device_name, remember_tuning, routing_settings
 from offload_engine.errors import OffloadError, UsageError
 from offload_engine.files import write_aside
-from offload_engine.learned import Learned, device_name, remember_tuning, routing_settings
 from offload_engine.memory import MemoryPlan, auto_budget
 from offload_engine.simulate.profile import Profile, load_profile
 from offload_engine.simulate.timing import Timing

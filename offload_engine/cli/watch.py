@@ -14,8 +14,8 @@ from offload_engine.metrics import EngineStats
 from offload_engine.text.pieces import token_texts
 
 if TYPE_CHECKING:
-    from offload_engine.engine import Engine
-    from offload_engine.experts.cache import Occupancy
+    from offload_engine.engine.engine import Engine
+    from offload_engine.experts.scheduling.cache import Occupancy
 
 OPEN = " ░░"
 """Stands for a position that is still masked."""

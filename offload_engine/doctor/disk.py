@@ -14,7 +14,7 @@ from pathlib import Path
 
 from offload_engine.config import format_bytes
 from offload_engine.doctor.finding import Finding, Level
-from offload_engine.experts.disk_file import DiskFile
+from offload_engine.experts.storage.disk_file import DiskFile
 
 PIECE = 6 * 2**20
 """Bytes of a read, about an expert of LLaDA2.0-mini."""

@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from offload_engine.config import EngineConfig
 from offload_engine.core import SamplingParams
-from offload_engine.engine import Engine
+from offload_engine.engine.engine import Engine
 from offload_engine.errors import OffloadError, TokenizerError, UsageError
 from offload_engine.evaluate.fingerprint import fingerprint
 from offload_engine.text import Message, Tokenizer

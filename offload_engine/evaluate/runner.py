@@ -9,7 +9,7 @@ import torch
 
 import offload_engine
 from offload_engine.core import Completion, Phase, SamplingParams
-from offload_engine.engine import Engine
+from offload_engine.engine.engine import Engine
 from offload_engine.errors import PromptError
 from offload_engine.evaluate.fingerprint import fingerprint
 from offload_engine.evaluate.records import Memory, Record, Recorder

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from offload_engine.core import ForwardInfo, Phase, RoutingDecision
-from offload_engine.experts.cache import SlotState
 from offload_engine.experts.executor import OffloadedExperts
+from offload_engine.experts.scheduling.cache import SlotState
 
 SIGNS = {SlotState.FREE: ".", SlotState.LOADING: "l", SlotState.RESIDENT: "r"}
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from offload_engine.errors import DeviceError, EngineClosedError, MemoryBudgetError, UsageError
-from offload_engine.experts.layout import SLOT_ALIGNMENT, SlabLayout
+from offload_engine.experts.storage.layout import SLOT_ALIGNMENT, SlabLayout
 from offload_engine.model.moe import ExpertWeights
 
 POPULATE_WRITE = 23

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from offload_engine.core import ExpertKey, RoutingDecision
 from offload_engine.experts.arena import SlotArena
-from offload_engine.experts.cpu_rates import HANDOVER, OWN_PART, line_through, median_seconds
-from offload_engine.experts.sharing import Rates
-from offload_engine.experts.store import ExpertStore
+from offload_engine.experts.scheduling.cpu_rates import HANDOVER, OWN_PART, line_through, median_seconds
+from offload_engine.experts.scheduling.sharing import Rates
+from offload_engine.experts.storage.store import ExpertStore
 from offload_engine.experts.transfer.base import Stream
 from offload_engine.experts.transfer.driver import Event, StreamDriver
 from offload_engine.model.moe import ExpertOutputs, ExpertWeights, ExpertWork

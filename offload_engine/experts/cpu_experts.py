@@ -21,10 +21,10 @@ from torch import Tensor
 from offload_engine.core import ExpertKey, RoutingDecision
 from offload_engine.errors import InternalError, OffloadError
 from offload_engine.experts.arena import SlotArena
-from offload_engine.experts.cpu_rates import LearnedRates
-from offload_engine.experts.layout import SlabLayout
-from offload_engine.experts.sharing import Missing, ShareMode, choose
-from offload_engine.experts.store import ExpertStore
+from offload_engine.experts.scheduling.cpu_rates import LearnedRates
+from offload_engine.experts.scheduling.sharing import Missing, ShareMode, choose
+from offload_engine.experts.storage.layout import SlabLayout
+from offload_engine.experts.storage.store import ExpertStore
 from offload_engine.experts.transfer.base import Stream
 from offload_engine.experts.transfer.driver import StreamDriver
 from offload_engine.experts.transfer.host_tier import HostTier

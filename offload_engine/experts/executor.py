@@ -13,14 +13,14 @@ from torch import Tensor
 from offload_engine.core import ExpertKey, ForwardInfo, Phase, RoutingDecision
 from offload_engine.errors import InternalError, OffloadError, TransferError
 from offload_engine.experts.arena import Slots
-from offload_engine.experts.cache import Occupancy, SlotState
 from offload_engine.experts.cpu_experts import NO_ERRAND, Errand
 from offload_engine.experts.hot_set import HotSet
-from offload_engine.experts.predictor import ExpertPredictor
-from offload_engine.experts.prefetch import PREDICTION_SHARE, RECENT_RUNS, prefetch_order
 from offload_engine.experts.ranked import ranked_experts, standing
-from offload_engine.experts.scheduler import LAUNCH_EXPERTS, Command, Compute, ExpertScheduler, Load
-from offload_engine.experts.store import ExpertStore
+from offload_engine.experts.scheduling.cache import Occupancy, SlotState
+from offload_engine.experts.scheduling.predictor import ExpertPredictor
+from offload_engine.experts.scheduling.prefetch import PREDICTION_SHARE, RECENT_RUNS, prefetch_order
+from offload_engine.experts.scheduling.scheduler import LAUNCH_EXPERTS, Command, Compute, ExpertScheduler, Load
+from offload_engine.experts.storage.store import ExpertStore
 from offload_engine.experts.transfer.base import Stream, TransferBackend, TransferTicket
 from offload_engine.metrics import EngineStats
 from offload_engine.model.moe import (

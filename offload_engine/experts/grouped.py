@@ -13,8 +13,8 @@ from torch import Tensor
 from offload_engine.core import ExpertKey, RoutingDecision
 from offload_engine.experts.arena import Slots
 from offload_engine.experts.device.table import ABSENT, UNUSED
-from offload_engine.experts.layout import MatrixPlace, SlabLayout
-from offload_engine.experts.store import ExpertStore
+from offload_engine.experts.storage.layout import MatrixPlace, SlabLayout
+from offload_engine.experts.storage.store import ExpertStore
 from offload_engine.kernels import grouped
 from offload_engine.model.moe import ExpertWork
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from offload_engine.core import ForwardInfo, Phase, RoutingDecision
-from offload_engine.experts.outlook import FURTHEST, Outlook
+from offload_engine.experts.scheduling.outlook import FURTHEST, Outlook
 from offload_engine.kernels import selection as fused
 from offload_engine.routing.base import by_block, total
 

@@ -16,9 +16,9 @@ from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import Response
 
-from offload_engine.batching import Batcher
 from offload_engine.config import format_bytes
-from offload_engine.engine import Engine
+from offload_engine.engine.batching import Batcher
+from offload_engine.engine.engine import Engine
 from offload_engine.errors import OffloadError, PromptError
 from offload_engine.server.bodies import Body, ChatBody, CompletionBody, Job, check_model, parse
 from offload_engine.server.denoising import Denoising

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from offload_engine.core import StepEvent
-from offload_engine.engine import Engine
+from offload_engine.engine.engine import Engine
 from offload_engine.server.bodies import Job
 from offload_engine.server.failures import refusal_of
 from offload_engine.server.following import Following

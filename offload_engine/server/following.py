@@ -9,8 +9,8 @@ from contextlib import suppress
 
 from starlette.types import Receive
 
-from offload_engine.batching import Batcher, Ticket
 from offload_engine.core import Completion, StepEvent
+from offload_engine.engine.batching import Batcher, Ticket
 from offload_engine.server.bodies import Job
 from offload_engine.server.failures import shutting_down, too_late
 from offload_engine.server.logs import Record

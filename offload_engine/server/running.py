@@ -11,8 +11,8 @@ from types import FrameType
 
 import uvicorn
 
-from offload_engine.batching import Batcher
-from offload_engine.engine import Engine
+from offload_engine.engine.batching import Batcher
+from offload_engine.engine.engine import Engine
 from offload_engine.errors import ConfigError
 from offload_engine.server.app import create_app
 from offload_engine.server.connections import Connection, keep_time

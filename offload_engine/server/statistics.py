@@ -10,8 +10,8 @@ from prometheus_client import CollectorRegistry, Counter, Histogram
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from offload_engine.batching import Batcher
-from offload_engine.engine import Engine
+from offload_engine.engine.batching import Batcher
+from offload_engine.engine.engine import Engine
 from offload_engine.metrics import GAUGES
 from offload_engine.routing import POLICIES, described
 

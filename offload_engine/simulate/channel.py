@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from offload_engine.core import ExpertKey
-from offload_engine.experts.cache import ExpertCache, SlotState
+from offload_engine.experts.scheduling.cache import ExpertCache, SlotState
 
 
 @dataclass(slots=True)

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 from offload_engine.core import BlockPass, ExpertKey, ForwardInfo, Phase
-from offload_engine.experts.outlook import FURTHEST, Outlook
-from offload_engine.experts.predictor import Chosen
+from offload_engine.experts.scheduling.outlook import FURTHEST, Outlook
+from offload_engine.experts.scheduling.predictor import Chosen
 from offload_engine.trace import TraceRecord
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass
 
-from offload_engine.experts.predictor import Chosen
+from offload_engine.experts.scheduling.predictor import Chosen
 from offload_engine.simulate.forwards import LayerRun
 
 ACCURACY = 0.87

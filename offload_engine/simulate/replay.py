@@ -13,9 +13,9 @@ from typing import Protocol
 
 from offload_engine.core import ExpertKey, Phase
 from offload_engine.errors import InternalError
-from offload_engine.experts.predictor import ExpertPredictor, PredictionCounts
-from offload_engine.experts.prefetch import PREDICTION_SHARE, RECENT_RUNS, prefetch_order
-from offload_engine.experts.scheduler import Command, Compute, ExpertScheduler, Load, SchedulerCounters
+from offload_engine.experts.scheduling.predictor import ExpertPredictor, PredictionCounts
+from offload_engine.experts.scheduling.prefetch import PREDICTION_SHARE, RECENT_RUNS, prefetch_order
+from offload_engine.experts.scheduling.scheduler import Command, Compute, ExpertScheduler, Load, SchedulerCounters
 from offload_engine.simulate.channel import Channel, Direct, Transfers
 from offload_engine.simulate.forwards import ForwardRun, LayerRun
 from offload_engine.simulate.gate import Gate

@@ -10,11 +10,11 @@ from itertools import islice
 
 from offload_engine.core import ExpertKey, Phase
 from offload_engine.errors import UsageError
-from offload_engine.experts.cache import ExpertCache
-from offload_engine.experts.eviction import LRU, make_eviction
-from offload_engine.experts.predictor import ExpertPredictor, Oracle, make_predictor
-from offload_engine.experts.scheduler import LAUNCH_EXPERTS, ExpertScheduler
-from offload_engine.experts.sharing import ShareMode
+from offload_engine.experts.scheduling.cache import ExpertCache
+from offload_engine.experts.scheduling.eviction import LRU, make_eviction
+from offload_engine.experts.scheduling.predictor import ExpertPredictor, Oracle, make_predictor
+from offload_engine.experts.scheduling.scheduler import LAUNCH_EXPERTS, ExpertScheduler
+from offload_engine.experts.scheduling.sharing import ShareMode
 from offload_engine.simulate.belady import belady_misses
 from offload_engine.simulate.channel import Channel, Direct, Tiered, Transfers
 from offload_engine.simulate.forwards import ForwardRun

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from offload_engine.core import Phase
-from offload_engine.experts.sharing import Missing, Rates, ShareMode, choose
+from offload_engine.experts.scheduling.sharing import Missing, Rates, ShareMode, choose
 from offload_engine.simulate.forwards import ForwardRun, LayerRun
 
 PHASES = (Phase.DENOISE, Phase.COMMIT)

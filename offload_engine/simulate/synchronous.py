@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from offload_engine.core import ExpertKey
-from offload_engine.experts.cache import ExpertCache, SlotState
+from offload_engine.experts.scheduling.cache import ExpertCache, SlotState
 from offload_engine.simulate.forwards import ForwardRun
 from offload_engine.simulate.replay import CostModel, Moment
 

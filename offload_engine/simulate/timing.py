@@ -12,8 +12,8 @@ import math
 from dataclasses import dataclass
 
 from offload_engine.errors import InternalError
-from offload_engine.experts.cpu_rates import HANDOVER, OWN_PART
-from offload_engine.experts.sharing import Rates
+from offload_engine.experts.scheduling.cpu_rates import HANDOVER, OWN_PART
+from offload_engine.experts.scheduling.sharing import Rates
 from offload_engine.simulate.forwards import ForwardRun, LayerRun
 from offload_engine.simulate.profile import Profile
 

@@ -6,10 +6,10 @@ import random
 from collections.abc import Iterator
 from pathlib import Path
 
-from offload_engine.assembly import choose_policy, find_source
 from offload_engine.config import EngineConfig
 from offload_engine.core import SamplingParams
-from offload_engine.engine import Engine
+from offload_engine.engine.assembly import choose_policy, find_source
+from offload_engine.engine.engine import Engine
 from offload_engine.evaluate.tasks import ARITHMETIC, make_task
 
 PROMPTS = 32

@@ -16,8 +16,8 @@ from offload_engine.bench.probe import StallStats, open_engine, probing
 from offload_engine.bench.spec import Kind, Measured, Report, Task, Workload, write_document
 from offload_engine.config import EngineConfig
 from offload_engine.core import SamplingParams
-from offload_engine.engine import Engine
-from offload_engine.experts.conversion import convert
+from offload_engine.engine.engine import Engine
+from offload_engine.experts.storage.conversion import convert
 from tests.checkpoints import tiny_config, write_checkpoint
 
 WORKLOAD = Workload(prompt_tokens=12, block_length=8, steps=4, warm_up=1, blocks=2)

@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 import torch
 
-from offload_engine.assembly import find_source
 from offload_engine.bench import mlx_decoder
 from offload_engine.bench.contender import carry_out
 from offload_engine.bench.mlx_decoder import Block, Pass, PatienceError, Watch, bytes_in_memory, measured
 from offload_engine.bench.spec import Kind, Measured, Task, Workload
 from offload_engine.config import EngineConfig
+from offload_engine.engine.assembly import find_source
 from offload_engine.errors import MemoryBudgetError, OffloadError
 from offload_engine.model.checkpoint import Checkpoint
 from tests.checkpoints import tiny_config, write_checkpoint

@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 
 from offload_engine.cli.convert import Request, convert_model
-from offload_engine.engine import Engine
+from offload_engine.engine.engine import Engine
 from offload_engine.errors import OffloadError
 from offload_engine.evaluate.fingerprint import fingerprint
-from offload_engine.experts.packed_header import PACKED_FILE, read_packed_header
+from offload_engine.experts.storage.packed_header import PACKED_FILE, read_packed_header
 from tests.cli.command_line import SHORT, complaint, dmoe_command, dmoe_run, process
 
 

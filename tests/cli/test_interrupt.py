@@ -6,7 +6,7 @@ import signal
 import pytest
 
 from offload_engine.cli.interrupt import interruptible
-from offload_engine.engine import Engine
+from offload_engine.engine.engine import Engine
 from tests.cli.command_line import SHORT, dmoe_run
 
 

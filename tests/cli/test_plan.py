@@ -7,7 +7,7 @@ import pytest
 
 from offload_engine import EngineConfig, MemoryBudgetError
 from offload_engine.cli import plan as plan_module
-from offload_engine.experts.store import SafetensorsStore
+from offload_engine.experts.storage.store import SafetensorsStore
 from offload_engine.memory import Setup, plan_memory
 from offload_engine.model.checkpoint import Checkpoint
 from tests.cli.command_line import ROOT, complaint, dmoe_command

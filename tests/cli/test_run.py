@@ -5,7 +5,7 @@ import json
 import pytest
 
 from offload_engine import Engine, SamplingParams, TransferError
-from offload_engine.experts.store import SafetensorsStore
+from offload_engine.experts.storage.store import SafetensorsStore
 from offload_engine.trace import read_trace
 from tests.checkpoints import GOLDEN, needs_golden
 from tests.cli.command_line import FAST, SHORT, complaint, dmoe_run

@@ -15,11 +15,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from offload_engine import assembly, planning
 from offload_engine.decode.kv_cache import PrefixCache
-from offload_engine.experts import disk_file
-from offload_engine.experts.conversion import convert
-from offload_engine.experts.packed_header import PACKED_FILE, read_packed_header
+from offload_engine.engine import assembly, planning
+from offload_engine.experts.storage import disk_file
+from offload_engine.experts.storage.conversion import convert
+from offload_engine.experts.storage.packed_header import PACKED_FILE, read_packed_header
 from tests.cli.command_line import ROOT, SHORT, complaint, dmoe_run, write_speaking_checkpoint
 
 FEW_SLOTS = [*SHORT, "--expert-mem", "100KB"]
@@ -139,7 +139,7 @@ def test_memory_that_goes_while_answering(model, monkeypatch):
 LIMITED = """
 import resource, sys
 import psutil, torch
-from offload_engine import engine
+from offload_engine.engine import engine
 from offload_engine.cli.commands import run
 torch.set_num_threads(1)
 limit = psutil.Process().memory_info().vms + int(sys.argv[1])
@@ -167,7 +167,7 @@ def test_an_address_space_that_is_too_small_is_one_line_or_no_hindrance(model, r
 SLOW = """
 import os, sys, time
 from offload_engine.cli.commands import run
-from offload_engine.experts import disk_file
+from offload_engine.experts.storage import disk_file
 real = os.preadv
 def slow(*given):
     time.sleep(2)

@@ -7,7 +7,7 @@ import shutil
 import pytest
 
 from offload_engine.config import load_config
-from offload_engine.learned import recall_tuning
+from offload_engine.engine.learned import recall_tuning
 from offload_engine.tune import calibration, search
 from tests.cli.command_line import FAST, ROOT, complaint, dmoe_command, dmoe_run
 

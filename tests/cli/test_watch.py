@@ -9,7 +9,7 @@ from offload_engine import Engine, EngineStats, SamplingParams, StepEvent
 from offload_engine.cli.live import LiveWatch, occupancy_bar, render
 from offload_engine.cli.terminal import visible
 from offload_engine.cli.watch import Board, Frame, PlainWatch, Token, plain_line
-from offload_engine.experts.cache import Occupancy
+from offload_engine.experts.scheduling.cache import Occupancy
 from tests.cli.command_line import MASK, SHORT, dmoe_run
 
 PARAMS = SamplingParams(max_new_tokens=48, block_length=16, steps=4)

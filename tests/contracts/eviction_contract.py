@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from offload_engine.core import ExpertKey
-from offload_engine.experts.eviction import EvictionPolicy
+from offload_engine.experts.scheduling.eviction import EvictionPolicy
 
 KEYS = [ExpertKey(layer, expert) for layer in (1, 2) for expert in range(3)]
 SCORES = (0.0, 0.3, 0.7, 1.9)

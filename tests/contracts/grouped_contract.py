@@ -13,7 +13,7 @@ from torch import Tensor
 from offload_engine.core import ExpertKey, RoutingDecision
 from offload_engine.experts.device.table import ABSENT, UNUSED
 from offload_engine.experts.grouped import KernelOutputs, LayerSlabs, SlotExperts, SlotOutputs
-from offload_engine.experts.layout import SlabLayout
+from offload_engine.experts.storage.layout import SlabLayout
 from offload_engine.kernels import grouped
 from offload_engine.model.moe import ExpertWork
 from tests.grouped_layers import (

@@ -21,8 +21,8 @@ from torch import Tensor
 from offload_engine.core import ExpertKey
 from offload_engine.errors import TransferError
 from offload_engine.experts.arena import SlotArena
-from offload_engine.experts.layout import SLOT_ALIGNMENT
-from offload_engine.experts.store import ExpertStore
+from offload_engine.experts.storage.layout import SLOT_ALIGNMENT
+from offload_engine.experts.storage.store import ExpertStore
 from offload_engine.model.moe import ExpertWeights
 from offload_engine.model.quantized import Matrix, QuantizedMatrix
 from tests.checkpoints import random_tensors, tiny_config

@@ -11,7 +11,7 @@ import torch
 from offload_engine.core import ExpertKey
 from offload_engine.errors import OffloadError
 from offload_engine.experts.arena import SlotArena
-from offload_engine.experts.store import SafetensorsStore
+from offload_engine.experts.storage.store import SafetensorsStore
 from offload_engine.experts.transfer.base import Stream, TransferBackend, TransferTicket
 from offload_engine.model.checkpoint import Checkpoint
 from offload_engine.model.config import ModelConfig

@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 
 from offload_engine.core import BlockPass, ForwardInfo, Phase
 from offload_engine.decode.grouping import KNOWN, Grouping, loads_by_size, sizes
-from offload_engine.experts.cache import ExpertCache
-from offload_engine.experts.eviction import make_eviction
-from offload_engine.experts.predictor import make_predictor
-from offload_engine.experts.scheduler import ExpertScheduler
+from offload_engine.experts.scheduling.cache import ExpertCache
+from offload_engine.experts.scheduling.eviction import make_eviction
+from offload_engine.experts.scheduling.predictor import make_predictor
+from offload_engine.experts.scheduling.scheduler import ExpertScheduler
 from offload_engine.simulate.forwards import ForwardRun, LayerRun
 from offload_engine.simulate.replay import Costs, Replay
 from offload_engine.trace import read_trace

@@ -11,7 +11,7 @@ from offload_engine.decode.warm_up import warm_up
 
 MEASURE = """
 import sys, torch, psutil
-import offload_engine.engine
+import offload_engine.engine.engine
 from offload_engine.decode.warm_up import warm_up
 torch.set_num_threads(1)
 rss = psutil.Process().memory_info

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from offload_engine.engine import Engine
+from offload_engine.engine.engine import Engine
 
 
 @pytest.fixture(scope="session")

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from offload_engine.core import Phase, SamplingParams
-from offload_engine.engine import Engine
+from offload_engine.engine.engine import Engine
 from offload_engine.errors import PromptError
 from offload_engine.evaluate.fingerprint import PIECE, PIECES, fingerprint
 from offload_engine.evaluate.grading import Grade

@@ -16,7 +16,7 @@ import torch
 from offload_engine.errors import EngineClosedError, MemoryBudgetError
 from offload_engine.experts import arena as arena_module
 from offload_engine.experts.arena import SlotArena
-from offload_engine.experts.layout import SLOT_ALIGNMENT, plan_reads
+from offload_engine.experts.storage.layout import SLOT_ALIGNMENT, plan_reads
 from offload_engine.model.weights import ExpertSpans, FileSpan
 
 LAYOUT = plan_reads(

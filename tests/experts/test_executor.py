@@ -16,14 +16,14 @@ from offload_engine.core import ExpertKey, ForwardInfo, Phase, RoutingDecision
 from offload_engine.decode.kv_cache import PrefixCache
 from offload_engine.errors import InternalError, TransferError
 from offload_engine.experts.arena import SlotArena
-from offload_engine.experts.cache import ExpertCache
-from offload_engine.experts.conversion import Kind, convert
-from offload_engine.experts.eviction import EVICTION, make_eviction
 from offload_engine.experts.executor import OffloadedExperts
-from offload_engine.experts.opening import open_store
-from offload_engine.experts.predictor import make_predictor
-from offload_engine.experts.scheduler import ExpertScheduler
-from offload_engine.experts.store import ExpertStore, load_all
+from offload_engine.experts.scheduling.cache import ExpertCache
+from offload_engine.experts.scheduling.eviction import EVICTION, make_eviction
+from offload_engine.experts.scheduling.predictor import make_predictor
+from offload_engine.experts.scheduling.scheduler import ExpertScheduler
+from offload_engine.experts.storage.conversion import Kind, convert
+from offload_engine.experts.storage.opening import open_store
+from offload_engine.experts.storage.store import ExpertStore, load_all
 from offload_engine.experts.transfer.base import OnComplete, Stream, TransferTicket
 from offload_engine.experts.transfer.cpu import CpuTransfers
 from offload_engine.experts.transfer.stalls import HostStalls

@@ -9,7 +9,7 @@ import pytest
 from offload_engine.core import ExpertKey
 from offload_engine.errors import TransferError
 from offload_engine.experts.arena import DeviceArena
-from offload_engine.experts.store import SafetensorsStore
+from offload_engine.experts.storage.store import SafetensorsStore
 from offload_engine.experts.transfer import pinned
 from offload_engine.experts.transfer.base import Stream
 from offload_engine.experts.transfer.cuda import CudaTransfers

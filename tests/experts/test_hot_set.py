@@ -7,11 +7,12 @@ from typing import Any
 
 import pytest
 
-from offload_engine import Engine, SamplingParams, assembly
-from offload_engine import engine as engine_module
-from offload_engine.assembly import keeps_hot_set
+from offload_engine import Engine, SamplingParams
 from offload_engine.config import EngineConfig
 from offload_engine.core import ExpertKey
+from offload_engine.engine import assembly
+from offload_engine.engine import engine as engine_module
+from offload_engine.engine.assembly import keeps_hot_set
 from offload_engine.experts import hot_set
 from offload_engine.experts.hot_set import FILE, HotSet, fingerprint, places, recall, remember
 from tests.checkpoints import tiny_config, write_checkpoint

@@ -5,8 +5,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from offload_engine.core import BlockPass, ForwardInfo, Phase, RoutingDecision
-from offload_engine.experts.outlook import FURTHEST
 from offload_engine.experts.ranked import ranked_experts, standing
+from offload_engine.experts.scheduling.outlook import FURTHEST
 
 EXPERTS = 48
 TOKENS = 3

@@ -5,7 +5,7 @@ import pytest
 from offload_engine.core import ExpertKey
 from offload_engine.errors import EngineClosedError
 from offload_engine.experts.arena import SlotArena
-from offload_engine.experts.store import SafetensorsStore
+from offload_engine.experts.storage.store import SafetensorsStore
 from offload_engine.experts.transfer.base import Stream
 from offload_engine.experts.transfer.cpu import CpuTransfers
 from tests.contracts.transfer_contract import Inbox, TransferContract

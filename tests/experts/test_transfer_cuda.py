@@ -7,7 +7,7 @@ import pytest
 from offload_engine.core import ExpertKey
 from offload_engine.errors import EngineClosedError, InternalError
 from offload_engine.experts.arena import DeviceArena, Slots
-from offload_engine.experts.store import SafetensorsStore
+from offload_engine.experts.storage.store import SafetensorsStore
 from offload_engine.experts.transfer.base import Stream
 from offload_engine.experts.transfer.cuda import CudaTransfers
 from offload_engine.experts.transfer.host_tier import HostTier

@@ -11,21 +11,21 @@ import pytest
 import torch
 
 from offload_engine.core import ExpertKey, ForwardInfo, Phase, RoutingDecision, SamplingParams
-from offload_engine.engine import Engine
+from offload_engine.engine.engine import Engine
 from offload_engine.errors import InternalError
 from offload_engine.experts import arena as arenas
-from offload_engine.experts.cache import ExpertCache
-from offload_engine.experts.conversion import Kind, convert
 from offload_engine.experts.cpu_experts import ForwardShape, HostExperts
-from offload_engine.experts.cpu_rates import LearnedRates
 from offload_engine.experts.device.executor import DeviceExperts
-from offload_engine.experts.eviction import EVICTION, make_eviction
 from offload_engine.experts.observe import ObservedExperts
-from offload_engine.experts.opening import open_store
-from offload_engine.experts.predictor import make_predictor
-from offload_engine.experts.scheduler import ExpertScheduler
-from offload_engine.experts.sharing import Rates
-from offload_engine.experts.store import ExpertStore, load_all
+from offload_engine.experts.scheduling.cache import ExpertCache
+from offload_engine.experts.scheduling.cpu_rates import LearnedRates
+from offload_engine.experts.scheduling.eviction import EVICTION, make_eviction
+from offload_engine.experts.scheduling.predictor import make_predictor
+from offload_engine.experts.scheduling.scheduler import ExpertScheduler
+from offload_engine.experts.scheduling.sharing import Rates
+from offload_engine.experts.storage.conversion import Kind, convert
+from offload_engine.experts.storage.opening import open_store
+from offload_engine.experts.storage.store import ExpertStore, load_all
 from offload_engine.experts.transfer.host_tier import HostTier
 from offload_engine.kernels import grouped
 from offload_engine.metrics import EngineStats

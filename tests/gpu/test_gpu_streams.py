@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from offload_engine.engine import Engine
+from offload_engine.engine.engine import Engine
 from tests.checkpoints import tiny_config, write_checkpoint
 from tools.gpu_timeline import KINDS, Stretch, drawing, measure, summarise
 

@@ -9,7 +9,7 @@ import torch
 
 from offload_engine.core import ExpertKey
 from offload_engine.experts import arena as arenas
-from offload_engine.experts.store import SafetensorsStore
+from offload_engine.experts.storage.store import SafetensorsStore
 from offload_engine.experts.transfer.base import Stream
 from tests.contracts.transfer_contract import Inbox, TransferContract
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from offload_engine.engine import Engine
+from offload_engine.engine.engine import Engine
 from tests.server.serving import Served, serving
 
 BUDGET = {"gpu_mem": "4GB", "threads": 1, "max_context": 2048}

@@ -13,7 +13,7 @@ from typing import Any
 
 import httpx
 
-from offload_engine.engine import Engine
+from offload_engine.engine.engine import Engine
 from offload_engine.server.running import Server, bind, url_of
 from offload_engine.server.settings import ServerSettings
 

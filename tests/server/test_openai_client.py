@@ -22,7 +22,7 @@ def client(served: Served) -> openai.OpenAI:
 @pytest.fixture(scope="module")
 def alone(served: Served) -> str:
     """The answer without a server, from the built-in model."""
-    from offload_engine.engine import Engine
+    from offload_engine.engine.engine import Engine
 
     with Engine.from_pretrained(gpu_mem="4GB", threads=1, max_context=2048) as engine:
         return engine.generate(PROBLEM, SamplingParams()).text

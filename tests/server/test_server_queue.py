@@ -11,7 +11,7 @@ import httpx
 import openai
 import pytest
 
-from offload_engine.engine import Engine
+from offload_engine.engine.engine import Engine
 from tests.server.serving import ENDLESS, Served, chat_body, error_of, events_of, raw_request, serving, until
 
 

@@ -4,8 +4,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from offload_engine.core import ExpertKey
-from offload_engine.experts.cache import ExpertCache
-from offload_engine.experts.eviction import LRU
+from offload_engine.experts.scheduling.cache import ExpertCache
+from offload_engine.experts.scheduling.eviction import LRU
 from offload_engine.simulate.channel import Channel, Direct, Tiered, Transfers
 
 

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from offload_engine.core import Phase
-from offload_engine.experts.outlook import FURTHEST
+from offload_engine.experts.scheduling.outlook import FURTHEST
 from offload_engine.simulate.forwards import Pass, Size, forwards, sized
 from offload_engine.trace import TraceRecord
 from tests.simulate.trace_data import record, steps

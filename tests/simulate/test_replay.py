@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 
 from offload_engine.core import ForwardInfo, Phase
-from offload_engine.experts.cache import ExpertCache
-from offload_engine.experts.eviction import make_eviction
-from offload_engine.experts.predictor import ExpertPredictor, NoPredictor, Oracle, make_predictor
-from offload_engine.experts.scheduler import ExpertScheduler
+from offload_engine.experts.scheduling.cache import ExpertCache
+from offload_engine.experts.scheduling.eviction import make_eviction
+from offload_engine.experts.scheduling.predictor import ExpertPredictor, NoPredictor, Oracle, make_predictor
+from offload_engine.experts.scheduling.scheduler import ExpertScheduler
 from offload_engine.simulate.belady import belady_misses
 from offload_engine.simulate.forwards import ForwardRun, LayerRun, forwards
 from offload_engine.simulate.replay import Costs, Replay, ReplayResult

@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 
 from offload_engine.cli.simulate import model_of, shape_of
 from offload_engine.core import ExpertKey, ForwardInfo, Phase
-from offload_engine.experts.cache import ExpertCache
-from offload_engine.experts.eviction import make_eviction
-from offload_engine.experts.predictor import NoPredictor
-from offload_engine.experts.scheduler import ExpertScheduler
-from offload_engine.experts.sharing import Rates, ShareMode
+from offload_engine.experts.scheduling.cache import ExpertCache
+from offload_engine.experts.scheduling.eviction import make_eviction
+from offload_engine.experts.scheduling.predictor import NoPredictor
+from offload_engine.experts.scheduling.scheduler import ExpertScheduler
+from offload_engine.experts.scheduling.sharing import Rates, ShareMode
 from offload_engine.simulate.channel import Channel, Direct, Tiered, Transfers
 from offload_engine.simulate.forwards import ForwardRun, LayerRun, Size, forwards, sized
 from offload_engine.simulate.profile import Profile, load_profile

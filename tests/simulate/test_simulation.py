@@ -9,10 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from offload_engine.errors import InternalError, UsageError
-from offload_engine.experts.cache import ExpertCache
-from offload_engine.experts.eviction import LRU
-from offload_engine.experts.predictor import NoPredictor
-from offload_engine.experts.scheduler import ExpertScheduler
+from offload_engine.experts.scheduling.cache import ExpertCache
+from offload_engine.experts.scheduling.eviction import LRU
+from offload_engine.experts.scheduling.predictor import NoPredictor
+from offload_engine.experts.scheduling.scheduler import ExpertScheduler
 from offload_engine.simulate.confined import confined
 from offload_engine.simulate.forwards import LayerRun, forwards, sized
 from offload_engine.simulate.gate import Gate

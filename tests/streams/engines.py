@@ -10,18 +10,18 @@ from torch import Tensor
 
 from offload_engine.core import RoutingDecision
 from offload_engine.experts.arena import DeviceArena
-from offload_engine.experts.cache import ExpertCache
 from offload_engine.experts.cpu_experts import ForwardShape, HostExperts
-from offload_engine.experts.cpu_rates import LearnedRates
 from offload_engine.experts.device.exchange import Exchange
 from offload_engine.experts.device.executor import DeviceExperts
 from offload_engine.experts.device.table import UNUSED
-from offload_engine.experts.eviction import make_eviction
 from offload_engine.experts.grouped import LayerSlabs, SlotExperts
-from offload_engine.experts.predictor import make_predictor
-from offload_engine.experts.scheduler import ExpertScheduler
-from offload_engine.experts.sharing import Rates, ShareMode
-from offload_engine.experts.store import ExpertStore
+from offload_engine.experts.scheduling.cache import ExpertCache
+from offload_engine.experts.scheduling.cpu_rates import LearnedRates
+from offload_engine.experts.scheduling.eviction import make_eviction
+from offload_engine.experts.scheduling.predictor import make_predictor
+from offload_engine.experts.scheduling.scheduler import ExpertScheduler
+from offload_engine.experts.scheduling.sharing import Rates, ShareMode
+from offload_engine.experts.storage.store import ExpertStore
 from offload_engine.experts.transfer.cuda import CudaTransfers
 from offload_engine.experts.transfer.host_tier import HostTier
 from offload_engine.experts.transfer.pinned import HostSlab

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from offload_engine.core import ExpertKey
-from offload_engine.experts.store import ExpertStore
+from offload_engine.experts.storage.store import ExpertStore
 from offload_engine.experts.transfer.base import Stream
 from offload_engine.experts.transfer.driver import Event
 from tests.streams.order import HOST, Accesses, Clock, Fault, Moment, join

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from offload_engine.core import ExpertKey
 from offload_engine.errors import InternalError
 from offload_engine.experts.device.executor import DeviceExperts
-from offload_engine.experts.eviction import EVICTION
+from offload_engine.experts.scheduling.eviction import EVICTION
 from offload_engine.experts.transfer.cuda import CudaTransfers
 from offload_engine.kernels import cuda_selection
 from offload_engine.kernels.build import BuildError

@@ -18,10 +18,10 @@ from hypothesis import strategies as st
 from offload_engine.core import ForwardInfo, Phase, RoutingDecision
 from offload_engine.errors import EngineClosedError, InternalError, MemoryBudgetError, TransferError
 from offload_engine.experts.cpu_experts import ForwardShape, HostExperts
-from offload_engine.experts.cpu_rates import LearnedRates
 from offload_engine.experts.device.executor import DeviceExperts
 from offload_engine.experts.executor import OffloadedExperts
-from offload_engine.experts.sharing import Rates, ShareMode
+from offload_engine.experts.scheduling.cpu_rates import LearnedRates
+from offload_engine.experts.scheduling.sharing import Rates, ShareMode
 from offload_engine.experts.transfer.cuda import CudaTransfers
 from offload_engine.experts.transfer.host_tier import HostTier
 from tests.experts.test_executor import KINDS, Faulty, Model

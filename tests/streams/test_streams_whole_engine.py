@@ -10,7 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from offload_engine import Engine, SamplingParams, assembly, placement, planning
+from offload_engine import Engine, SamplingParams
+from offload_engine.engine import assembly, placement, planning
 from offload_engine.errors import DeviceError, MemoryBudgetError
 from offload_engine.experts.device import executor
 from offload_engine.experts.transfer import pinned

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from offload_engine.engine import Engine
+from offload_engine.engine.engine import Engine
 from tests.checkpoints import random_tensors, tiny_config, write_checkpoint
 from tests.reference_model import ReferenceModel
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from click.testing import CliRunner, Result
 
-from offload_engine.engine import Engine
+from offload_engine.engine.engine import Engine
 from tests.tools.analysis_engine import CONFIG, open_tiny
 from tests.tools.test_analysis_report import check_self_contained
 from tools import analyse

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from offload_engine.assembly import choose_policy
+from offload_engine.engine.assembly import choose_policy
 from offload_engine.errors import UsageError
 from offload_engine.evaluate.records import RUN
 from offload_engine.evaluate.tasks import ARITHMETIC

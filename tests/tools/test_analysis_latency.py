@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from offload_engine import metrics
 from offload_engine.core import ForwardInfo, Phase, RoutingDecision, SamplingParams
-from offload_engine.engine import Engine
+from offload_engine.engine.engine import Engine
 from tests.tools.analysis_engine import CONFIG, open_tiny
 from tools.analysis import seam
 from tools.analysis.components import timed_components

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from offload_engine.core import RoutingDecision
-from offload_engine.engine import Engine
+from offload_engine.engine.engine import Engine
 from tests.reference_model import ReferenceModel
 from tests.tools.analysis_engine import CONFIG, MASK, open_tiny, reference
 from tools.analysis import masking, seam

@@ -9,7 +9,7 @@ import pytest
 from click.testing import CliRunner
 
 from offload_engine.core import SamplingParams
-from offload_engine.engine import Engine
+from offload_engine.engine.engine import Engine
 from tests.checkpoints import tiny_config, write_checkpoint
 from tools.bench_batches import Measured, answer, main, samples, table
 

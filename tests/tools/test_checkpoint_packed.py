@@ -8,8 +8,8 @@ import pytest
 from click.testing import CliRunner
 
 from offload_engine import Engine, SamplingParams
-from offload_engine.experts.conversion import convert
-from offload_engine.experts.packed_header import PACKED_FILE, read_packed_header
+from offload_engine.experts.storage.conversion import convert
+from offload_engine.experts.storage.packed_header import PACKED_FILE, read_packed_header
 from tests.tools.pocket_checkpoint import POCKET
 from tools import make_checkpoint as tool
 

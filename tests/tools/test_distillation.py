@@ -12,10 +12,10 @@ from click.testing import CliRunner, Result
 from hypothesis import given
 from hypothesis import strategies as st
 
-from offload_engine.assembly import BUILT_IN
 from offload_engine.config import EngineConfig
 from offload_engine.core import SamplingParams
-from offload_engine.engine import Engine
+from offload_engine.engine.assembly import BUILT_IN
+from offload_engine.engine.engine import Engine
 from offload_engine.errors import ModelError, OffloadError, PromptError, UsageError
 from tools.arithmetic_problems import main as arithmetic_problems
 from tools.distillation.job import make_dataset

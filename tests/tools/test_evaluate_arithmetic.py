@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from offload_engine.assembly import BUILT_IN, choose_policy
 from offload_engine.config import EngineConfig
 from offload_engine.core import SamplingParams
-from offload_engine.engine import Engine
+from offload_engine.engine.assembly import BUILT_IN, choose_policy
+from offload_engine.engine.engine import Engine
 from offload_engine.evaluate.arithmetic import generate
 from tools.evaluate_arithmetic import Decoding, Evaluator, answer_text, boxed, by_length, load_network
 from tools.training.data import vocabulary

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from offload_engine.core import SamplingParams
-from offload_engine.engine import Engine
+from offload_engine.engine.engine import Engine
 from offload_engine.errors import DeviceError, InternalError
 from offload_engine.experts.transfer.base import Stream
 from tests.checkpoints import tiny_config, write_checkpoint

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from offload_engine.experts.conversion import Kind
+from offload_engine.experts.storage.conversion import Kind
 from tests.checkpoints import tiny_config, write_checkpoint
 from tools.soak import FaultyReads, Report, checkpoint, experts_file, soak
 

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from offload_engine.core import ForwardInfo, Phase, RoutingDecision, SamplingParams
-from offload_engine.engine import Engine
+from offload_engine.engine.engine import Engine
 from offload_engine.model.moe import ExpertExecutor, MoEBlock, Preview
 from tools.analysis import seam
 

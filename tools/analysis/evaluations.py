@@ -14,9 +14,9 @@ from typing import Any
 
 import torch
 
-from offload_engine.assembly import choose_policy
 from offload_engine.config import EngineConfig, brief
-from offload_engine.engine import Engine
+from offload_engine.engine.assembly import choose_policy
+from offload_engine.engine.engine import Engine
 from offload_engine.errors import OffloadError, UsageError
 from offload_engine.evaluate.records import RUN, SUMMARY, RunFolder, SavedRun, flatten, read_run
 from offload_engine.evaluate.runner import about, evaluate, run_folder_settings

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from offload_engine.core import ForwardInfo, Phase, RoutingDecision
-from offload_engine.engine import Engine
+from offload_engine.engine.engine import Engine
 from offload_engine.model.attention import MaskedSequence, block_causal_mask
 from offload_engine.model.llada2 import Forward
 from offload_engine.model.moe import ExpertExecutor, Preview

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from offload_engine.core import SamplingParams
-from offload_engine.engine import Engine
+from offload_engine.engine.engine import Engine
 from offload_engine.evaluate.records import write_json
 from offload_engine.evaluate.summary import middle_layer
 from offload_engine.text import Message

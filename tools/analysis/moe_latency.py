@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from offload_engine.core import ForwardInfo, Phase, RoutingDecision, SamplingParams
-from offload_engine.engine import Engine
+from offload_engine.engine.engine import Engine
 from offload_engine.model.llada2 import Forward
 from offload_engine.model.moe import MoEBlock
 from tools.analysis import seam

@@ -7,9 +7,9 @@ from contextlib import contextmanager
 
 import torch
 
-from offload_engine.assembly import choose_policy
 from offload_engine.decode.threads import compute_threads
-from offload_engine.engine import Engine
+from offload_engine.engine.assembly import choose_policy
+from offload_engine.engine.engine import Engine
 from offload_engine.experts.observe import Watcher
 from offload_engine.memory import score_bytes
 from offload_engine.model.llada2 import LLaDA2Model

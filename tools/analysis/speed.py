@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from offload_engine.core import SamplingParams
-from offload_engine.engine import Engine
+from offload_engine.engine.engine import Engine
 from tools.analysis import seam
 from tools.analysis.components import timed_components
 from tools.analysis.runs import Run, baselines, dmoe

@@ -8,10 +8,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
-from offload_engine.assembly import find_source
 from offload_engine.config import EngineConfig
 from offload_engine.core import SamplingParams
-from offload_engine.engine import Engine
+from offload_engine.engine.assembly import find_source
+from offload_engine.engine.engine import Engine
 from offload_engine.errors import UsageError
 from offload_engine.evaluate.fingerprint import fingerprint
 from offload_engine.evaluate.tasks import ARITHMETIC, Task, make_task

@@ -13,7 +13,7 @@ from statistics import fmean, pstdev
 import torch
 
 from offload_engine.core import Phase, SamplingParams
-from offload_engine.engine import Engine
+from offload_engine.engine.engine import Engine
 from offload_engine.trace import TraceRecord, read_trace
 
 BLOCK, STEPS = 32, 8

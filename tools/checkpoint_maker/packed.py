@@ -13,10 +13,10 @@ import torch
 
 from offload_engine.cli.progress import Progress
 from offload_engine.errors import UsageError
-from offload_engine.experts.conversion import DEFAULT_GROUP
-from offload_engine.experts.layout import packed_layout
-from offload_engine.experts.packed_header import PACKED_FILE, Description
-from offload_engine.experts.packed_writer import PackedWriter, packed_format
+from offload_engine.experts.storage.conversion import DEFAULT_GROUP
+from offload_engine.experts.storage.layout import packed_layout
+from offload_engine.experts.storage.packed_header import PACKED_FILE, Description
+from offload_engine.experts.storage.packed_writer import PackedWriter, packed_format
 from offload_engine.model.config import ModelConfig
 from offload_engine.model.moe import ExpertWeights
 from offload_engine.model.quantized import fitting_group

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from offload_engine.assembly import LLADA2_EOS, LLADA2_MASK
+from offload_engine.engine.assembly import LLADA2_EOS, LLADA2_MASK
 
 LLADA2_VOCAB = 157184
 

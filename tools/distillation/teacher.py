@@ -9,10 +9,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from offload_engine.assembly import choose_policy, find_source
 from offload_engine.config import EngineConfig
 from offload_engine.core import SamplingParams
-from offload_engine.engine import Engine
+from offload_engine.engine.assembly import choose_policy, find_source
+from offload_engine.engine.engine import Engine
 from offload_engine.errors import ModelError, TokenizerError, UsageError
 from offload_engine.evaluate.fingerprint import fingerprint
 from offload_engine.routing import described

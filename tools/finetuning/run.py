@@ -14,10 +14,10 @@ from typing import Any
 import click
 import torch
 
-from offload_engine.assembly import Source, find_source
 from offload_engine.cli.interrupt import interruptible
 from offload_engine.cli.terminal import note
 from offload_engine.config import EngineConfig, parse_bytes
+from offload_engine.engine.assembly import Source, find_source
 from offload_engine.errors import OffloadError, UsageError
 from offload_engine.evaluate.fingerprint import fingerprint
 from offload_engine.model.checkpoint import Checkpoint

@@ -11,7 +11,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from offload_engine.experts.layout import SLOT_ALIGNMENT
+from offload_engine.experts.storage.layout import SLOT_ALIGNMENT
 from offload_engine.experts.transfer.base import Stream
 from offload_engine.experts.transfer.driver import StreamDriver
 from offload_engine.experts.transfer.pinned import HostSlab, PinnedSlabs, pinned_buffers

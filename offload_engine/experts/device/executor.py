@@ -18,9 +18,9 @@ from offload_engine.experts.device.table import ABSENT, UNUSED, Row, SlotTable
 from offload_engine.experts.executor import OffloadedExperts
 from offload_engine.experts.grouped import SlotExperts, SlotOutputs
 from offload_engine.experts.hot_set import HotSet
-from offload_engine.experts.predictor import ExpertPredictor
-from offload_engine.experts.scheduler import Command, Compute, ExpertScheduler, Load
-from offload_engine.experts.store import ExpertStore
+from offload_engine.experts.scheduling.predictor import ExpertPredictor
+from offload_engine.experts.scheduling.scheduler import Command, Compute, ExpertScheduler, Load
+from offload_engine.experts.storage.store import ExpertStore
 from offload_engine.experts.transfer.base import Stream, TransferTicket
 from offload_engine.experts.transfer.cuda import CudaTransfers
 from offload_engine.metrics import EngineStats

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from offload_engine.experts.arena import SlotArena
-from offload_engine.experts.store import ExpertStore
+from offload_engine.experts.storage.store import ExpertStore
 from offload_engine.experts.transfer.base import Stream, TransferTicket
 from offload_engine.experts.transfer.readers import ReaderThreads
 

@@ -20,7 +20,7 @@ from contextlib import contextmanager
 
 from offload_engine.errors import InternalError
 from offload_engine.experts.arena import Slots
-from offload_engine.experts.store import ExpertStore
+from offload_engine.experts.storage.store import ExpertStore
 from offload_engine.experts.transfer.base import Stream, TransferTicket
 from offload_engine.experts.transfer.driver import StreamDriver
 from offload_engine.experts.transfer.host_tier import Held, HostTier

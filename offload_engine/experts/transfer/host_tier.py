@@ -12,8 +12,8 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 from offload_engine.core import ExpertKey
-from offload_engine.experts.cache import ExpertCache, Occupancy, SlotState
-from offload_engine.experts.eviction import make_eviction
+from offload_engine.experts.scheduling.cache import ExpertCache, Occupancy, SlotState
+from offload_engine.experts.scheduling.eviction import make_eviction
 from offload_engine.experts.transfer.driver import StreamDriver
 from offload_engine.experts.transfer.pinned import HostSlab, PinnedSlabs
 

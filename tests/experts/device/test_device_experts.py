@@ -10,7 +10,7 @@ from offload_engine.core import ExpertKey, ForwardInfo, RoutingDecision
 from offload_engine.errors import InternalError, TransferError
 from offload_engine.experts.device.executor import DeviceExperts
 from offload_engine.experts.observe import ObservedExperts
-from offload_engine.experts.scheduler import Compute
+from offload_engine.experts.scheduling.scheduler import Compute
 from tests.experts.test_executor import Faulty, Model
 from tests.streams.engines import EmulatedOutputs, on_device
 from tests.streams.simulator import SimulatedDevice

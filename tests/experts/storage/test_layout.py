@@ -1,0 +1,146 @@
+"""Planning an expert's reads: every byte lands, none is read twice, matrices end up aligned."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from offload_engine.experts.storage.layout import SLOT_ALIGNMENT, ReadPlan, align_down, align_up, plan_reads
+from offload_engine.model.weights import ExpertSpans, FileSpan
+
+ONE, TWO = Path("one.safetensors"), Path("two.safetensors")
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+@st.composite
+def experts(draw: st.DrawFn) -> ExpertSpans:
+    """Three matrices in any order, at any distance, at any address, in one file or several."""
+    dtype = draw(st.sampled_from(DTYPES))
+    intermediate, hidden = draw(st.integers(1, 60)), draw(st.integers(1, 60))
+    nbytes = intermediate * hidden * dtype.itemsize
+    paths = draw(st.sampled_from([(ONE, ONE, ONE), (ONE, ONE, TWO), (TWO, ONE, TWO)]))
+    gaps = st.one_of(st.just(0), st.integers(0, 9), st.integers(0, 3 * SLOT_ALIGNMENT))
+    spans: dict[str, FileSpan] = {}
+    ends = {ONE: draw(st.integers(0, 9000)), TWO: draw(st.integers(0, 9000))}
+    for name, path in zip(draw(st.permutations(["gate", "up", "down"])), paths, strict=True):
+        offset = ends[path] + draw(gaps)
+        spans[name] = FileSpan(path, offset, nbytes)
+        ends[path] = offset + nbytes
+    return ExpertSpans(**spans, dtype=dtype, intermediate=intermediate, hidden=hidden)
+
+
+def matrices(spans: ExpertSpans) -> tuple[FileSpan, FileSpan, FileSpan]:
+    return spans.gate, spans.up, spans.down
+
+
+def files(spans: ExpertSpans) -> dict[Path, bytes]:
+    """Files of random bytes which end with the last matrix in them."""
+    generator = torch.Generator().manual_seed(1)
+    ends: dict[Path, int] = {}
+    for span in matrices(spans):
+        ends[span.path] = max(ends.get(span.path, 0), span.offset + span.nbytes)
+    return {
+        path: torch.randint(0, 256, (end,), dtype=torch.uint8, generator=generator).numpy().tobytes()
+        for path, end in ends.items()
+    }
+
+
+def carry_out(plan: ReadPlan, content: dict[Path, bytes]) -> torch.Tensor:
+    slab = bytearray(b"\xee" * plan.layout.nbytes)
+    for window in plan.windows:
+        read = content[window.path][window.file_offset : window.file_offset + window.nbytes]
+        assert len(read) >= window.needed
+        slab[window.slab_offset : window.slab_offset + len(read)] = read
+    view = memoryview(slab)
+    for move in plan.moves:
+        view[move.target : move.target + move.nbytes] = view[move.source : move.source + move.nbytes]
+    return torch.frombuffer(slab, dtype=torch.uint8)
+
+
+@given(experts())
+def test_matrices_arrive_whole(spans: ExpertSpans) -> None:
+    content = files(spans)
+    plan = plan_reads(spans)
+    weights = plan.layout.weights(carry_out(plan, content))
+    shapes = ((spans.intermediate, spans.hidden),) * 2 + ((spans.hidden, spans.intermediate),)
+    for span, matrix, shape in zip(matrices(spans), weights, shapes, strict=True):
+        stored = content[span.path][span.offset : span.offset + span.nbytes]
+        assert matrix.contiguous().view(torch.uint8).numpy().tobytes() == stored
+        assert tuple(matrix.shape) == shape
+        assert matrix.dtype == spans.dtype
+
+
+@given(experts())
+def test_reads_are_aligned_and_ask_for_no_byte_too_many(spans: ExpertSpans) -> None:
+    plan = plan_reads(spans)
+    units = {
+        (span.path, unit)
+        for span in matrices(spans)
+        for unit in range(align_down(span.offset), align_up(span.offset + span.nbytes), SLOT_ALIGNMENT)
+    }
+    asked = [
+        (window.path, window.file_offset + place)
+        for window in plan.windows
+        for place in range(0, window.nbytes, SLOT_ALIGNMENT)
+    ]
+    assert sorted(asked) == sorted(units)
+    assert plan.nbytes == plan.layout.nbytes == len(units) * SLOT_ALIGNMENT
+    landed = 0
+    for window in plan.windows:
+        assert window.slab_offset == landed
+        assert window.file_offset % SLOT_ALIGNMENT == 0
+        assert window.nbytes - SLOT_ALIGNMENT < window.needed <= window.nbytes
+        landed += window.nbytes
+
+
+@given(experts())
+def test_windows_that_touch_are_one(spans: ExpertSpans) -> None:
+    windows = plan_reads(spans).windows
+    for earlier, later in itertools.pairwise(windows):
+        assert earlier.path != later.path or earlier.file_offset + earlier.nbytes < later.file_offset
+
+
+@given(experts())
+def test_only_odd_addresses_are_moved_and_by_less_than_a_number(spans: ExpertSpans) -> None:
+    plan = plan_reads(spans)
+    size = spans.dtype.itemsize
+    assert len(plan.moves) == sum(span.offset % size != 0 for span in matrices(spans))
+    assert all(0 < move.source - move.target < size for move in plan.moves)
+    assert all(place.offset % size == 0 for place in (plan.layout.gate, plan.layout.up, plan.layout.down))
+
+
+def test_the_published_order_is_kept() -> None:
+    """Down, gate, up lie side by side in a published shard: one read, 1.001 times the payload for LLaDA2.0-mini."""
+    nbytes = 512 * 2048 * 2
+    start = 123_456
+    down, gate, up = (FileSpan(ONE, start + i * nbytes, nbytes) for i in range(3))
+    plan = plan_reads(ExpertSpans(gate, up, down, torch.bfloat16, intermediate=512, hidden=2048))
+    assert len(plan.windows) == 1
+    slack = start % SLOT_ALIGNMENT
+    assert [place.offset for place in (plan.layout.down, plan.layout.gate, plan.layout.up)] == [
+        slack,
+        slack + nbytes,
+        slack + 2 * nbytes,
+    ]
+    assert plan.nbytes <= 1.001 * 3 * nbytes
+
+
+def test_views_share_the_slabs_memory() -> None:
+    spans = ExpertSpans(*(FileSpan(ONE, i * 24, 24) for i in range(3)), torch.float32, intermediate=2, hidden=3)
+    layout = plan_reads(spans).layout
+    slab = torch.zeros(layout.nbytes, dtype=torch.uint8)
+    weights = layout.weights(slab)
+    weights.up[1, 2] = 1.0
+    assert slab[24 + 20 : 24 + 24].view(torch.float32).item() == 1.0
+    assert int(slab.count_nonzero()) == 2
+
+
+@pytest.mark.parametrize(("offset", "down", "up"), [(0, 0, 0), (1, 0, 4096), (4095, 0, 4096), (4096, 4096, 4096)])
+def test_alignment(offset: int, down: int, up: int) -> None:
+    assert align_down(offset) == down
+    assert align_up(offset) == up
