@@ -23,6 +23,7 @@ import torch
 from offload_engine.core import SamplingParams
 from offload_engine.decode.kv_cache import PrefixCache
 from offload_engine.engine import assembly, planning
+from offload_engine.engine.engine import Engine
 from offload_engine.errors import CheckpointError, EngineClosedError, MemoryBudgetError, TransferError
 from offload_engine.experts import arena
 from offload_engine.experts.storage import disk_file
