@@ -49,7 +49,8 @@ def duration(seconds: float) -> str:
 class Progress:
     """One piece of work of a known size. Open it, tell it how far it is, close it.
 
-    Speed and time left are those since it was made, what was `done` before then left out.
+    Speed and time left are those since it was made, what was `done` before then left out. `total` may be corrected
+    before any `show`.
     """
 
     def __init__(
@@ -116,7 +117,7 @@ class Progress:
                 return
             self._display = _bar(self.total)
         display, task = self._display
-        display.update(task, completed=self.done, description=self.line())
+        display.update(task, completed=self.done, total=self.total, description=self.line())
 
 
 def _bar(total: int) -> tuple[Display, TaskID]:
