@@ -30,7 +30,6 @@ REASONS = (
     "installs packages",
     "needs a checkpoint of full size",
     "downloads from the hub",
-    "needs several machines or GPUs",
     "needs the history of this repository",
     "takes minutes",
     "takes hours",
@@ -128,6 +127,12 @@ def command_lines(path: Path) -> list[str]:
         if block.reason is not None:
             lines += block.marked_commands
     return lines
+
+
+def quoted(path: Path) -> list[str]:
+    """What a document's prose has between backticks."""
+    prose = re.sub(r"^```.*?^```", "", path.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+    return re.findall(r"`([^`]+)`", re.sub(r"^    .*$", "", prose, flags=re.MULTILINE))
 
 
 def programs(path: Path) -> list[str]:

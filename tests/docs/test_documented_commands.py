@@ -14,7 +14,18 @@ import click
 import pytest
 
 from offload_engine.cli.commands import dmoe, run
-from tests.docs.documents import DOCUMENTS, REASONS, ROOT, Block, blocks, blocks_of, command_lines, programs, shown
+from tests.docs.documents import (
+    DOCUMENTS,
+    REASONS,
+    ROOT,
+    Block,
+    blocks,
+    blocks_of,
+    command_lines,
+    programs,
+    quoted,
+    shown,
+)
 from tests.docs.workshop import Workshop, needs_curl, normal, unseen
 
 FENCED = {"python", "json", "text"}
@@ -83,7 +94,7 @@ def test_what_a_document_shows_is_what_happens(path, workshop):
     assert wrong is None, f"{path.name}: {wrong}"
 
 
-CALL = re.compile(r"(dmoe(-run)?|python -m (tools|offload_engine)[\w.]*|python tools/\w+\.py)( |$)")
+CALL = re.compile(r"(dmoe-run|dmoe(?= \w)|python -m (tools|offload_engine)[\w.]*|python tools/\w+\.py)( |$)")
 
 
 def command_of(words: list[str]) -> tuple[click.Command, list[str]]:
@@ -103,9 +114,10 @@ def called(line: str) -> list[list[str]]:
     return [shlex.split(re.split(r"(?:^|\s)#|\s2?>", piece)[0]) for piece in pieces if CALL.match(piece)]
 
 
-@pytest.mark.parametrize("path", [path for path in DOCUMENTS if command_lines(path)], ids=named)
+@pytest.mark.parametrize("path", DOCUMENTS, ids=named)
 def test_options_that_are_named_exist(path):
-    for line in command_lines(path):
+    """Also those in the prose, such as `dmoe doctor --measure`."""
+    for line in [*command_lines(path), *quoted(path)]:
         for words in called(line):
             command, arguments = command_of(words)
             if not isinstance(command, click.Command):  # a tool with another kind of command line

@@ -12,6 +12,7 @@ import pytest
 
 from offload_engine.decode.block_diffusion import BlockDiffusionDecoder
 from offload_engine.decode.lane import Lane
+from offload_engine.decode.session import Outcome, Session
 from offload_engine.engine.batching import Ticket
 from offload_engine.engine.engine import Engine
 from offload_engine.server.connections import Connection
@@ -24,21 +25,28 @@ STEP = 0.01
 
 
 class Gate:
-    """Stands at the beginning of every denoising step: notes whose it is, and holds it while it is shut."""
+    """Stands before and at the beginning of every denoising step: notes whose it is, and holds the model while shut."""
 
     def __init__(self) -> None:
         self.steps: list[set[int]] = []
         """The requests of each step that began, by number."""
+        self.between = False
+        """Whether it is shut between two steps rather than within one."""
         self._open = threading.Event()
         self._open.set()
         self._held = threading.Event()
 
-    def pass_through(self, lanes: Sequence[Lane]) -> None:
+    def begin(self, lanes: Sequence[Lane]) -> None:
         """A step begins."""
         self.steps.append({lane.number for lane in lanes})
-        self._held.set()
-        assert self._open.wait(60)
+        self.wait(between=False)
         time.sleep(STEP)
+
+    def wait(self, between: bool) -> None:
+        """The model comes by, between two steps or within one."""
+        if between == self.between:
+            self._held.set()
+            assert self._open.wait(60)
 
     def count(self, number: int) -> int:
         """Steps that began for this request."""
@@ -50,11 +58,11 @@ class Gate:
 
     @contextmanager
     def shut(self) -> Iterator[None]:
-        """While open, a step has begun and does not end."""
+        """While open, the model stands still."""
         self._open.clear()
         self._held.clear()
         try:
-            assert self._held.wait(30), "no step begins"
+            assert self._held.wait(30), "nobody comes by"
             yield
         finally:
             self._open.set()
@@ -72,13 +80,18 @@ class Seen:
 
 @pytest.fixture
 def gate(monkeypatch: pytest.MonkeyPatch) -> Gate:
-    gate, step = Gate(), BlockDiffusionDecoder.step
+    gate, step, advance = Gate(), BlockDiffusionDecoder.step, Session.advance
 
-    def gated(decoder: BlockDiffusionDecoder, lanes: Sequence[Lane]) -> None:
-        gate.pass_through(lanes)
+    def gated_step(decoder: BlockDiffusionDecoder, lanes: Sequence[Lane]) -> None:
+        gate.begin(lanes)
         step(decoder, lanes)
 
-    monkeypatch.setattr(BlockDiffusionDecoder, "step", gated)
+    def gated_advance(session: Session) -> list[tuple[int, Outcome]]:
+        gate.wait(between=True)
+        return advance(session)
+
+    monkeypatch.setattr(BlockDiffusionDecoder, "step", gated_step)
+    monkeypatch.setattr(Session, "advance", gated_advance)
     return gate
 
 
@@ -113,9 +126,11 @@ def begin(served: Served, path: str = PATHS[0], **fields: object) -> socket.sock
     return connection
 
 
+@pytest.mark.parametrize("between", [False, True])
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("path", PATHS)
-def test_one_alone(endless_engine: Engine, gate: Gate, seen: Seen, path: str, stream: bool) -> None:
+def test_one_alone(endless_engine: Engine, gate: Gate, seen: Seen, path: str, stream: bool, between: bool) -> None:
+    gate.between = between
     with serving(endless_engine) as served:
         leaver = begin(served, path, stream=stream)
         until(lambda: len(gate.steps) >= 3)
