@@ -69,7 +69,7 @@ def run_benchmark(request: Request, wanted: Wanted) -> int:
     machine, runs, ended = describe_machine(), list[Run](), None
     try:
         total = planned(lineup.tasks, request.rounds, runs)
-        with _ended_as_by_ctrl_c(), Progress("runs", total, RUNS, every=0) as progress:
+        with _ended_as_by_ctrl_c(), Progress("runs", total, RUNS, every=0, still=True) as progress:
             progress.show(0)
             for run in run_rounds(lineup.tasks, request.rounds, limit, _weight_files(folders), note):
                 runs.append(run)
