@@ -77,6 +77,10 @@ def test_every_command_is_run_or_says_why_not(path):
         assert lacking is None, f"{path.name}: {block.lines[0]!r} begins a block without {lacking}"
 
 
+def test_no_reason_is_there_for_nothing():
+    assert {block.reason for path in DOCUMENTS for block in blocks_of(path)} - {None} == set(REASONS)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("path", [path for path in DOCUMENTS if shown(path) or programs(path)], ids=named)
 def test_what_a_document_shows_is_what_happens(path, workshop):
