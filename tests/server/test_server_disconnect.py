@@ -5,33 +5,42 @@ from __future__ import annotations
 import socket
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Literal
 
 import pytest
+from torch import Tensor
 
 from offload_engine.decode.block_diffusion import BlockDiffusionDecoder
 from offload_engine.decode.lane import Lane
 from offload_engine.decode.session import Outcome, Session
 from offload_engine.engine.batching import Ticket
 from offload_engine.engine.engine import Engine
+from offload_engine.model.llada2 import Forward, LLaDA2Model
 from offload_engine.server.connections import Connection
 from tests.server.conftest import BUDGET
-from tests.server.serving import ENDLESS, Served, chat_body, raw_request, serving, until
+from tests.server.serving import ENDLESS, PROBLEM, Served, chat_body, raw_request, serving, until
 
 PATHS = ["/v1/chat/completions", "/v1/denoise"]
+Place = Literal["step", "between", "layer"]
+"""Within a denoising step, between two of them, before a layer of a prefill."""
+LONG = [{"role": "user", "content": f"{PROBLEM} " * 10}]
+"""A prompt that no test before has left in the cache."""
 STEP = 0.01
 """Seconds that a step takes at least, so that the event loop hears of everything in time."""
 
 
 class Gate:
-    """Stands before and at the beginning of every denoising step: notes whose it is, and holds the model while shut."""
+    """Stands wherever the model comes by: notes whose steps begin, and holds the model at one place while shut."""
 
     def __init__(self) -> None:
         self.steps: list[set[int]] = []
         """The requests of each step that began, by number."""
-        self.between = False
-        """Whether it is shut between two steps rather than within one."""
+        self.layers = 0
+        """Layers of prefills that began."""
+        self.place: Place = "step"
+        """Where it is shut."""
         self._open = threading.Event()
         self._open.set()
         self._held = threading.Event()
@@ -39,12 +48,12 @@ class Gate:
     def begin(self, lanes: Sequence[Lane]) -> None:
         """A step begins."""
         self.steps.append({lane.number for lane in lanes})
-        self.wait(between=False)
+        self.wait("step")
         time.sleep(STEP)
 
-    def wait(self, between: bool) -> None:
-        """The model comes by, between two steps or within one."""
-        if between == self.between:
+    def wait(self, place: Place) -> None:
+        """The model comes by."""
+        if place == self.place:
             self._held.set()
             assert self._open.wait(60)
 
@@ -58,14 +67,17 @@ class Gate:
 
     @contextmanager
     def shut(self) -> Iterator[None]:
-        """While open, the model stands still."""
+        """While open, the model goes no further than here."""
+        self._held.clear()  # first: who comes by from now on may be through, but is held the next time
         self._open.clear()
-        self._held.clear()
         try:
-            assert self._held.wait(30), "nobody comes by"
             yield
         finally:
             self._open.set()
+
+    def hold(self) -> None:
+        """Until the model has come by, and stands still."""
+        assert self._held.wait(30), "nobody comes by"
 
 
 class Seen:
@@ -80,16 +92,27 @@ class Seen:
 
 @pytest.fixture
 def gate(monkeypatch: pytest.MonkeyPatch) -> Gate:
-    gate, step, advance = Gate(), BlockDiffusionDecoder.step, Session.advance
+    gate, step, advance, prefill = Gate(), BlockDiffusionDecoder.step, Session.advance, LLaDA2Model.prefill
 
     def gated_step(decoder: BlockDiffusionDecoder, lanes: Sequence[Lane]) -> None:
         gate.begin(lanes)
         step(decoder, lanes)
 
     def gated_advance(session: Session) -> list[tuple[int, Outcome]]:
-        gate.wait(between=True)
+        gate.wait("between")
         return advance(session)
 
+    def gated_prefill(
+        model: LLaDA2Model, ids: Tensor, pieces: Sequence[Forward], cancelled: Callable[[], bool]
+    ) -> bool:
+        def asked() -> bool:  # before every layer
+            gate.wait("layer")
+            gate.layers += not cancelled()
+            return cancelled()
+
+        return prefill(model, ids, pieces, asked)
+
+    monkeypatch.setattr(LLaDA2Model, "prefill", gated_prefill)
     monkeypatch.setattr(BlockDiffusionDecoder, "step", gated_step)
     monkeypatch.setattr(Session, "advance", gated_advance)
     return gate
@@ -126,16 +149,17 @@ def begin(served: Served, path: str = PATHS[0], **fields: object) -> socket.sock
     return connection
 
 
-@pytest.mark.parametrize("between", [False, True])
+@pytest.mark.parametrize("place", ["step", "between"])
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("path", PATHS)
-def test_one_alone(endless_engine: Engine, gate: Gate, seen: Seen, path: str, stream: bool, between: bool) -> None:
-    gate.between = between
+def test_one_alone(endless_engine: Engine, gate: Gate, seen: Seen, path: str, stream: bool, place: Place) -> None:
+    gate.place = place
     with serving(endless_engine) as served:
         leaver = begin(served, path, stream=stream)
         until(lambda: len(gate.steps) >= 3)
         (number,) = gate.requests()
         with gate.shut():
+            gate.hold()
             leaver.close()
             until(lambda: seen.lost == 1)
             begun = gate.count(number)
@@ -157,6 +181,7 @@ def test_one_among_several(pair_engine: Engine, gate: Gate, seen: Seen, other: s
         until(lambda: len(gate.requests()) == 2)
         (another,) = gate.requests() - {number}
         with gate.shut():
+            gate.hold()
             leaver.close()
             until(lambda: seen.lost == 1)
             begun, before = gate.count(number), gate.count(another)
@@ -177,6 +202,7 @@ def test_one_that_waits_takes_no_step_at_all(endless_engine: Engine, gate: Gate,
         leaver = begin(served, stream=stream)
         until(lambda: served.server.batcher.waiting == 1)
         with gate.shut():
+            gate.hold()
             leaver.close()
             until(lambda: seen.lost == 1)
             until(lambda: len(seen.cancelled) == 1)
@@ -184,3 +210,20 @@ def test_one_that_waits_takes_no_step_at_all(endless_engine: Engine, gate: Gate,
         first.close()
         until(lambda: served.server.batcher.active == 0)
         assert gate.requests().isdisjoint(seen.cancelled[:1])
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_one_whose_prompt_is_read_takes_no_layer_more(
+    endless_engine: Engine, gate: Gate, seen: Seen, stream: bool
+) -> None:
+    gate.place = "layer"
+    with serving(endless_engine) as served:
+        with gate.shut():
+            leaver = begin(served, stream=stream, messages=LONG)
+            gate.hold()
+            leaver.close()
+            until(lambda: len(seen.cancelled) == 1)
+            begun = gate.layers
+        until(lambda: served.server.batcher.active == 0)
+        assert gate.layers == begun
+        assert gate.steps == []
