@@ -28,6 +28,8 @@ CELLS = (UNNAMED + 1) * BINS
 TINY = float(np.finfo(np.float64).tiny)
 CAUTION = 2.0
 """Observations that the first guess at a cell's chance counts for."""
+SAMPLED = 3
+"""Every how many forwards of a layer cells are observed; chances change slowly, and a layer brings many observations."""
 MEMORY = 4096.0
 """Observations of a cell after which the older half of its weight is dropped."""
 
@@ -113,11 +115,14 @@ class _Layer:
         """[E]: where experts stand; None until asked for, as all that follows from what was learnt."""
         self._order: list[tuple[float, int, int]] | None = None
 
-    def learn(self, experts: Sequence[int], outlook: Outlook, opened: bool, calibration: _Calibration) -> None:
-        """The layer routed in a forward that denoises or commits, and may have `opened` a block."""
+    def learn(self, experts: Sequence[int], outlook: Outlook, opened: bool, calibration: _Calibration | None) -> None:
+        """The layer routed in a forward that denoises or commits, and may have `opened` a block. `calibration`, if
+        given, learns from it too.
+        """
         self._reach(max(max(named, default=-1) for named in (experts, *outlook)))
         wanted, chosen, runners_up = (np.array(named, dtype=np.int64) for named in (experts, *outlook))
-        calibration.learn(self._opening, self._standing(), wanted)
+        if calibration is not None:
+            calibration.learn(self._opening, self._standing(), wanted)
         self._average(self._averages[0], wanted, RATE)
         if opened:
             self._average(self._averages[1], wanted, OPENING_RATE)
@@ -203,6 +208,7 @@ class NextUse:
         self._layers: dict[int, _Layer] = {}
         self._calibration = _Calibration()
         self._events = itertools.count(1)
+        self._forwards = 0
         self._current: _Layer | None = None
         """That routed last."""
         self._routings: list[tuple[_Layer, Sequence[int], Outlook]] = []
@@ -214,6 +220,7 @@ class NextUse:
     def begin(self, info: ForwardInfo) -> None:
         """See `EvictionPolicy`."""
         self._learn()
+        self._forwards += 1
         self._phase, self._opens = info.phase, opens_block(info)
         if self._opens:
             for layer in self._layers.values():
@@ -270,7 +277,8 @@ class NextUse:
 
     def _learn(self) -> None:
         for layer, experts, outlook in self._routings:
-            layer.learn(experts, outlook, self._opens, self._calibration)
+            sampled = (self._forwards + layer.place) % SAMPLED == 0
+            layer.learn(experts, outlook, self._opens, self._calibration if sampled else None)
             layer.expect(self._phase is Phase.COMMIT)
         self._routings.clear()
 
