@@ -23,7 +23,7 @@ STEP = 3
 UNNAMED = CHOSEN_KINDS + FURTHEST // STEP
 """The kind of an expert that nobody named."""
 AT_ONCE, CANDIDATES = 4, 64
-"""Victims found together, at most one for so many candidates: on the recorded traces it costs at most .4 % more loads."""
+"""Victims found together, at most one for so many candidates: on recorded traces it costs at most .4 % more loads."""
 BINS = 8
 """Of an expert's average of uses, as a share of its layer's largest."""
 CELLS = (UNNAMED + 1) * BINS
