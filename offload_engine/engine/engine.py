@@ -376,7 +376,8 @@ class Engine(EngineFacts):
 
     def _count_unique(self, info: ForwardInfo, layer: int, decision: RoutingDecision) -> None:
         if info.phase is Phase.DENOISE:
-            distinct = set(decision.experts.flatten().tolist()) - {-1}
+            distinct = set(decision.experts.flatten().tolist())
+            distinct.discard(-1)
             self.stats.count_unique(layer, len(distinct))
             if self._decoder.grouping is not None:
                 self._decoder.grouping.saw(info.blocks[0].lane, layer, distinct)
