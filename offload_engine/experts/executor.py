@@ -15,7 +15,7 @@ from offload_engine.errors import InternalError, OffloadError, TransferError
 from offload_engine.experts.arena import Slots
 from offload_engine.experts.cpu_experts import NO_ERRAND, Errand
 from offload_engine.experts.hot_set import HotSet
-from offload_engine.experts.ranked import ranked_experts, standing
+from offload_engine.experts.ranked import Standing, ranked_experts, standing
 from offload_engine.experts.scheduling.cache import Occupancy, SlotState
 from offload_engine.experts.scheduling.predictor import ExpertPredictor
 from offload_engine.experts.scheduling.prefetch import PREDICTION_SHARE, RECENT_RUNS, prefetch_order
@@ -143,10 +143,7 @@ class OffloadedExperts:
 
     def run(self, layer: int, hidden: Tensor, decision: RoutingDecision) -> Tensor:
         """See `ExpertExecutor`."""
-        ranked, learned, outlook = standing(decision, self._info)
-        self.predictor.observe(layer, ranked.experts, ranked.scores, learned)
-        if self.predictor.generating:
-            self.hot.use(layer, learned.experts)
+        ranked, _learned, outlook = self._heard(layer, decision)
         outputs = self._outputs(layer, hidden, decision)
         self._half_done = True
         try:
@@ -156,24 +153,39 @@ class OffloadedExperts:
                 errand = self._errand(layer, ranked.experts, hidden, decision)
                 self._carry_out(self.scheduler.want(layer, ranked.experts, ranked.scores, outlook, errand.experts))
                 self.stats.expert_requests += len(ranked.experts)
-                moved = counters.moved - moved
-                self._moved_share += (moved / max(1, len(ranked.experts)) - self._moved_share) / RECENT_RUNS
-            missing = len(ranked.experts) - len(errand.experts)
-            while missing:
-                computes = self._next_computes()
-                self._launch(computes, outputs.compute)
-                missing -= len(computes)
-            if errand.experts:
-                self._fetch_results(errand, outputs)
+                self._note_moved(counters.moved - moved, len(ranked.experts))
+            self._finish(len(ranked.experts), errand, outputs)
             self._half_done = False
         except BaseException as error:
             self._abandon(error)
             raise
+        self.transfers.synchronize()
+        return outputs.combine()
+
+    def _heard(self, layer: int, decision: RoutingDecision) -> Standing:
+        """Tell predictor and hot set of a layer's decision."""
+        heard = standing(decision, self._info)
+        self.predictor.observe(layer, heard.ranked.experts, heard.ranked.scores, heard.learned)
+        if self.predictor.generating:
+            self.hot.use(layer, heard.learned.experts)
+        return heard
+
+    def _note_moved(self, moved: int, wanted: int) -> None:
+        """Of the experts `wanted` by a layer, so many were `moved`, as `SchedulerCounters` counts them."""
+        self._moved_share += (moved / max(1, wanted) - self._moved_share) / RECENT_RUNS
+
+    def _finish(self, wanted: int, errand: Errand, outputs: LayerOutputs) -> None:
+        """Compute the experts `wanted`, of which those of `errand` come from elsewhere, as they are there."""
+        missing = wanted - len(errand.experts)
+        while missing:
+            computes = self._next_computes()
+            self._launch(computes, outputs.compute)
+            missing -= len(computes)
+        if errand.experts:
+            self._fetch_results(errand, outputs)
         with self._changed:
             self.stats.bytes_read += errand.bytes_read
             self._count()
-        self.transfers.synchronize()
-        return outputs.combine()
 
     def _errand(self, layer: int, experts: Sequence[int], hidden: Tensor, decision: RoutingDecision) -> Errand:  # noqa: ARG002
         """What is computed elsewhere than from slots, already under way."""

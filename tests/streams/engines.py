@@ -11,8 +11,9 @@ from torch import Tensor
 from offload_engine.core import RoutingDecision
 from offload_engine.experts.arena import DeviceArena
 from offload_engine.experts.cpu_experts import ForwardShape, HostExperts
+from offload_engine.experts.device.accounts import Accounts
 from offload_engine.experts.device.exchange import Exchange
-from offload_engine.experts.device.executor import DeviceExperts
+from offload_engine.experts.device.executor import PLACES, DeviceExperts
 from offload_engine.experts.device.table import UNUSED
 from offload_engine.experts.grouped import LayerSlabs, SlotExperts
 from offload_engine.experts.scheduling.cache import ExpertCache
@@ -134,8 +135,8 @@ def on_device(
         stats=EngineStats(),
         prefetch_depth=2,
     )
-    experts.exchange.close()
-    experts.exchange = WatchedExchange(device)
+    experts.accounts.close()
+    experts.accounts = Accounts([WatchedExchange(device) for _ in range(PLACES)])
     if emulated:
         experts.slots = EmulatedSlots(store, arena, device)
     if host is not None and share != "off":

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from offload_engine.core import ExpertKey
 from offload_engine.errors import InternalError
-from offload_engine.experts.device.executor import DeviceExperts
+from offload_engine.experts.device.executor import PLACES, DeviceExperts
 from offload_engine.experts.scheduling.eviction import EVICTION
 from offload_engine.experts.transfer.cuda import CudaTransfers
 from offload_engine.kernels import cuda_selection
@@ -88,7 +88,7 @@ def test_the_engine_on_streams_equals_the_resident_one_in_every_order(
     device.check()
     assert device.most_copies <= in_flight
     marks = [event for event in device.events if not event.timed]
-    assert len(marks) <= 2 * slots + in_flight + (host_slots or 0) + 4, "events are used again"
+    assert len(marks) <= 2 * slots + in_flight + (host_slots or 0) + 3 + 4 * PLACES, "events are used again"
     assert isinstance(experts.transfers, CudaTransfers)
     if experts.transfers.host is not None:
         held = experts.transfers.host.occupancy()
@@ -195,17 +195,20 @@ def test_a_planted_defect_is_caught_in_the_engine(model: Model, name: str, every
     assert set(device.faults) & set(planted.faults), device.faults
 
 
+DISAGREE = r"but the slot table on the device said|was computed from slot|but the books had all"
+
+
 @pytest.mark.parametrize("order", [[0], [1, 0, 2], [7]])
 @pytest.mark.parametrize("name", MISDEEDS)
 def test_a_misdeed_of_the_slot_table_is_caught(model: Model, name: str, order: list[int]) -> None:
     misdeed = MISDEEDS[name]
     device = SimulatedDevice(order)
     if misdeed.fault is None:
-        with pytest.raises(InternalError, match=r"but the slot table on the device said|was computed from slot"):
-            run(model, device, 40, None, emulated=True, plant=misdeed.plant)
+        with pytest.raises(InternalError, match=DISAGREE):
+            run(model, device, 70, None, emulated=True, plant=misdeed.plant)
         return
-    with contextlib.suppress(InternalError, StreamError):
-        run(model, device, 40, None, emulated=True, plant=misdeed.plant)
+    with contextlib.suppress(InternalError, StreamError, KeyError):  # what is missing may be anything then
+        run(model, device, 70, None, emulated=True, plant=misdeed.plant)
     assert misdeed.fault in device.faults
 
 
