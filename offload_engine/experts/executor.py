@@ -24,6 +24,7 @@ from offload_engine.experts.storage.store import ExpertStore
 from offload_engine.experts.transfer.base import Stream, TransferBackend, TransferTicket
 from offload_engine.metrics import EngineStats
 from offload_engine.model.moe import (
+    Decide,
     ExpertOutputs,
     ExpertSum,
     ExpertTokens,
@@ -140,6 +141,10 @@ class OffloadedExperts:
         if self._info.phase is Phase.PREFILL:  # in the order of a sweep, lest what comes first makes room for the rest
             predicted = sorted(predicted)[: self.scheduler.cache.probation_limit]
         return predicted
+
+    def route(self, layer: int, hidden: Tensor, decide: Decide) -> RoutingDecision:  # noqa: ARG002
+        """See `ExpertExecutor`."""
+        return decide()
 
     def run(self, layer: int, hidden: Tensor, decision: RoutingDecision) -> Tensor:
         """See `ExpertExecutor`."""

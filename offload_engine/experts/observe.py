@@ -12,7 +12,7 @@ from offload_engine.core import ForwardInfo, Phase, RoutingDecision
 from offload_engine.errors import TraceError, TraceWriteError
 from offload_engine.experts.device.executor import DeviceExperts
 from offload_engine.experts.ranked import standing
-from offload_engine.model.moe import ExpertExecutor, Preview
+from offload_engine.model.moe import Decide, ExpertExecutor, Preview
 from offload_engine.routing.base import by_block
 from offload_engine.trace import TraceHeader, TraceWriter
 
@@ -40,6 +40,10 @@ class ObservedExperts:
     def prepare(self, layer: int, preview: Preview) -> None:
         """See `ExpertExecutor`."""
         self.experts.prepare(layer, preview)
+
+    def route(self, layer: int, hidden: Tensor, decide: Decide) -> RoutingDecision:
+        """See `ExpertExecutor`."""
+        return self.experts.route(layer, hidden, decide)
 
     def run(self, layer: int, hidden: Tensor, decision: RoutingDecision) -> Tensor:
         """See `ExpertExecutor`."""

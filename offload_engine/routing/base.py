@@ -93,7 +93,7 @@ def decide_on_device(
     routed = device.decide(rule, logits, bias, block_ids)
     if routed is None:
         return None
-    return RoutingDecision(routed.experts, routed.weights, routed.coreset, routed.block_scores)
+    return RoutingDecision(routed.experts, routed.weights, routed.coreset, routed.block_scores, routed.lookup)
 
 
 def select_scores(logits: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:

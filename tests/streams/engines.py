@@ -46,6 +46,9 @@ class EmulatedOutputs(ExpertOutputs):
         self.found = row.masked_fill(unwanted, UNUSED)
         return self.found
 
+    def show(self, slots: Tensor) -> None:
+        self.found = slots
+
     def compute_found(self) -> None:
         assert self.found is not None
         slab_bytes, memory = self.layer.slabs.slab_bytes, self.layer.slabs.memory
@@ -62,6 +65,9 @@ class EmulatedSlots(SlotExperts):
     def __init__(self, store: ExpertStore, arena: DeviceArena, device: SimulatedDevice) -> None:
         super().__init__(store, arena)
         self.simulated = device
+
+    def serves(self, hidden: Tensor) -> bool:
+        return True
 
     def outputs(  # type: ignore[override]
         self, layer: int, hidden: Tensor, decision: RoutingDecision

@@ -5,8 +5,9 @@ here, so that the host need not wait for it.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
+import numpy as np
 from torch import Tensor
 
 from offload_engine.core import RoutingDecision
@@ -15,19 +16,34 @@ from offload_engine.experts.device.exchange import Exchange
 from offload_engine.experts.device.record import Found, Missing, Record
 from offload_engine.experts.device.table import ABSENT, UNUSED, Row
 
+NOTHING: Row = np.empty(0, np.int32)
+"""Where nothing is looked up."""
+
 
 class Account:
     """One layer of one forward. Used by the thread that runs the engine."""
 
-    def __init__(self, layer: int, record: Record, exchange: Exchange) -> None:
+    def __init__(self, layer: int, exchange: Exchange, row: Row) -> None:
         self.layer = layer
-        self.record = record
         self.exchange = exchange
-        self.row: Row | None = None
+        self.row = row
         """int32 [E]: by expert, the slot that it was in for the work enqueued, or `ABSENT`."""
+        self._record: Record | None = None
         self.moved = 0
         """Of the experts asked for so far, those that `SchedulerCounters.moved` counts."""
         self._read: Found | None = None
+
+    @property
+    def record(self) -> Record:
+        """What is brought, once `bring` was called."""
+        if self._record is None:
+            raise InternalError(f"layer {self.layer} was asked about before it was run")
+        return self._record
+
+    def bring(self, record: Record, pieces: Callable[[], Sequence[Tensor]], reads: Sequence[Tensor] = ()) -> None:
+        """Enqueue `record` and its way to the host; `pieces` and `reads` as of `Exchange.bring`."""
+        self._record = record
+        self.exchange.bring(record.front, record.nbytes - record.front, pieces, reads)
 
     def missing(self) -> Missing:
         """Wait for what is missing, the record having a front. Raises `InternalError` if the books had some of it."""
@@ -56,7 +72,7 @@ class Account:
         return {} if slots is None else {expert: slot for expert, slot in enumerate(slots.tolist()) if slot >= 0}
 
     def _check(self, slots: Tensor | None) -> None:
-        if slots is None or self.row is None:
+        if slots is None:
             return
         seen = slots.numpy()
         for expert in ((seen != UNUSED) & (seen != self.row)).nonzero()[0].tolist():
@@ -65,7 +81,7 @@ class Account:
             raise InternalError(f"layer {self.layer} misses experts, but the books had all of them in slots")
 
     def _compare(self, expert: int, slot: int) -> None:
-        known = ABSENT if self.row is None else int(self.row[expert])
+        known = int(self.row[expert])
         if slot != known:
             raise InternalError(
                 f"expert {expert} of layer {self.layer} is in slot {known}, "
@@ -87,10 +103,10 @@ class Accounts:
         """Whether one must be closed before another is opened."""
         return not self._free
 
-    def begin(self, layer: int, record: Record) -> Account:
+    def begin(self, layer: int, row: Row = NOTHING) -> Account:
         """Open one, unless `full`; its exchange has begun."""
-        self._free[0].begin(record.front, record.nbytes - record.front)
-        account = Account(layer, record, self._free[0])
+        self._free[0].begin()
+        account = Account(layer, self._free[0], row)
         self.open.append(account)
         self._free.popleft()
         return account

@@ -22,8 +22,8 @@ FIRST_ROOM: Final = 4 * SLOT_ALIGNMENT
 
 
 class Exchange:
-    """One exchange at a time, in memory of its own: `begin`, then `send` if need be, `bring`, `front` if the record has
-    one, and `rest`. The last two wait for their part.
+    """One exchange at a time, in memory of its own: `begin`, then `send` if need be, `bring`, `front` if it brings one,
+    and `rest`. The last two wait for their part.
 
     Whoever has waited for the rest knows that everything before it on the compute stream has run; so the next exchange
     may write the host's memory again. One of which nobody has taken the rest is waited for by the next. To be closed
@@ -39,27 +39,27 @@ class Exchange:
         self._sizes = 0, 0
         self._make_room(FIRST_ROOM)
 
-    def begin(self, front: int, rest: int) -> None:
-        """The record will have a first part of `front` bytes, 0 for none, and a second of `rest`."""
+    def begin(self) -> None:
+        """The memory is free then."""
         if self._under_way:
-            self._here.record(Stream.COMPUTE)
-            self._here.wait()
-            self._under_way = False
-        if front + rest > self._record.numel():
-            self._make_room(front + rest)
-        self._sizes = front, rest
+            self._drain()
         self._under_way = True
 
     def send(self, row: bytes, target: Tensor) -> None:
         """Enqueue the copy of `row` to the device memory `target`, of the same size."""
+        self._have(len(row))
         self._write(self._row, row)
         self._driver.copy(Stream.COMPUTE, self._row.tensor[: len(row)], target)
 
-    def bring(self, pieces: Callable[[], Sequence[Tensor]], reads: Sequence[Tensor]) -> None:
-        """Enqueue the making of the record, contiguous tensors one behind the other, and its way to the host. `pieces`
-        is called on the device's time, and reads of the slot table's memory `reads`.
+    def bring(
+        self, front: int, rest: int, pieces: Callable[[], Sequence[Tensor]], reads: Sequence[Tensor] = ()
+    ) -> None:
+        """Enqueue the making of a record with a first part of `front` bytes, 0 for none, and a second of `rest`:
+        contiguous tensors one behind the other; and its way to the host. `pieces` is called on the device's time, and
+        reads of the slot table's memory `reads`.
         """
-        front, rest = self._sizes
+        self._have(front + rest)
+        self._sizes = front, rest
         record = self._record[: front + rest]
 
         def pack() -> None:
@@ -96,6 +96,17 @@ class Exchange:
             self._slabs = None
             self._front_here.close()
             self._here.close()
+
+    def _drain(self) -> None:
+        self._here.record(Stream.COMPUTE)
+        self._here.wait()
+        self._under_way = False
+
+    def _have(self, nbytes: int) -> None:
+        if nbytes > self._record.numel():
+            self._drain()  # a row may be on its way
+            self._make_room(nbytes)
+            self._under_way = True
 
     def _make_room(self, nbytes: int) -> None:
         size = -(-nbytes // SLOT_ALIGNMENT) * SLOT_ALIGNMENT

@@ -23,8 +23,9 @@ from offload_engine.experts.scheduling.scheduler import Command, ExpertScheduler
 from offload_engine.experts.storage.store import ExpertStore
 from offload_engine.experts.transfer.base import Stream, TransferTicket
 from offload_engine.experts.transfer.cuda import CudaTransfers
+from offload_engine.kernels import cuda_selection
 from offload_engine.metrics import EngineStats
-from offload_engine.model.moe import ExpertOutputs, LayerOutputs, Preview
+from offload_engine.model.moe import Decide, ExpertOutputs, LayerOutputs, Preview
 
 PLACES: Final = 4
 """Layers that may have been enqueued without the books having heard of them."""
@@ -33,9 +34,10 @@ PLACES: Final = 4
 class DeviceExperts(OffloadedExperts):
     """`OffloadedExperts` whose host waits, once in a layer, to hear what is missing, and for nothing else.
 
-    A layer's run enqueues, in this order: its activations' way to the CPU, where that shares in the work; its row of
-    the slot table, if that changed; the look-up of what its tokens want, and the record of that for the host; the
-    product of all wanted experts that are there. Then the host waits for the record's front: how many of them are
+    A layer enqueues, in this order: its row of the slot table, if that changed; its routing, with the look-up of what
+    its tokens want, by one kernel where that is there (`kernels.cuda_selection`), otherwise by torch, the look-up after
+    the routing; its activations' way to the CPU, where that shares in the work; the record of the look-up for the host;
+    the product of all wanted experts that are there. Then the host waits for the record's front: how many of them are
     missing, and which, in the order in which to fetch them.
 
     - With none missing it goes on to the next layer at once. The rest of the record, of which scheduler, predictor and
@@ -73,6 +75,11 @@ class DeviceExperts(OffloadedExperts):
         self.table = SlotTable(transfers.driver, self.slots.counts, arena.slots)
         self.accounts = Accounts([Exchange(transfers.driver) for _ in range(PLACES)])
         self._landed = transfers.landed
+        self._finished = torch.zeros(1, dtype=torch.int32, device=transfers.driver.device)
+        self._offered: Account | None = None
+        """Of the layer that is routing, its row of the slot table being shown."""
+        self._row_sent = False
+        """Whether that row was on its way when the layer began to route."""
         self._torchs: LayerOutputs | None = None
         """Of the layer that torch is about to compute: they take more memory than all the rest."""
         self._known: tuple[RoutingDecision, RoutingDecision] | None = None
@@ -92,6 +99,22 @@ class DeviceExperts(OffloadedExperts):
         """See `ExpertExecutor`."""
         self._catch_up()
         super().prepare(layer, preview)
+
+    def route(self, layer: int, hidden: Tensor, decide: Decide) -> RoutingDecision:
+        """See `ExpertExecutor`. Until the layer has run, its books count as half done."""
+        if cuda_selection.library_for(hidden.device) is None or not self.slots.serves(hidden):
+            return decide()
+        self._half_done = True
+        try:
+            self._offered = self._offer(layer)
+            if self._row_sent:  # torch may compute on another stream than ours
+                self.transfers.synchronize()
+            table = cuda_selection.SlotTable.over(self.table.on_device(layer).view(torch.int32), self._finished)
+            with cuda_selection.looking_up(table):
+                return decide()
+        except BaseException as error:
+            self._abandon(error)
+            raise
 
     def run(self, layer: int, hidden: Tensor, decision: RoutingDecision) -> Tensor:
         """See `ExpertExecutor`."""
@@ -142,8 +165,8 @@ class DeviceExperts(OffloadedExperts):
     def _read_all(self, layer: int, hidden: Tensor, decision: RoutingDecision) -> RoutingDecision:
         """Wait for the decision, and have torch compute by it."""
         self._settle_all()
-        account = self.accounts.begin(layer, Record(decision))
-        account.exchange.bring(account.record.pieces, [])
+        account, record = self.accounts.begin(layer), Record(decision)
+        account.bring(record, record.pieces)
         known = account.decision()
         self.accounts.end()
         self._known = decision, known
@@ -155,31 +178,45 @@ class DeviceExperts(OffloadedExperts):
         cpu = self._shares()
         if cpu is not None:  # ahead of the product, for which they would have to wait
             cpu.bring(layer, hidden)
-        self._make_room(layer)
-        with self._changed:  # a slot in the row must not be given away before the work that reads it is enqueued
-            account = self._launch_present(layer, decision, outputs)
+        account, self._offered = self._offered, None
+        if account is None:
+            account = self._offer(layer)
+        self._launch_present(account, decision, outputs)
         self._settle_landed(before=account)  # while the device works
         if account.record.front:
             missing = account.missing()
             if missing.experts:
                 self._fetch(account, missing, hidden, outputs)
 
-    def _launch_present(self, layer: int, decision: RoutingDecision, outputs: SlotOutputs) -> Account:
-        """Enqueue look-up, record and the product of what is there."""
-        row = self.table.settle(layer, self._landed).copy()
+    def _offer(self, layer: int) -> Account:
+        """See that the device has the layer's row, and that no slot in it is given away."""
+        self._make_room(layer)
+        with self._changed:
+            row = self.table.settle(layer, self._landed).copy()
+            account = self.accounts.begin(layer, row)
+            self.scheduler.lend(layer)
+            self._row_sent = self.table.is_stale(layer)
+            if self._row_sent:
+                account.exchange.send(row.tobytes(), self.table.on_device(layer))
+                self.table.sent(layer)
+        return account
+
+    def _launch_present(self, account: Account, decision: RoutingDecision, outputs: SlotOutputs) -> None:
+        """Enqueue look-up, unless that is done, record and the product of what is there."""
+        row = account.row
         record = Record(decision, len(row), waited_for=self._may_miss(row))
-        account = self.accounts.begin(layer, record)
-        account.row = row
-        self.scheduler.lend(layer)
-        on_device = self.table.on_device(layer)
-        if self.table.is_stale(layer):
-            account.exchange.send(row.tobytes(), on_device)
-            self.table.sent(layer)
-        account.exchange.bring(lambda: record.pieces(outputs.look_up(on_device.view(torch.int32))), [on_device])
+        on_device, lookup = self.table.on_device(account.layer), decision.lookup
+
+        def pieces() -> Sequence[Tensor]:
+            if lookup is None:
+                return record.pieces(outputs.look_up(on_device.view(torch.int32)))
+            outputs.show(lookup.slots)
+            return record.pieces(lookup.slots)
+
+        account.bring(record, pieces, [on_device])
         slots = row[row != ABSENT].tolist()
         if slots:
             self.transfers.launch(Stream.COMPUTE, outputs.compute_found, reads=slots)
-        return account
 
     def _may_miss(self, row: Row) -> bool:
         return bool((row == ABSENT).any())
@@ -267,7 +304,7 @@ class DeviceExperts(OffloadedExperts):
             self.cpu.withdraw()
         with self._changed:
             self.accounts.forget()
-            self._known = None
+            self._offered = self._known = None
             self.table.reset()
             super()._start_over()
 

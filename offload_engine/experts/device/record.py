@@ -59,8 +59,12 @@ class Record:
         return self.front + sum(self.sizes)
 
     def pieces(self, slots: Tensor | None = None) -> list[Tensor]:
-        """What it is made of, on the decision's device; `slots` if there was a look-up."""
-        first = missing_first(slots, self._scores) if slots is not None and self.front else []
+        """What it is made of, on the decision's device; `slots` if there was a look-up. What is missing comes with the
+        decision, if that was shown the table.
+        """
+        lookup, first = self.decision.lookup, list[Tensor]()
+        if slots is not None and self.front:
+            first = missing_first(slots, self._scores) if lookup is None else [lookup.missing, lookup.scores]
         found = (self.decision.experts, self._scores, slots)
         return [*first, *(piece.contiguous() for piece in found if piece is not None)]
 
@@ -76,6 +80,7 @@ class Record:
         chosen, scores, slots = raw.split(self.sizes)
         decision = replace(
             self.decision,
+            lookup=None,
             experts=chosen.view(torch.int64).view(self.decision.experts.shape),
             block_scores=None if self._scores is None else scores.view(torch.float32).view(self._scores.shape),
         )
