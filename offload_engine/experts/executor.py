@@ -132,12 +132,23 @@ class OffloadedExperts:
     def _predicted(self, layer: int, preview: Preview) -> list[ExpertKey]:
         if self._moved_share < PREDICTION_SHARE and self._info.step:
             return []
-        guesses = []
-        for ahead in range(layer, min(layer + self.prefetch_depth, self._last_layer + 1)):
-            if self.predictor.wants_preview and self._moved_share >= PREDICTION_SHARE:
-                self.predictor.offer(ahead, *ranked_experts(preview(ahead)))
-            guesses.append((ahead, self.predictor.predict(ahead, ahead - layer)))
-        predicted = prefetch_order(guesses)
+        coming = range(layer, min(layer + self.prefetch_depth, self._last_layer + 1))
+        wanted = self.predictor.wants_preview and self._moved_share >= PREDICTION_SHARE
+        if wanted and coming and not self._offer(layer, coming, preview):
+            return []
+        return self._guess(layer, coming)
+
+    def _offer(self, layer: int, coming: Sequence[int], preview: Preview) -> bool:  # noqa: ARG002
+        """Show the predictor the previews of the `coming` layers, the first of them `layer`. False: it will be shown
+        them, and then asked, later.
+        """
+        for ahead in coming:
+            self.predictor.offer(ahead, *ranked_experts(preview(ahead)))
+        return True
+
+    def _guess(self, layer: int, coming: Sequence[int]) -> list[ExpertKey]:
+        """What to fetch for the `coming` layers, `layer` being about to run."""
+        predicted = prefetch_order((ahead, self.predictor.predict(ahead, ahead - layer)) for ahead in coming)
         if self._info.phase is Phase.PREFILL:  # in the order of a sweep, lest what comes first makes room for the rest
             predicted = sorted(predicted)[: self.scheduler.cache.probation_limit]
         return predicted

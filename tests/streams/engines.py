@@ -13,7 +13,8 @@ from offload_engine.experts.arena import DeviceArena
 from offload_engine.experts.cpu_experts import ForwardShape, HostExperts
 from offload_engine.experts.device.accounts import Accounts
 from offload_engine.experts.device.exchange import Exchange
-from offload_engine.experts.device.executor import PLACES, DeviceExperts
+from offload_engine.experts.device.executor import PLACES, PREVIEWED, DeviceExperts
+from offload_engine.experts.device.previews import Previews
 from offload_engine.experts.device.table import UNUSED
 from offload_engine.experts.grouped import LayerSlabs, SlotExperts
 from offload_engine.experts.scheduling.cache import ExpertCache
@@ -143,6 +144,9 @@ def on_device(
     )
     experts.accounts.close()
     experts.accounts = Accounts([WatchedExchange(device) for _ in range(PLACES)])
+    experts.previews.close()
+    watching = [WatchedExchange(device) for _ in range(PREVIEWED)]
+    experts.previews = Previews(watching, experts.slots.counts, device.device)
     if emulated:
         experts.slots = EmulatedSlots(store, arena, device)
     if host is not None and share != "off":

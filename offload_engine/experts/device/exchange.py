@@ -82,6 +82,12 @@ class Exchange:
         """Whether `rest` would return at once."""
         return self._here.done()
 
+    def idle(self) -> bool:
+        """Whether `begin` would return at once."""
+        if self._under_way and self._here.done():
+            self._under_way = False
+        return not self._under_way
+
     def rest(self) -> Tensor:
         """Wait for the second part and return it, uint8, the caller's own."""
         self._here.wait()

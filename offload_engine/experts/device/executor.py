@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Final
 
 import torch
@@ -13,6 +13,7 @@ from offload_engine.experts.arena import Slots
 from offload_engine.experts.cpu_experts import NO_ERRAND, Errand, HostExperts
 from offload_engine.experts.device.accounts import Account, Accounts
 from offload_engine.experts.device.exchange import Exchange
+from offload_engine.experts.device.previews import Previews
 from offload_engine.experts.device.record import Missing, Record
 from offload_engine.experts.device.table import ABSENT, Row, SlotTable
 from offload_engine.experts.executor import OffloadedExperts
@@ -29,6 +30,8 @@ from offload_engine.model.moe import Decide, ExpertOutputs, LayerOutputs, Previe
 
 PLACES: Final = 4
 """Layers that may have been enqueued without the books having heard of them."""
+PREVIEWED: Final = 2
+"""Layers whose previews may be on their way, those that come too late among them."""
 
 
 class DeviceExperts(OffloadedExperts):
@@ -49,6 +52,10 @@ class DeviceExperts(OffloadedExperts):
     - A layer whose experts are all in its row can miss nothing, and is not waited for at all. Any other has to be: if
       something is missing the next layer's input is not what is enqueued, and all that was launched on it, keys and
       values among it, would have to be taken back and done again.
+
+    Previews, on which some predictors live, are enqueued ahead of a layer's attention and ranked on the device; their
+    layers are predicted once they have come, which is looked after whenever the host passes by. Nobody waits for them.
+    (Routing by torch, without the kernel, looks at its ties by itself, and so waits.)
 
     A layer is asked about before it is run again, and the last one at once, so that no answer leaves the engine before
     every look-up was held against the books.
@@ -74,6 +81,8 @@ class DeviceExperts(OffloadedExperts):
         self.slots = SlotExperts(store, arena)
         self.table = SlotTable(transfers.driver, self.slots.counts, arena.slots)
         self.accounts = Accounts([Exchange(transfers.driver) for _ in range(PLACES)])
+        previewing = [Exchange(transfers.driver) for _ in range(PREVIEWED)]
+        self.previews = Previews(previewing, self.slots.counts, transfers.driver.device)
         self._landed = transfers.landed
         self._finished = torch.zeros(1, dtype=torch.int32, device=transfers.driver.device)
         self._offered: Account | None = None
@@ -92,6 +101,7 @@ class DeviceExperts(OffloadedExperts):
         """See `ExpertExecutor`."""
         if self._half_done:
             self._start_over()
+        self.previews.drop()
         self._catch_up(wait=True)
         super().begin(info)
 
@@ -106,7 +116,8 @@ class DeviceExperts(OffloadedExperts):
             return decide()
         self._half_done = True
         try:
-            self._offered = self._offer(layer)
+            self._listen(layer)
+            self._offered = self._show(layer)
             if self._row_sent:  # torch may compute on another stream than ours
                 self.transfers.synchronize()
             table = cuda_selection.SlotTable.over(self.table.on_device(layer).view(torch.int32), self._finished)
@@ -146,6 +157,7 @@ class DeviceExperts(OffloadedExperts):
         """See `ExpertExecutor`: by torch, expert by expert."""
         self._catch_up(wait=True)
         self._known = None
+        self._carefully(lambda: self._listen(layer))
         return super().sweep(layer, hidden, decision, rows)
 
     def idle(self, timeout: float = 60.0) -> None:
@@ -161,13 +173,16 @@ class DeviceExperts(OffloadedExperts):
         super().close()
         self.slots.close()
         self.accounts.close()
+        self.previews.close()
 
     def _read_all(self, layer: int, hidden: Tensor, decision: RoutingDecision) -> RoutingDecision:
         """Wait for the decision, and have torch compute by it."""
+        self._listen(layer)
         self._settle_all()
         account, record = self.accounts.begin(layer), Record(decision)
         account.bring(record, record.pieces)
         known = account.decision()
+        self._listen(layer + 1)
         self.accounts.end()
         self._known = decision, known
         self._torchs = ExpertOutputs(hidden, decision, known.experts)
@@ -180,15 +195,17 @@ class DeviceExperts(OffloadedExperts):
             cpu.bring(layer, hidden)
         account, self._offered = self._offered, None
         if account is None:
-            account = self._offer(layer)
+            account = self._show(layer)
         self._launch_present(account, decision, outputs)
         self._settle_landed(before=account)  # while the device works
+        self._listen(layer)
         if account.record.front:
             missing = account.missing()
+            self._listen(layer + 1)
             if missing.experts:
                 self._fetch(account, missing, hidden, outputs)
 
-    def _offer(self, layer: int) -> Account:
+    def _show(self, layer: int) -> Account:
         """See that the device has the layer's row, and that no slot in it is given away."""
         self._make_room(layer)
         with self._changed:
@@ -250,16 +267,31 @@ class DeviceExperts(OffloadedExperts):
         outputs, self._torchs = self._torchs, None
         return super()._outputs(layer, hidden, decision) if outputs is None else outputs
 
+    def _offer(self, layer: int, coming: Sequence[int], preview: Preview) -> bool:
+        return not self.previews.ask(layer, coming, preview)
+
+    def _listen(self, first: int) -> None:
+        """If previews have come, predict by them the layers from `first` on: those before have routed."""
+        heard = self.previews.heard()
+        if heard is None:
+            return
+        layer, rankings = heard
+        for ahead, ranking in rankings:
+            self.predictor.offer(ahead, *ranking)
+        predicted = self._guess(layer, [ahead for ahead, _ranking in rankings if ahead >= first])
+        with self._changed:
+            self._carry_out(self.scheduler.predict(predicted))
+
     def _catch_up(self, *, wait: bool = False) -> None:
         """Tell the books of the layers whose records have come; of all, if it is to `wait` for them."""
-        if not self.accounts.open:
-            return
+        if self.accounts.open:
+            self._carefully(self._settle_all if wait else self._settle_landed)
+
+    def _carefully(self, work: Callable[[], None]) -> None:
+        """Do what changes the books, between layers."""
         self._half_done = True
         try:
-            if wait:
-                self._settle_all()
-            else:
-                self._settle_landed()
+            work()
             self._half_done = False
         except BaseException as error:
             self._abandon(error)
@@ -305,6 +337,7 @@ class DeviceExperts(OffloadedExperts):
         with self._changed:
             self.accounts.forget()
             self._offered = self._known = None
+            self.previews.drop()
             self.table.reset()
             super()._start_over()
 

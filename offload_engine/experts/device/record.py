@@ -70,10 +70,7 @@ class Record:
 
     def missing(self, raw: Tensor) -> Missing:
         """The first part as it came, uint8 [front]."""
-        words = raw.view(torch.int32)
-        count = int(words[0])
-        scores = words[1 + self._experts :].view(torch.float32)
-        return Missing(words[1 : 1 + count].tolist(), scores[:count].tolist())
+        return read_missing(raw)
 
     def read(self, raw: Tensor) -> Found:
         """The second part as it came, uint8."""
@@ -85,6 +82,13 @@ class Record:
             block_scores=None if self._scores is None else scores.view(torch.float32).view(self._scores.shape),
         )
         return Found(decision, slots.view(torch.int32) if self._experts else None)
+
+
+def read_missing(raw: Tensor) -> Missing:
+    """What `missing_first` made, as it came: uint8 [4 * (1 + 2 * E)]."""
+    words = raw.view(torch.int32)
+    count, experts = int(words[0]), len(words) // 2
+    return Missing(words[1 : 1 + count].tolist(), words[1 + experts :].view(torch.float32)[:count].tolist())
 
 
 def missing_first(slots: Tensor, block_scores: Tensor | None) -> list[Tensor]:
