@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from offload_engine.core import Lookup
 from offload_engine.kernels.cuda import CudaLibrary, SelectionCall, status
 from offload_engine.kernels.selection import Router
 
@@ -80,6 +79,17 @@ def looking_up(table: SlotTable) -> Iterator[None]:
         yield
     finally:
         _shown.reset(token)
+
+
+class Lookup(NamedTuple):
+    """What a `SlotTable` said of the experts used."""
+
+    slots: Tensor
+    """[E] int32: the expert's slot, or ABSENT; UNUSED where no token wants it."""
+    missing: Tensor
+    """[E + 1] int32: how many of those used are ABSENT, then who, by falling score summed over the blocks, then -1."""
+    scores: Tensor
+    """[E] float32: the sums of these, then 0."""
 
 
 class Routed(NamedTuple):

@@ -95,5 +95,5 @@ def _ranking(decision: RoutingDecision, experts: int) -> list[Tensor]:
         return [decision.lookup.missing, decision.lookup.scores]
     chosen = decision.experts
     slots = torch.full((experts + 1,), UNUSED, dtype=torch.int32, device=chosen.device)
-    slots[chosen.flatten()] = ABSENT  # -1, no expert, is the last place
-    return missing_first(slots[:experts], decision.block_scores)
+    slots.index_fill_(0, chosen.flatten() + 1, ABSENT)  # -1, no expert, is the first place
+    return missing_first(slots[1:], decision.block_scores)
