@@ -16,6 +16,9 @@ from offload_engine.experts.device.exchange import Exchange
 from offload_engine.experts.device.record import Found, Missing, Record
 from offload_engine.experts.device.table import ABSENT, UNUSED, Row
 
+Told = Callable[[RoutingDecision], None]
+"""Hears of a decision, its experts and scores on the host."""
+
 NOTHING: Row = np.empty(0, np.int32)
 """Where nothing is looked up."""
 
@@ -29,6 +32,8 @@ class Account:
         self.row = row
         """int32 [E]: by expert, the slot that it was in for the work enqueued, or `ABSENT`."""
         self._record: Record | None = None
+        self.told: Told | None = None
+        """Who else is to hear of it."""
         self.moved = 0
         """Of the experts asked for so far, those that `SchedulerCounters.moved` counts."""
         self._read: Found | None = None

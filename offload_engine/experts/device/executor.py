@@ -11,7 +11,7 @@ from torch import Tensor
 from offload_engine.core import ForwardInfo, Phase, RoutingDecision
 from offload_engine.experts.arena import Slots
 from offload_engine.experts.cpu_experts import NO_ERRAND, Errand, HostExperts
-from offload_engine.experts.device.accounts import Account, Accounts
+from offload_engine.experts.device.accounts import Account, Accounts, Told
 from offload_engine.experts.device.exchange import Exchange
 from offload_engine.experts.device.previews import Previews
 from offload_engine.experts.device.record import Missing, Record
@@ -91,8 +91,6 @@ class DeviceExperts(OffloadedExperts):
         """Whether that row was on its way when the layer began to route."""
         self._torchs: LayerOutputs | None = None
         """Of the layer that torch is about to compute: they take more memory than all the rest."""
-        self._known: tuple[RoutingDecision, RoutingDecision] | None = None
-        """The decision read last, as it was given, and on the host."""
         self.cpu: HostExperts | None = None
         """Computes some of the missing experts while others are copied; set before the first forward, if at all."""
         super().__init__(store, arena, transfers, scheduler, predictor, stats, prefetch_depth, hot)
@@ -127,15 +125,17 @@ class DeviceExperts(OffloadedExperts):
             self._abandon(error)
             raise
 
-    def run(self, layer: int, hidden: Tensor, decision: RoutingDecision) -> Tensor:
-        """See `ExpertExecutor`."""
+    def run(self, layer: int, hidden: Tensor, decision: RoutingDecision, told: Told | None = None) -> Tensor:
+        """See `ExpertExecutor`. `told` is called when the books hear of the layer, in the order of the layers, before
+        the last one has run: with the decision, its experts and scores on the host.
+        """
         outputs = self.slots.outputs(layer, hidden, decision)
         self._half_done = True
         try:
             if outputs is None:
-                known = self._read_all(layer, hidden, decision)
+                known = self._read_all(layer, hidden, decision, told)
             else:
-                self._run_ahead(layer, hidden, decision, outputs)
+                self._run_ahead(layer, hidden, decision, outputs, told)
                 self._half_done = False
         except BaseException as error:
             self._abandon(error)
@@ -148,15 +148,9 @@ class DeviceExperts(OffloadedExperts):
             self._catch_up(wait=True)
         return out
 
-    def read_back(self, decision: RoutingDecision) -> RoutingDecision:
-        """`decision`, its experts and scores on the host if it is the one that ran last, or wherever they are."""
-        self._catch_up(wait=True)
-        return self._known[1] if self._known is not None and self._known[0] is decision else decision
-
     def sweep(self, layer: int, hidden: Tensor, decision: RoutingDecision, rows: int) -> Tensor:
         """See `ExpertExecutor`: by torch, expert by expert."""
         self._catch_up(wait=True)
-        self._known = None
         self._carefully(lambda: self._listen(layer))
         return super().sweep(layer, hidden, decision, rows)
 
@@ -175,7 +169,7 @@ class DeviceExperts(OffloadedExperts):
         self.accounts.close()
         self.previews.close()
 
-    def _read_all(self, layer: int, hidden: Tensor, decision: RoutingDecision) -> RoutingDecision:
+    def _read_all(self, layer: int, hidden: Tensor, decision: RoutingDecision, told: Told | None) -> RoutingDecision:
         """Wait for the decision, and have torch compute by it."""
         self._listen(layer)
         self._settle_all()
@@ -184,11 +178,14 @@ class DeviceExperts(OffloadedExperts):
         known = account.decision()
         self._listen(layer + 1)
         self.accounts.end()
-        self._known = decision, known
+        if told is not None:
+            told(known)
         self._torchs = ExpertOutputs(hidden, decision, known.experts)
         return known
 
-    def _run_ahead(self, layer: int, hidden: Tensor, decision: RoutingDecision, outputs: SlotOutputs) -> None:
+    def _run_ahead(
+        self, layer: int, hidden: Tensor, decision: RoutingDecision, outputs: SlotOutputs, told: Told | None
+    ) -> None:
         """Enqueue what can be, wait for what is missing, and have that fetched and computed."""
         cpu = self._shares()
         if cpu is not None:  # ahead of the product, for which they would have to wait
@@ -196,6 +193,7 @@ class DeviceExperts(OffloadedExperts):
         account, self._offered = self._offered, None
         if account is None:
             account = self._show(layer)
+        account.told = told
         self._launch_present(account, decision, outputs)
         self._settle_landed(before=account)  # while the device works
         self._listen(layer)
@@ -322,8 +320,9 @@ class DeviceExperts(OffloadedExperts):
             self.stats.expert_requests += len(experts)
             self._note_moved(account.moved, len(experts))
             self._count()
-        self._known = account.record.decision, known
         self.accounts.end()
+        if account.told is not None:
+            account.told(known)
 
     def _abandon(self, error: BaseException) -> None:
         if self.cpu is not None:
@@ -336,7 +335,7 @@ class DeviceExperts(OffloadedExperts):
             self.cpu.withdraw()
         with self._changed:
             self.accounts.forget()
-            self._offered = self._known = None
+            self._offered = None
             self.previews.drop()
             self.table.reset()
             super()._start_over()

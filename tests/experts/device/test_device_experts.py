@@ -10,6 +10,7 @@ from torch import Tensor
 
 from offload_engine.core import ExpertKey, ForwardInfo, RoutingDecision
 from offload_engine.errors import TransferError
+from offload_engine.experts.device.accounts import Told
 from offload_engine.experts.device.executor import DeviceExperts
 from offload_engine.experts.device.record import Record
 from offload_engine.experts.device.table import ABSENT, UNUSED
@@ -62,30 +63,37 @@ def test_with_the_kernels_what_is_resident_is_computed_before_the_host_knows(
         assert not ahead
 
 
+@pytest.mark.parametrize("slots", [40, 96])
 @pytest.mark.parametrize("emulated", [False, True])
-def test_watchers_see_decisions_on_the_host_after_the_layer_ran(model: Model, emulated: bool) -> None:
+def test_watchers_hear_of_decisions_on_the_host_before_the_forward_is_over(
+    model: Model, emulated: bool, slots: int
+) -> None:
     device = SimulatedDevice()
-    experts = on_device(device, model.store, 40, emulated=emulated)
-    told: list[tuple[int, RoutingDecision]] = []
-
-    def watch(_info: ForwardInfo, layer: int, decision: RoutingDecision) -> None:
-        told.append((layer, decision))
-
+    experts = on_device(device, model.store, slots, predictor="none", emulated=emulated)
+    if slots == 96:
+        fetch_all(model, experts)
+    told: list[tuple[int, int, RoutingDecision]] = []
     ran: list[RoutingDecision] = []
     run = experts.run
 
-    def noting(layer: int, hidden: Tensor, decision: RoutingDecision) -> Tensor:
+    def watch(info: ForwardInfo, layer: int, decision: RoutingDecision) -> None:
+        told.append((info.step, layer, decision))
+
+    def noting(layer: int, hidden: Tensor, decision: RoutingDecision, told: Told | None = None) -> Tensor:
         ran.append(decision)
-        return run(layer, hidden, decision)
+        return run(layer, hidden, decision, told)
 
     experts.run = noting  # type: ignore[method-assign]
-    model.hidden(ObservedExperts(experts, [watch]), "dmoe", IDS)
-    assert [layer for layer, _decision in told] == [1, 2, 3]
-    for (_layer, seen), decision in zip(told, ran, strict=True):
+    observed = ObservedExperts(experts, [watch])
+    for step in range(2):
+        model.hidden(observed, "dmoe", IDS, step)
+        assert [(step, layer) for step, layer, _decision in told] == [
+            (one, layer) for one in range(step + 1) for layer in (1, 2, 3)
+        ]
+    for (_step, _layer, seen), decision in zip(told, ran, strict=True):
         assert seen is not decision
         assert torch.equal(seen.experts, decision.experts)
         assert seen.experts.data_ptr() != decision.experts.data_ptr()
-    assert experts.read_back(ran[0]) is ran[0], "of an earlier layer nothing is kept"
     experts.idle()
     experts.close()
 
@@ -126,8 +134,11 @@ def test_layers_of_which_everything_is_here_are_not_waited_for(model: Model, mon
     experts = on_device(device, model.store, 96, predictor="none", emulated=True)
     fetch_all(model, experts)
     waited = waits(experts, monkeypatch)
-    forwards(model, experts, 1)
+    told: list[int] = []
+    observed = ObservedExperts(experts, [lambda _info, layer, _decision: told.append(layer)])
+    assert torch.equal(model.hidden(observed, "original", IDS), model.hidden(model.resident, "original", IDS))
     assert waited == []
+    assert told == [1, 2, 3]
     assert not experts.accounts.open, "the books have heard of all before the answer leaves"
     assert experts.stats.expert_requests == experts.stats.hits > 0
     experts.close()
