@@ -295,15 +295,15 @@ class MoEBlock(nn.Module):
 
     def forward(self, hidden: Tensor, block_ids: Tensor, policy: Route, experts: ExpertExecutor) -> Tensor:
         """[.., H] -> [.., H]; `block_ids` [T] with T the product of the leading dimensions."""
-        return self.routed(hidden, self.gate(hidden.flatten(0, -2)), block_ids, policy, experts)
+        rows = hidden.flatten(0, -2)
+        return self.routed(rows, self.gate(rows), block_ids, policy, experts).view_as(hidden)
 
     def routed(
         self, hidden: Tensor, logits: Tensor, block_ids: Tensor, policy: Route, experts: ExpertExecutor
     ) -> Tensor:
-        """As `forward`, once the router has spoken: `logits` [T, E]."""
-        tokens = hidden.flatten(0, -2)
-        decision = experts.route(self.layer, tokens, partial(self.decide, logits, block_ids, policy))
-        return self.with_shared(experts.run(self.layer, tokens, decision).view_as(hidden), hidden)
+        """As `forward`, once the router has spoken: `logits` [T, E] of `hidden` [T, H]."""
+        decision = experts.route(self.layer, hidden, partial(self.decide, logits, block_ids, policy))
+        return self.with_shared(experts.run(self.layer, hidden, decision), hidden)
 
     def with_shared(self, routed: Tensor, hidden: Tensor) -> Tensor:
         """The routed experts' output and the shared ones' of `hidden`, both [.., H], together."""
