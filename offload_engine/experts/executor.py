@@ -16,7 +16,7 @@ from offload_engine.experts.arena import Slots
 from offload_engine.experts.cpu_experts import NO_ERRAND, Errand
 from offload_engine.experts.hot_set import HotSet
 from offload_engine.experts.ranked import Standing, ranked_experts, standing
-from offload_engine.experts.scheduling.cache import Occupancy, SlotState
+from offload_engine.experts.residency import Residency
 from offload_engine.experts.scheduling.predictor import ExpertPredictor
 from offload_engine.experts.scheduling.prefetch import PREDICTION_SHARE, RECENT_RUNS, prefetch_order
 from offload_engine.experts.scheduling.scheduler import LAUNCH_EXPERTS, Command, Compute, ExpertScheduler, Load
@@ -44,10 +44,7 @@ def _add_one(total: ExpertSum, tokens: ExpertTokens, work: Sequence[ExpertWork])
     total.add(tokens, work[0].weights)
 
 
-def _nothing() -> None: ...
-
-
-class OffloadedExperts:
+class OffloadedExperts(Residency):
     """An `ExpertExecutor` that brings experts into the slots of an arena as they are needed.
 
     Results equal `ResidentExperts` bit for bit: only *when* an expert runs depends on the cache, never what it computes
@@ -66,23 +63,15 @@ class OffloadedExperts:
         prefetch_depth: int = 1,
         hot: HotSet | None = None,
     ) -> None:
+        super().__init__(store, scheduler)
         self.store = store
         self.arena = arena
         self.transfers = transfers
-        self.scheduler = scheduler
         self.predictor = predictor
         self.stats = stats
         self.prefetch_depth = prefetch_depth
         self.hot = HotSet() if hot is None else hot
         """What was used most, so far and in earlier runs; prefills, which use nearly everything, left out."""
-        self._keys_of_layer: dict[int, list[ExpertKey]] = {}
-        for key in store.keys():  # noqa: SIM118 (a store is no mapping)
-            self._keys_of_layer.setdefault(key.layer, []).append(key)
-        self.layers = sorted(self._keys_of_layer)
-        self._last_layer = self.layers[-1] if self.layers else -1
-        self._changed = threading.RLock()
-        """Guards the scheduler: its events come from the compute thread and from the driver's threads. Not a condition,
-        which an interrupt can leave locked."""
         self._arrival = threading.Condition(self._changed)
         self._ready: deque[Compute] = deque()
         self._works: dict[int, tuple[ExpertKey, ExpertWork]] = {}
@@ -133,9 +122,8 @@ class OffloadedExperts:
         if self._moved_share < PREDICTION_SHARE and self._info.step:
             return []
         coming = range(layer, min(layer + self.prefetch_depth, self._last_layer + 1))
-        wanted = self.predictor.wants_preview and self._moved_share >= PREDICTION_SHARE
-        if wanted and coming and not self._offer(layer, coming, preview):
-            return []
+        if coming and self.predictor.wants_preview and self._moved_share >= PREDICTION_SHARE:
+            return self._guess(layer, coming) if self._offer(layer, coming, preview) else []
         return self._guess(layer, coming)
 
     def _offer(self, layer: int, coming: Sequence[int], preview: Preview) -> bool:  # noqa: ARG002
@@ -210,7 +198,7 @@ class OffloadedExperts:
     def _fetch_results(self, errand: Errand, outputs: LayerOutputs) -> None:
         with self.transfers.waiting():
             errand.wait()
-        self.transfers.launch(Stream.COMPUTE, _nothing, reads=())  # which ends the stall
+        self.transfers.launch(Stream.COMPUTE, lambda: None, reads=())  # which ends the stall
         errand.deliver(outputs)
 
     def warm_up(self) -> None:
@@ -299,22 +287,6 @@ class OffloadedExperts:
     def wait_for_slots(self) -> None:
         """Wait until all memory of the slots is there. Raises `MemoryBudgetError` if the system did not give it."""
         self.arena.wait_touched()
-
-    def occupancy(self) -> Occupancy:
-        """The cache's slots by state."""
-        with self._changed:
-            return self.scheduler.cache.occupancy()
-
-    def states(self) -> dict[ExpertKey, SlotState]:
-        """Every expert that has a slot just now, and whether it is there already. May be called from any thread."""
-        with self._changed:
-            return self.scheduler.cache.states()
-
-    def residents(self, layer: int) -> list[int]:
-        """The experts of `layer` that have a slot just now: here already, or on their way."""
-        keys = self._keys_of_layer[layer]
-        with self._changed:
-            return [key.expert for key in self.scheduler.cache.held(keys)]
 
     def resize(self, slots: int) -> None:
         """Have `slots` slots, at least one; not during a forward. Experts that still have a place stay.
