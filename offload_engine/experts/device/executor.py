@@ -54,8 +54,9 @@ class DeviceExperts(OffloadedExperts):
       values among it, would have to be taken back and done again.
 
     Previews, on which some predictors live, are enqueued ahead of a layer's attention and ranked on the device; their
-    layers are predicted once they have come, which is looked after whenever the host passes by. Nobody waits for them.
-    (Routing by torch, without the kernel, looks at its ties by itself, and so waits.)
+    layers are predicted once they have come: at the latest when all of the layer is enqueued and the host turns to wait
+    for what is missing, which comes after them. For them alone nobody waits. (Routing by torch, without the kernel,
+    looks at its ties by itself, and so waits.)
 
     A layer is asked about before it is run again, and the last one at once, so that no answer leaves the engine before
     every look-up was held against the books.
@@ -171,12 +172,11 @@ class DeviceExperts(OffloadedExperts):
 
     def _read_all(self, layer: int, hidden: Tensor, decision: RoutingDecision, told: Told | None) -> RoutingDecision:
         """Wait for the decision, and have torch compute by it."""
-        self._listen(layer)
         self._settle_all()
         account, record = self.accounts.begin(layer), Record(decision)
         account.bring(record, record.pieces)
+        self._listen(layer, wait=True)
         known = account.decision()
-        self._listen(layer + 1)
         self.accounts.end()
         if told is not None:
             told(known)
@@ -196,10 +196,9 @@ class DeviceExperts(OffloadedExperts):
         account.told = told
         self._launch_present(account, decision, outputs)
         self._settle_landed(before=account)  # while the device works
-        self._listen(layer)
+        self._listen(layer, wait=account.record.front > 0)
         if account.record.front:
             missing = account.missing()
-            self._listen(layer + 1)
             if missing.experts:
                 self._fetch(account, missing, hidden, outputs)
 
@@ -246,7 +245,7 @@ class DeviceExperts(OffloadedExperts):
             moved = self.scheduler.counters.moved
             self._carry_out(self.scheduler.ask(account.layer, *missing, errand.experts))
             account.moved = self.scheduler.counters.moved - moved
-        self._settle()
+        self._settle_all()
         self._finish(len(missing.experts), errand, outputs)
 
     def _shares(self) -> HostExperts | None:
@@ -268,15 +267,17 @@ class DeviceExperts(OffloadedExperts):
     def _offer(self, layer: int, coming: Sequence[int], preview: Preview) -> bool:
         return not self.previews.ask(layer, coming, preview)
 
-    def _listen(self, first: int) -> None:
-        """If previews have come, predict by them the layers from `first` on: those before have routed."""
-        heard = self.previews.heard()
+    def _listen(self, layer: int, *, wait: bool = False) -> None:
+        """If previews have come, predict by them, for `layer` has not routed as far as the host knows. It may `wait`
+        for them where it is about to wait for what is enqueued behind them.
+        """
+        heard = self.previews.heard(wait=wait)
         if heard is None:
             return
-        layer, rankings = heard
+        asked, rankings = heard
         for ahead, ranking in rankings:
             self.predictor.offer(ahead, *ranking)
-        predicted = self._guess(layer, [ahead for ahead, _ranking in rankings if ahead >= first])
+        predicted = self._guess(asked, [ahead for ahead, _ranking in rankings if ahead >= layer])
         with self._changed:
             self._carry_out(self.scheduler.predict(predicted))
 

@@ -25,7 +25,7 @@ class _Asked(NamedTuple):
 
 
 class Previews:
-    """What the routers of coming layers say, ranked on the device; nobody ever waits for it.
+    """What the routers of coming layers say, ranked on the device.
 
     One layer's previews are of use at a time. What is asked about a later one takes the place of what has not come,
     unless all exchanges are still under way: then nothing is asked.
@@ -58,12 +58,12 @@ class Previews:
         self._asked = _Asked(exchange, layer, tuple(coming))
         return True
 
-    def heard(self) -> tuple[int, list[tuple[int, Missing]]] | None:
-        """The layer that was about to run, and what each of the coming ones would choose; None unless that has come and
-        was not told before.
+    def heard(self, *, wait: bool = False) -> tuple[int, list[tuple[int, Missing]]] | None:
+        """The layer that was about to run, and what each of the coming ones would choose; None if that was told, or
+        dropped, or has not come, unless it is to `wait` for it.
         """
         asked = self._asked
-        if asked is None or not asked.exchange.landed():
+        if asked is None or not (wait or asked.exchange.landed()):
             return None
         parts = asked.exchange.rest().split([_nbytes(self._experts[ahead]) for ahead in asked.coming])
         self._asked = None
