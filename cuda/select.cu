@@ -270,18 +270,24 @@ __device__ void look_up(const dmoe_selection &s, Room &room)
         }
         float total = static_cast<float>(sum);
         total = total != total ? 0 : total > FLT_MAX ? FLT_MAX : total < -FLT_MAX ? -FLT_MAX : total;
+        room.votes[e] = total;
         s.slots[e] = used ? s.table[e] : UNUSED;
         room.places[e] = used && s.table[e] < 0 ? place_of(key_of(total), e) : UINT64_MAX;
     }
     __syncthreads();
     for (int e = threadIdx.x; e < s.experts; e += THREADS)
-        if (room.places[e] != UINT64_MAX)
-            s.missing[1 + rank_of(room.places, s.experts, e)] = e;
+        if (room.places[e] != UINT64_MAX) {
+            int rank = rank_of(room.places, s.experts, e);
+            s.missing[1 + rank] = e;
+            s.sums[rank] = room.votes[e];
+        }
     int count = 0;
     for (int e = 0; e < s.experts; e++)
         count += room.places[e] != UINT64_MAX;
-    for (int i = count + threadIdx.x; i < s.experts; i += THREADS)
+    for (int i = count + threadIdx.x; i < s.experts; i += THREADS) {
         s.missing[1 + i] = -1;
+        s.sums[i] = 0;
+    }
     if (threadIdx.x == 0)
         s.missing[0] = count;
 }

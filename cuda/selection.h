@@ -28,5 +28,6 @@ struct dmoe_selection {
     const int32_t *table;     /* [E]: an expert's slot, -1: absent; null: nothing is looked up, the rest may be null */
     int32_t *slots;           /* out [E]: a used expert's slot or -1, -2 for the others */
     int32_t *missing;         /* out [E + 1]: how many used experts are absent, who, by falling block score, then -1 */
+    float *sums;              /* out [E]: the block scores that those who are absent were ranked by, in the same order */
     uint32_t *finished;       /* thread blocks that are done: 0 before the launch and after it */
 };

@@ -75,6 +75,17 @@ class ForwardInfo(NamedTuple):
         return ForwardInfo(first.phase, first.block, first.step, tuple(blocks))
 
 
+class Lookup(NamedTuple):
+    """What a slot table on a device said of the experts that a layer wants, looked up along with the routing."""
+
+    slots: Tensor
+    """[E] int32: the expert's slot, -1 where it is in none, -2 where no token wants it."""
+    missing: Tensor
+    """[E + 1] int32: how many of those wanted are in no slot, then who, by falling score summed over the blocks."""
+    scores: Tensor
+    """[E] float32: the sums of these."""
+
+
 @dataclass(frozen=True, slots=True)
 class RoutingDecision:
     """Where each token of a forward goes in one MoE layer.
@@ -90,6 +101,8 @@ class RoutingDecision:
     """[B, E] bool: the experts each block may choose from; None where routing is not confined to one."""
     block_scores: Tensor | None = None
     """[B, E] float32, non-negative: how much each block wants each expert; orders transfers and feeds eviction."""
+    lookup: Lookup | None = None
+    """Where the experts chosen are, if whoever decided was shown a slot table."""
 
 
 def _message(error: ValidationError, what: str) -> str:

@@ -16,7 +16,7 @@ from offload_engine.errors import CheckpointError
 from offload_engine.model.checkpoint import Checkpoint
 from offload_engine.model.config import ModelConfig
 from offload_engine.model.layers import SwiGLU
-from offload_engine.model.moe import Preview, tokens_by_expert
+from offload_engine.model.moe import Decide, Preview, tokens_by_expert
 from offload_engine.model.weights import MATRICES, split_name
 
 
@@ -46,6 +46,10 @@ class AccelerateExperts:
 
     def prepare(self, layer: int, preview: Preview) -> None:
         """See `ExpertExecutor`: accelerate fetches nothing ahead."""
+
+    def route(self, layer: int, hidden: Tensor, decide: Decide) -> RoutingDecision:  # noqa: ARG002
+        """See `ExpertExecutor`."""
+        return decide()
 
     def run(self, layer: int, hidden: Tensor, decision: RoutingDecision) -> Tensor:
         """See `ExpertExecutor`."""

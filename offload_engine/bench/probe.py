@@ -21,7 +21,7 @@ from offload_engine.experts.transfer.base import Stream, TransferTicket
 from offload_engine.metrics import EngineStats
 from offload_engine.model import llada2
 from offload_engine.model.llada2 import LLaDA2Model
-from offload_engine.model.moe import ExpertExecutor, ExpertOutputs, MoEBlock, Preview
+from offload_engine.model.moe import Decide, ExpertExecutor, ExpertOutputs, MoEBlock, Preview
 
 Callback = Callable[..., Any]
 
@@ -131,6 +131,9 @@ class _TimedExperts:
     def __getattr__(self, name: str) -> Any:
         """Whatever else an executor offers."""
         return getattr(self.experts, name)
+
+    def route(self, layer: int, hidden: Tensor, decide: Decide) -> RoutingDecision:
+        return self.experts.route(layer, hidden, decide)
 
     def run(self, layer: int, hidden: Tensor, decision: RoutingDecision) -> Tensor:
         return self._watched(self.experts.run, layer, hidden, decision)

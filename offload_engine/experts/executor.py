@@ -15,8 +15,8 @@ from offload_engine.errors import InternalError, OffloadError, TransferError
 from offload_engine.experts.arena import Slots
 from offload_engine.experts.cpu_experts import NO_ERRAND, Errand
 from offload_engine.experts.hot_set import HotSet
-from offload_engine.experts.ranked import ranked_experts, standing
-from offload_engine.experts.scheduling.cache import Occupancy, SlotState
+from offload_engine.experts.ranked import Standing, ranked_experts, standing
+from offload_engine.experts.residency import Residency
 from offload_engine.experts.scheduling.predictor import ExpertPredictor
 from offload_engine.experts.scheduling.prefetch import PREDICTION_SHARE, RECENT_RUNS, prefetch_order
 from offload_engine.experts.scheduling.scheduler import LAUNCH_EXPERTS, Command, Compute, ExpertScheduler, Load
@@ -24,6 +24,7 @@ from offload_engine.experts.storage.store import ExpertStore
 from offload_engine.experts.transfer.base import Stream, TransferBackend, TransferTicket
 from offload_engine.metrics import EngineStats
 from offload_engine.model.moe import (
+    Decide,
     ExpertOutputs,
     ExpertSum,
     ExpertTokens,
@@ -43,10 +44,7 @@ def _add_one(total: ExpertSum, tokens: ExpertTokens, work: Sequence[ExpertWork])
     total.add(tokens, work[0].weights)
 
 
-def _nothing() -> None: ...
-
-
-class OffloadedExperts:
+class OffloadedExperts(Residency):
     """An `ExpertExecutor` that brings experts into the slots of an arena as they are needed.
 
     Results equal `ResidentExperts` bit for bit: only *when* an expert runs depends on the cache, never what it computes
@@ -65,23 +63,15 @@ class OffloadedExperts:
         prefetch_depth: int = 1,
         hot: HotSet | None = None,
     ) -> None:
+        super().__init__(store, scheduler)
         self.store = store
         self.arena = arena
         self.transfers = transfers
-        self.scheduler = scheduler
         self.predictor = predictor
         self.stats = stats
         self.prefetch_depth = prefetch_depth
         self.hot = HotSet() if hot is None else hot
         """What was used most, so far and in earlier runs; prefills, which use nearly everything, left out."""
-        self._keys_of_layer: dict[int, list[ExpertKey]] = {}
-        for key in store.keys():  # noqa: SIM118 (a store is no mapping)
-            self._keys_of_layer.setdefault(key.layer, []).append(key)
-        self.layers = sorted(self._keys_of_layer)
-        self._last_layer = self.layers[-1] if self.layers else -1
-        self._changed = threading.RLock()
-        """Guards the scheduler: its events come from the compute thread and from the driver's threads. Not a condition,
-        which an interrupt can leave locked."""
         self._arrival = threading.Condition(self._changed)
         self._ready: deque[Compute] = deque()
         self._works: dict[int, tuple[ExpertKey, ExpertWork]] = {}
@@ -131,22 +121,33 @@ class OffloadedExperts:
     def _predicted(self, layer: int, preview: Preview) -> list[ExpertKey]:
         if self._moved_share < PREDICTION_SHARE and self._info.step:
             return []
-        guesses = []
-        for ahead in range(layer, min(layer + self.prefetch_depth, self._last_layer + 1)):
-            if self.predictor.wants_preview and self._moved_share >= PREDICTION_SHARE:
-                self.predictor.offer(ahead, *ranked_experts(preview(ahead)))
-            guesses.append((ahead, self.predictor.predict(ahead, ahead - layer)))
-        predicted = prefetch_order(guesses)
+        coming = range(layer, min(layer + self.prefetch_depth, self._last_layer + 1))
+        if coming and self.predictor.wants_preview and self._moved_share >= PREDICTION_SHARE:
+            return self._guess(layer, coming) if self._offer(layer, coming, preview) else []
+        return self._guess(layer, coming)
+
+    def _offer(self, layer: int, coming: Sequence[int], preview: Preview) -> bool:  # noqa: ARG002
+        """Show the predictor the previews of the `coming` layers, the first of them `layer`. False: it will be shown
+        them, and then asked, later.
+        """
+        for ahead in coming:
+            self.predictor.offer(ahead, *ranked_experts(preview(ahead)))
+        return True
+
+    def _guess(self, layer: int, coming: Sequence[int]) -> list[ExpertKey]:
+        """What to fetch for the `coming` layers, `layer` being about to run."""
+        predicted = prefetch_order((ahead, self.predictor.predict(ahead, ahead - layer)) for ahead in coming)
         if self._info.phase is Phase.PREFILL:  # in the order of a sweep, lest what comes first makes room for the rest
             predicted = sorted(predicted)[: self.scheduler.cache.probation_limit]
         return predicted
 
+    def route(self, layer: int, hidden: Tensor, decide: Decide) -> RoutingDecision:  # noqa: ARG002
+        """See `ExpertExecutor`."""
+        return decide()
+
     def run(self, layer: int, hidden: Tensor, decision: RoutingDecision) -> Tensor:
         """See `ExpertExecutor`."""
-        ranked, learned, outlook = standing(decision, self._info)
-        self.predictor.observe(layer, ranked.experts, ranked.scores, learned)
-        if self.predictor.generating:
-            self.hot.use(layer, learned.experts)
+        ranked, _learned, outlook = self._heard(layer, decision)
         outputs = self._outputs(layer, hidden, decision)
         self._half_done = True
         try:
@@ -156,24 +157,39 @@ class OffloadedExperts:
                 errand = self._errand(layer, ranked.experts, hidden, decision)
                 self._carry_out(self.scheduler.want(layer, ranked.experts, ranked.scores, outlook, errand.experts))
                 self.stats.expert_requests += len(ranked.experts)
-                moved = counters.moved - moved
-                self._moved_share += (moved / max(1, len(ranked.experts)) - self._moved_share) / RECENT_RUNS
-            missing = len(ranked.experts) - len(errand.experts)
-            while missing:
-                computes = self._next_computes()
-                self._launch(computes, outputs.compute)
-                missing -= len(computes)
-            if errand.experts:
-                self._fetch_results(errand, outputs)
+                self._note_moved(counters.moved - moved, len(ranked.experts))
+            self._finish(len(ranked.experts), errand, outputs)
             self._half_done = False
         except BaseException as error:
             self._abandon(error)
             raise
+        self.transfers.synchronize()
+        return outputs.combine()
+
+    def _heard(self, layer: int, decision: RoutingDecision) -> Standing:
+        """Tell predictor and hot set of a layer's decision."""
+        heard = standing(decision, self._info)
+        self.predictor.observe(layer, heard.ranked.experts, heard.ranked.scores, heard.learned)
+        if self.predictor.generating:
+            self.hot.use(layer, heard.learned.experts)
+        return heard
+
+    def _note_moved(self, moved: int, wanted: int) -> None:
+        """Of the experts `wanted` by a layer, so many were `moved`, as `SchedulerCounters` counts them."""
+        self._moved_share += (moved / max(1, wanted) - self._moved_share) / RECENT_RUNS
+
+    def _finish(self, wanted: int, errand: Errand, outputs: LayerOutputs) -> None:
+        """Compute the experts `wanted`, of which those of `errand` come from elsewhere, as they are there."""
+        missing = wanted - len(errand.experts)
+        while missing:
+            computes = self._next_computes()
+            self._launch(computes, outputs.compute)
+            missing -= len(computes)
+        if errand.experts:
+            self._fetch_results(errand, outputs)
         with self._changed:
             self.stats.bytes_read += errand.bytes_read
             self._count()
-        self.transfers.synchronize()
-        return outputs.combine()
 
     def _errand(self, layer: int, experts: Sequence[int], hidden: Tensor, decision: RoutingDecision) -> Errand:  # noqa: ARG002
         """What is computed elsewhere than from slots, already under way."""
@@ -182,7 +198,7 @@ class OffloadedExperts:
     def _fetch_results(self, errand: Errand, outputs: LayerOutputs) -> None:
         with self.transfers.waiting():
             errand.wait()
-        self.transfers.launch(Stream.COMPUTE, _nothing, reads=())  # which ends the stall
+        self.transfers.launch(Stream.COMPUTE, lambda: None, reads=())  # which ends the stall
         errand.deliver(outputs)
 
     def warm_up(self) -> None:
@@ -271,22 +287,6 @@ class OffloadedExperts:
     def wait_for_slots(self) -> None:
         """Wait until all memory of the slots is there. Raises `MemoryBudgetError` if the system did not give it."""
         self.arena.wait_touched()
-
-    def occupancy(self) -> Occupancy:
-        """The cache's slots by state."""
-        with self._changed:
-            return self.scheduler.cache.occupancy()
-
-    def states(self) -> dict[ExpertKey, SlotState]:
-        """Every expert that has a slot just now, and whether it is there already. May be called from any thread."""
-        with self._changed:
-            return self.scheduler.cache.states()
-
-    def residents(self, layer: int) -> list[int]:
-        """The experts of `layer` that have a slot just now: here already, or on their way."""
-        keys = self._keys_of_layer[layer]
-        with self._changed:
-            return [key.expert for key in self.scheduler.cache.held(keys)]
 
     def resize(self, slots: int) -> None:
         """Have `slots` slots, at least one; not during a forward. Experts that still have a place stay.

@@ -97,8 +97,12 @@ class SlotOutputs:
         self._found = row.masked_fill(~self._outputs.missing(), UNUSED)
         return self._found
 
+    def show(self, slots: Tensor) -> None:
+        """As `look_up`, which was done elsewhere and came to `slots`."""
+        self._found = slots
+
     def compute_found(self) -> None:
-        """Run those that `look_up` has found."""
+        """Run those that were found."""
         if self._found is not None:
             self._outputs.launch(self._found)
 
@@ -127,9 +131,13 @@ class SlotExperts:
         self.counts = dict(sorted(Counter(key.layer for key in store.keys()).items()))  # noqa: SIM118 (no mapping)
         """By layer, how many experts it has: 0 to that."""
 
+    def serves(self, hidden: Tensor) -> bool:
+        """Whether the kernels compute on `hidden`."""
+        return grouped.serves(hidden)
+
     def outputs(self, layer: int, hidden: Tensor, decision: RoutingDecision) -> SlotOutputs | None:
         """Of one layer in one forward; None where the kernels don't serve `hidden`."""
-        return SlotOutputs(hidden, decision, self._slabs(layer)) if grouped.serves(hidden) else None
+        return SlotOutputs(hidden, decision, self._slabs(layer)) if self.serves(hidden) else None
 
     def close(self) -> None:
         """Let go of the arena's memory. Idempotent."""

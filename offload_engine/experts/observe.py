@@ -12,7 +12,7 @@ from offload_engine.core import ForwardInfo, Phase, RoutingDecision
 from offload_engine.errors import TraceError, TraceWriteError
 from offload_engine.experts.device.executor import DeviceExperts
 from offload_engine.experts.ranked import standing
-from offload_engine.model.moe import ExpertExecutor, Preview
+from offload_engine.model.moe import Decide, ExpertExecutor, Preview
 from offload_engine.routing.base import by_block
 from offload_engine.trace import TraceHeader, TraceWriter
 
@@ -23,8 +23,8 @@ block, as if each had a forward of its own.
 
 
 class ObservedExperts:
-    """An `ExpertExecutor` that has another one run, and tells watchers of each decision: before it runs, or after where
-    that saves them from waiting for a device.
+    """An `ExpertExecutor` that has another one run, and tells watchers of each decision: before it runs, or where that
+    would mean to wait for a device, when it is known, before the forward's last layer has run.
     """
 
     def __init__(self, experts: ExpertExecutor, watchers: Sequence[Watcher]) -> None:
@@ -34,19 +34,22 @@ class ObservedExperts:
 
     def begin(self, info: ForwardInfo) -> None:
         """See `ExpertExecutor`."""
+        self.experts.begin(info)  # which may yet tell of the forward before
         self._info = info
-        self.experts.begin(info)
 
     def prepare(self, layer: int, preview: Preview) -> None:
         """See `ExpertExecutor`."""
         self.experts.prepare(layer, preview)
 
+    def route(self, layer: int, hidden: Tensor, decide: Decide) -> RoutingDecision:
+        """See `ExpertExecutor`."""
+        return self.experts.route(layer, hidden, decide)
+
     def run(self, layer: int, hidden: Tensor, decision: RoutingDecision) -> Tensor:
         """See `ExpertExecutor`."""
         if isinstance(self.experts, DeviceExperts):
-            out = self.experts.run(layer, hidden, decision)
-            self._tell(layer, self.experts.read_back(decision))
-            return out
+            told = partial(self._tell, layer) if self.watchers else None
+            return self.experts.run(layer, hidden, decision, told)
         self._tell(layer, decision)
         return self.experts.run(layer, hidden, decision)
 

@@ -33,7 +33,7 @@ class SelectionCall(ctypes.Structure):
         ("top_p", ctypes.c_double),
         *((name, _POINTER) for name in ("block_ids", "logits", "bias", "scores", "selection")),
         *((name, _POINTER) for name in ("chosen", "weights", "coreset", "block_scores", "used")),
-        *((name, _POINTER) for name in ("table", "slots", "missing", "finished")),
+        *((name, _POINTER) for name in ("table", "slots", "missing", "sums", "finished")),
     )
 
 

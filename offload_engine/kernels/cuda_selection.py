@@ -6,6 +6,9 @@ Given the same scores, the decisions are those of `routing.Coreset` and `routing
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -57,6 +60,26 @@ class SlotTable:
         self.finished = torch.zeros(1, dtype=torch.int32, device=device)
         """The kernel's own count of thread blocks, 0 between launches."""
 
+    @staticmethod
+    def over(slots: Tensor, finished: Tensor) -> SlotTable:
+        """Of `slots` that are kept up to date elsewhere; `finished` is 0, and may serve several tables."""
+        table = SlotTable.__new__(SlotTable)
+        table.slots, table.finished = slots, finished
+        return table
+
+
+_shown: ContextVar[SlotTable | None] = ContextVar("_shown", default=None)
+
+
+@contextmanager
+def looking_up(table: SlotTable) -> Iterator[None]:
+    """While open, what this thread has decided by the kernel is looked up in `table` too, if that has its size."""
+    token = _shown.set(table)
+    try:
+        yield
+    finally:
+        _shown.reset(token)
+
 
 class Lookup(NamedTuple):
     """What a `SlotTable` said of the experts used."""
@@ -65,6 +88,8 @@ class Lookup(NamedTuple):
     """[E] int32: the expert's slot, or ABSENT; UNUSED where no token wants it."""
     missing: Tensor
     """[E + 1] int32: how many of those used are ABSENT, then who, by falling score summed over the blocks, then -1."""
+    scores: Tensor
+    """[E] float32: the sums of these, then 0."""
 
 
 class Routed(NamedTuple):
@@ -101,8 +126,10 @@ def decide(rule: SelectionRule, logits: Tensor, bias: Tensor | None, block_ids: 
         return None
     if (bias is not None and bias.dtype != torch.float32) or (torch.is_grad_enabled() and logits.requires_grad):
         return None
-    blocks = count_blocks(block_ids)
-    return route_logits(library, rule, logits.contiguous(), bias, block_ids.contiguous(), blocks)
+    blocks, table = count_blocks(block_ids), _shown.get()
+    if table is not None and (table.slots.shape != logits.shape[1:] or table.slots.device != logits.device):
+        table = None
+    return route_logits(library, rule, logits.contiguous(), bias, block_ids.contiguous(), blocks, table)
 
 
 def route_logits(
@@ -182,7 +209,7 @@ def _outputs(scores: Tensor, selection: Tensor, rule: SelectionRule, blocks: int
     k = min(rule.k, experts)
     lookup = None
     if table is not None:
-        lookup = Lookup(torch.empty_like(table.slots), table.slots.new_empty(experts + 1))
+        lookup = Lookup(torch.empty_like(table.slots), table.slots.new_empty(experts + 1), scores.new_empty(experts))
     return Routed(
         experts=scores.new_empty(tokens, k, dtype=torch.int64),
         weights=scores.new_empty(tokens, k),
@@ -228,7 +255,7 @@ def _call(
     )
     if table is not None and routed.lookup is not None:
         call.table, call.finished = table.slots.data_ptr(), table.finished.data_ptr()
-        call.slots, call.missing = (tensor.data_ptr() for tensor in routed.lookup)
+        call.slots, call.missing, call.sums = (tensor.data_ptr() for tensor in routed.lookup)
     return call
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from typing import NamedTuple, Protocol
 
 import torch
@@ -37,13 +37,17 @@ class ExpertWeights(_Matrices):
         return kernels.Expert.of(*matrices) if kernels.fits(*matrices) else None
 
 
+Decide = Callable[[], RoutingDecision]
+"""Has a layer's router decide."""
+
 Preview = Callable[[int], RoutingDecision]
 """How a given MoE layer would route if nothing between here and there changed the residual stream."""
 
 
 class ExpertExecutor(Protocol):
     """Runs routed experts. The model calls it in this order in every forward: `begin` once, then per MoE layer
-    `prepare` before attention and `run` after routing. Nothing an executor does ahead of `run` may change its result.
+    `prepare` before attention, `route` to have it decided where its tokens go, and `run`. Nothing an executor does
+    ahead of `run` may change its result.
     """
 
     def begin(self, info: ForwardInfo) -> None:
@@ -52,6 +56,11 @@ class ExpertExecutor(Protocol):
     def prepare(self, layer: int, preview: Preview) -> None:
         """`layer` is about to run its attention: the time to prefetch. `preview` may be called for this layer and
         later ones, at the cost of their router.
+        """
+
+    def route(self, layer: int, hidden: Tensor, decide: Decide) -> RoutingDecision:
+        """What `decide` returns, for the `hidden` states [T, H] with which `layer` will be run next; along with that it
+        may be looked up where the experts chosen are (`RoutingDecision.lookup`).
         """
 
     def run(self, layer: int, hidden: Tensor, decision: RoutingDecision) -> Tensor:
@@ -238,6 +247,10 @@ class ResidentExperts:
     def prepare(self, layer: int, preview: Preview) -> None:
         """Nothing to do: everything is here."""
 
+    def route(self, layer: int, hidden: Tensor, decide: Decide) -> RoutingDecision:  # noqa: ARG002
+        """See `ExpertExecutor`: there is nothing to look up."""
+        return decide()
+
     def run(self, layer: int, hidden: Tensor, decision: RoutingDecision) -> Tensor:
         """See `ExpertExecutor`."""
         outputs = ExpertOutputs(hidden, decision)
@@ -289,7 +302,8 @@ class MoEBlock(nn.Module):
         self, hidden: Tensor, logits: Tensor, block_ids: Tensor, policy: Route, experts: ExpertExecutor
     ) -> Tensor:
         """As `forward`, once the router has spoken: `logits` [T, E] of `hidden` [T, H]."""
-        return self.with_shared(experts.run(self.layer, hidden, self.decide(logits, block_ids, policy)), hidden)
+        decision = experts.route(self.layer, hidden, partial(self.decide, logits, block_ids, policy))
+        return self.with_shared(experts.run(self.layer, hidden, decision), hidden)
 
     def with_shared(self, routed: Tensor, hidden: Tensor) -> Tensor:
         """The routed experts' output and the shared ones' of `hidden`, both [.., H], together."""

@@ -15,7 +15,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from offload_engine.core import ForwardInfo, Phase, RoutingDecision
+from offload_engine.core import ForwardInfo, Lookup, Phase, RoutingDecision
 from offload_engine.kernels import cuda_selection as device
 from offload_engine.kernels import selection as fused
 
@@ -93,7 +93,8 @@ def decide_on_device(
     routed = device.decide(rule, logits, bias, block_ids)
     if routed is None:
         return None
-    return RoutingDecision(routed.experts, routed.weights, routed.coreset, routed.block_scores)
+    lookup = None if routed.lookup is None else Lookup(*routed.lookup)
+    return RoutingDecision(routed.experts, routed.weights, routed.coreset, routed.block_scores, lookup)
 
 
 def select_scores(logits: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -98,8 +98,10 @@ def difference(routed: Routed, case: Case, table: SlotTable) -> str | None:
     used = torch.zeros_like(routed.used)
     for experts, block in zip(wanted.experts, case.block_ids, strict=True):
         used[block.clamp(min=0), experts[experts >= 0]] = True
-    ranked: list[int] = list(by(TORCH, lambda: ranked_experts(wanted)).experts)
+    ranked, scores = by(TORCH, lambda: ranked_experts(wanted))
     missing = [expert for expert in ranked if table.slots[expert] == ABSENT]
+    sums = [score for expert, score in zip(ranked, scores, strict=True) if table.slots[expert] == ABSENT]
+    sums += [0.0] * (case.shape.num_experts - len(sums))
     missing = [len(missing), *missing] + [-1] * (case.shape.num_experts - len(missing))
     slots = table.slots.where(used.any(0), torch.tensor(UNUSED, dtype=torch.int32))
     assert routed.lookup is not None
@@ -107,6 +109,8 @@ def difference(routed: Routed, case: Case, table: SlotTable) -> str | None:
         return f"used: {routed.used} is not {used}"
     if routed.lookup.missing.tolist() != missing:
         return f"missing: {routed.lookup.missing.tolist()} is not {missing}"
+    if routed.lookup.scores.tolist() != sums:
+        return f"scores of the missing: {routed.lookup.scores.tolist()} is not {sums}"
     if not torch.equal(routed.lookup.slots, slots):
         return f"slots: {routed.lookup.slots} is not {slots}"
     return None if table.finished.item() == 0 else f"the count of thread blocks stays at {table.finished.item()}"

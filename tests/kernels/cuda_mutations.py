@@ -169,6 +169,12 @@ LOOKING_UP = [
     bug("the count is not reset", "a block", instead("*s.finished = 0;", ";")),
     bug("unused experts are missing", "a block", instead("used && s.table[e] < 0", "s.table[e] < 0")),
     bug("missing by rising index", "a block", instead("place_of(key_of(total), e)", "place_of(0, e)")),
+    bug(
+        "scores of the missing by index",
+        "a block",
+        instead("s.sums[rank] = room.votes[e];", "s.sums[e] = room.votes[e];"),
+    ),
+    bug("scores not filled up", "a block", instead("s.sums[i] = 0;", "")),
     bug("missing not filled up", "a block", instead("s.missing[1 + i] = -1;", "")),
     bug("slots of unused experts", "a block", instead("used ? s.table[e] : UNUSED", "s.table[e]")),
     bug("NaN ranks first among the missing", "NaN and infinities", instead("total != total ? 0 : ", "")),

@@ -21,6 +21,7 @@ from offload_engine.kernels.cuda_selection import (
     SlotTable,
     count_blocks,
     decide,
+    looking_up,
     route_logits,
     route_scores,
 )
@@ -101,6 +102,29 @@ def test_policies_ask_it_where_it_is(emulated: CudaLibrary, name: str, monkeypat
     torch.testing.assert_close(found.weights, wanted.weights, rtol=1e-5, atol=1e-7)
     assert same(found.coreset, wanted.coreset)
     torch.testing.assert_close(found.block_scores, wanted.block_scores, rtol=1e-5, atol=1e-6)
+
+
+def test_a_table_that_is_shown_is_looked_up_in_and_decides_nothing(
+    emulated: CudaLibrary, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cuda_selection, "library_for", lambda _device: emulated)
+    policy = make_policy("dmoe", LLADA2, RoutingOptions())
+    logits, ids = torch.randn(64, 256, generator=torch.Generator().manual_seed(5)), torch.arange(64) // 32
+    plain = policy(logits, None, ids)
+    assert plain.lookup is None
+    slots = torch.arange(256, dtype=torch.int32).masked_fill_(torch.arange(256) % 3 == 0, -1)
+    finished = torch.zeros(1, dtype=torch.int32)
+    with looking_up(SlotTable.over(slots, finished)):
+        shown = policy(logits, None, ids)
+        with looking_up(SlotTable.over(slots[:100], finished)):
+            assert policy(logits, None, ids).lookup is None, "another layer's"
+    assert all(same(getattr(shown, name), getattr(plain, name)) for name in ("experts", "weights", "coreset"))
+    assert shown.lookup is not None
+    used = set(plain.experts.flatten().tolist())
+    count, *missing = shown.lookup.missing.tolist()
+    assert set(missing[:count]) == {expert for expert in used if expert % 3 == 0}
+    assert shown.lookup.scores[:count].tolist() == sorted(shown.lookup.scores[:count].tolist(), reverse=True)
+    assert policy(logits, None, ids).lookup is None
 
 
 def watched(route: Callable[..., Routed], asked: list[SelectionRule]) -> Callable[..., Routed]:

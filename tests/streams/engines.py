@@ -11,8 +11,10 @@ from torch import Tensor
 from offload_engine.core import RoutingDecision
 from offload_engine.experts.arena import DeviceArena
 from offload_engine.experts.cpu_experts import ForwardShape, HostExperts
+from offload_engine.experts.device.accounts import Accounts
 from offload_engine.experts.device.exchange import Exchange
-from offload_engine.experts.device.executor import DeviceExperts
+from offload_engine.experts.device.executor import PLACES, PREVIEWED, DeviceExperts
+from offload_engine.experts.device.previews import Previews
 from offload_engine.experts.device.table import UNUSED
 from offload_engine.experts.grouped import LayerSlabs, SlotExperts
 from offload_engine.experts.scheduling.cache import ExpertCache
@@ -45,6 +47,9 @@ class EmulatedOutputs(ExpertOutputs):
         self.found = row.masked_fill(unwanted, UNUSED)
         return self.found
 
+    def show(self, slots: Tensor) -> None:
+        self.found = slots
+
     def compute_found(self) -> None:
         assert self.found is not None
         slab_bytes, memory = self.layer.slabs.slab_bytes, self.layer.slabs.memory
@@ -61,6 +66,9 @@ class EmulatedSlots(SlotExperts):
     def __init__(self, store: ExpertStore, arena: DeviceArena, device: SimulatedDevice) -> None:
         super().__init__(store, arena)
         self.simulated = device
+
+    def serves(self, hidden: Tensor) -> bool:
+        return True
 
     def outputs(  # type: ignore[override]
         self, layer: int, hidden: Tensor, decision: RoutingDecision
@@ -134,8 +142,11 @@ def on_device(
         stats=EngineStats(),
         prefetch_depth=2,
     )
-    experts.exchange.close()
-    experts.exchange = WatchedExchange(device)
+    experts.accounts.close()
+    experts.accounts = Accounts([WatchedExchange(device) for _ in range(PLACES)])
+    experts.previews.close()
+    watching = [WatchedExchange(device) for _ in range(PREVIEWED)]
+    experts.previews = Previews(watching, experts.slots.counts, device.device)
     if emulated:
         experts.slots = EmulatedSlots(store, arena, device)
     if host is not None and share != "off":

@@ -52,8 +52,22 @@ def table_names_what_has_not_landed(experts: DeviceExperts) -> None:
     experts._landed = unasked
 
 
-def read_back_is_not_waited_for(experts: DeviceExperts) -> None:
-    experts.exchange._event.wait = lambda: None  # type: ignore[method-assign]
+def missing_is_not_waited_for(experts: DeviceExperts) -> None:
+    for exchange in experts.accounts.exchanges:
+        exchange._front_here.wait = lambda: None  # type: ignore[method-assign]
+
+
+def record_is_not_waited_for(experts: DeviceExperts) -> None:
+    for exchange in experts.accounts.exchanges:
+        exchange._here.wait = lambda: None  # type: ignore[method-assign]
+
+
+def nothing_is_taken_to_be_missing(experts: DeviceExperts) -> None:
+    experts._may_miss = lambda _row: False  # type: ignore[method-assign]
+
+
+def layer_is_not_lent(experts: DeviceExperts) -> None:
+    experts.scheduler.lend = lambda _layer: None  # type: ignore[method-assign]
 
 
 def work_does_not_say_what_it_reads(experts: DeviceExperts) -> None:
@@ -86,8 +100,17 @@ MISDEEDS = {
     "the slot table names an expert whose copy has not landed": Misdeed(
         table_names_what_has_not_landed, "`landed(slot)`", Fault.READ_UNORDERED
     ),
-    "what is read back is used before its event": Misdeed(
-        read_back_is_not_waited_for, "`take`'s `event.wait()`", Fault.HOST_READ
+    "what is missing is looked at before its event": Misdeed(
+        missing_is_not_waited_for, "`front`'s `event.wait()`", Fault.HOST_READ
+    ),
+    "the books hear of a record before its event": Misdeed(
+        record_is_not_waited_for, "`rest`'s `event.wait()`", Fault.HOST_READ
+    ),
+    "a layer is not waited for that may miss something": Misdeed(
+        nothing_is_taken_to_be_missing, "`Exchange.front`", None
+    ),
+    "an expert is evicted before the books hear that its layer uses it": Misdeed(
+        layer_is_not_lent, "`ExpertScheduler.lend`", None
     ),
     "a slot is evicted while enqueued work still reads it": Misdeed(
         work_does_not_say_what_it_reads, "the `reads` of the launch", Fault.UNDECLARED

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
 from offload_engine.core import ExpertKey
 from offload_engine.errors import InternalError
-from offload_engine.experts.device.executor import DeviceExperts
+from offload_engine.experts.device import record
+from offload_engine.experts.device.executor import PLACES, PREVIEWED, DeviceExperts
 from offload_engine.experts.scheduling.eviction import EVICTION
 from offload_engine.experts.transfer.cuda import CudaTransfers
 from offload_engine.kernels import cuda_selection
@@ -21,7 +24,7 @@ from offload_engine.kernels.build import BuildError
 from offload_engine.kernels.cuda import CudaLibrary
 from tests.experts.test_executor import KINDS, Model
 from tests.kernels.cuda_emulation import emulate
-from tests.streams.engines import on_device
+from tests.streams.engines import EmulatedOutputs, on_device
 from tests.streams.planted import MISDEEDS, PLANTED, SHARING, FaultyDevice
 from tests.streams.simulator import SimulatedDevice, StreamError
 
@@ -88,7 +91,9 @@ def test_the_engine_on_streams_equals_the_resident_one_in_every_order(
     device.check()
     assert device.most_copies <= in_flight
     marks = [event for event in device.events if not event.timed]
-    assert len(marks) <= 2 * slots + in_flight + (host_slots or 0) + 4, "events are used again"
+    assert len(marks) <= 2 * slots + in_flight + (host_slots or 0) + 3 + 4 * (PLACES + PREVIEWED), (
+        "events are used again"
+    )
     assert isinstance(experts.transfers, CudaTransfers)
     if experts.transfers.host is not None:
         held = experts.transfers.host.occupancy()
@@ -103,14 +108,23 @@ def emulated_selection(tmp_path_factory: pytest.TempPathFactory) -> CudaLibrary:
         pytest.skip(str(error))
 
 
+@pytest.mark.parametrize("slots", [1, 40, 96])
 @pytest.mark.parametrize("order", [[0], [1, 0, 2], [7]])
 @pytest.mark.parametrize("routing", ["original", "dmoe"])
 def test_the_engine_with_emulated_kernels_equals_the_resident_one(
-    model: Model, emulated_selection: CudaLibrary, monkeypatch: pytest.MonkeyPatch, routing: str, order: list[int]
+    model: Model,
+    emulated_selection: CudaLibrary,
+    monkeypatch: pytest.MonkeyPatch,
+    routing: str,
+    order: list[int],
+    slots: int,
 ) -> None:
+    """The look-up and what is missing come out of the kernel that routes: nothing is looked up by torch."""
     monkeypatch.setattr(cuda_selection, "library_for", lambda _device: emulated_selection)
+    monkeypatch.setattr(EmulatedOutputs, "look_up", lambda *_given: pytest.fail("torch has looked up"))
+    monkeypatch.setattr(record, "missing_first", lambda *_given: pytest.fail("torch has ranked"))
     device = SimulatedDevice(order)
-    experts = on_device(device, model.store, 40, host_slots=60, predictor="combined", emulated=True)
+    experts = on_device(device, model.store, slots, host_slots=60, predictor="combined", emulated=True)
     try:
         for step in range(3):
             ids = torch.arange(12) + 5 * step
@@ -120,6 +134,67 @@ def test_the_engine_with_emulated_kernels_equals_the_resident_one(
     finally:
         experts.close()
     device.check()
+    stats = experts.stats
+    assert stats.hits + stats.late + stats.misses == stats.expert_requests
+    assert slots == 1 or stats.hits > 0
+
+
+def test_with_the_kernel_and_without_it_the_same_is_fetched(
+    model: Model, emulated_selection: CudaLibrary, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: dict[bool, list[tuple[int, list[int], list[float]]]] = {}
+    for fused in (False, True):
+        with monkeypatch.context() as patch:
+            # The same decisions, which the kernel's sigmoid might differ from in the last bit of a score.
+            patch.setattr(cuda_selection, "library_for", lambda _device: emulated_selection)
+            if not fused:
+                patch.setattr(record.Record, "pieces", without_lookup)
+            device = SimulatedDevice()
+            experts = on_device(device, model.store, 40, predictor="none", emulated=True)
+            told = asked[fused] = []
+            ask = experts.scheduler.ask
+            patch.setattr(
+                experts.scheduler,
+                "ask",
+                lambda layer, wanted, scores, *rest, told=told, ask=ask: (
+                    told.append((layer, wanted, scores)),
+                    ask(layer, wanted, scores, *rest),
+                )[1],
+            )
+            for step in range(3):
+                device.finish()  # what has landed doesn't depend on threads
+                model.hidden(experts, "dmoe", torch.arange(12) + 5 * step, step)
+                experts.idle()
+            experts.close()
+    assert asked[True] == asked[False]
+    assert len(asked[True]) > 3
+
+
+PIECES = record.Record.pieces
+
+
+def without_lookup(one: record.Record, slots: Tensor | None = None) -> list[Tensor]:
+    plain = record.Record(replace(one.decision, lookup=None), 0 if slots is None else len(slots))
+    return PIECES(plain, slots)
+
+
+def test_a_row_that_is_not_there_when_the_kernel_looks_is_caught(
+    model: Model, emulated_selection: CudaLibrary, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cuda_selection, "library_for", lambda _device: emulated_selection)
+    device = SimulatedDevice()
+    experts = on_device(device, model.store, 70, emulated=True)
+    synchronize = experts.transfers.synchronize
+    monkeypatch.setattr(experts.transfers, "synchronize", lambda: None if experts._offered else synchronize())
+
+    def forwards() -> None:
+        for step in range(3):
+            fetch_some(experts)
+            model.hidden(experts, "original", torch.arange(12) + 7 * step, step)
+
+    with pytest.raises(InternalError, match=DISAGREE):
+        forwards()
+    experts.close()
 
 
 def fetch_some(experts: DeviceExperts) -> None:
@@ -195,17 +270,20 @@ def test_a_planted_defect_is_caught_in_the_engine(model: Model, name: str, every
     assert set(device.faults) & set(planted.faults), device.faults
 
 
+DISAGREE = r"but the slot table on the device said|was computed from slot|but the books had all"
+
+
 @pytest.mark.parametrize("order", [[0], [1, 0, 2], [7]])
 @pytest.mark.parametrize("name", MISDEEDS)
 def test_a_misdeed_of_the_slot_table_is_caught(model: Model, name: str, order: list[int]) -> None:
     misdeed = MISDEEDS[name]
     device = SimulatedDevice(order)
     if misdeed.fault is None:
-        with pytest.raises(InternalError, match=r"but the slot table on the device said|was computed from slot"):
-            run(model, device, 40, None, emulated=True, plant=misdeed.plant)
+        with pytest.raises(InternalError, match=DISAGREE):
+            run(model, device, 70, None, emulated=True, plant=misdeed.plant)
         return
-    with contextlib.suppress(InternalError, StreamError):
-        run(model, device, 40, None, emulated=True, plant=misdeed.plant)
+    with contextlib.suppress(InternalError, StreamError, KeyError):  # what is missing may be anything then
+        run(model, device, 70, None, emulated=True, plant=misdeed.plant)
     assert misdeed.fault in device.faults
 
 

@@ -27,7 +27,7 @@ def test_an_interrupt_anywhere_leaves_the_streams_in_order(
         return on_device(devices[-1], model.store, slots, eviction=eviction, predictor=predictor, emulated=emulated)
 
     monkeypatch.setattr(Model, "offloaded", offloaded)
-    times, places = interrupted_everywhere(model, slots, every=997, first=slots)
+    times, places = interrupted_everywhere(model, slots, every=797, first=slots)
     assert times > 5
     assert len(places) > 3
     (device,) = devices

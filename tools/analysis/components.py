@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from offload_engine.core import ForwardInfo, Phase, RoutingDecision, SamplingParams
 from offload_engine.engine.engine import Engine
-from offload_engine.model.moe import ExpertExecutor, MoEBlock, Preview
+from offload_engine.model.moe import Decide, ExpertExecutor, MoEBlock, Preview
 from tools.analysis import seam
 
 Clock = Callable[[], float]
@@ -63,6 +63,9 @@ class _TimedExperts:
         self.experts.prepare(layer, preview)
         if self.probe.active:
             self.probe.breakdown.moe += self.probe.clock() - began
+
+    def route(self, layer: int, hidden: Tensor, decide: Decide) -> RoutingDecision:
+        return self.experts.route(layer, hidden, decide)
 
     def run(self, layer: int, hidden: Tensor, decision: RoutingDecision) -> Tensor:
         out = self.experts.run(layer, hidden, decision)

@@ -20,7 +20,7 @@ from offload_engine.core import ForwardInfo, Phase, RoutingDecision
 from offload_engine.engine.engine import Engine
 from offload_engine.model.attention import MaskedSequence, block_causal_mask
 from offload_engine.model.llada2 import Forward
-from offload_engine.model.moe import ExpertExecutor, Preview
+from offload_engine.model.moe import Decide, ExpertExecutor, Preview
 from tools.analysis import seam
 
 NOISE = (0.3, 0.8)
@@ -86,6 +86,9 @@ class _LeavingOut:
 
     def prepare(self, layer: int, preview: Preview) -> None:
         self.experts.prepare(layer, preview)
+
+    def route(self, layer: int, hidden: Tensor, decide: Decide) -> RoutingDecision:
+        return self.experts.route(layer, hidden, decide)
 
     def run(self, layer: int, hidden: Tensor, decision: RoutingDecision) -> Tensor:
         self.decisions[layer] = decision

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from offload_engine.core import ForwardInfo, RoutingDecision
 from offload_engine.model.config import ModelConfig
-from offload_engine.model.moe import ExpertWeights, Preview
+from offload_engine.model.moe import Decide, ExpertWeights, Preview
 
 BUCKETS = (8, 8, 16, 32, 64, 64, 64)
 """Experts per batched product, busiest first; the last size repeats. More buckets mean less padding and more calls."""
@@ -251,6 +251,10 @@ class TrainableExperts(nn.Module):
 
     def prepare(self, layer: int, preview: Preview) -> None:
         """Nothing to do: everything is here."""
+
+    def route(self, layer: int, hidden: Tensor, decide: Decide) -> RoutingDecision:  # noqa: ARG002
+        """See `ExpertExecutor`."""
+        return decide()
 
     def run(self, layer: int, hidden: Tensor, decision: RoutingDecision) -> Tensor:
         """See `ExpertExecutor`."""

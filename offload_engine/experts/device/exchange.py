@@ -1,6 +1,7 @@
-"""What goes between host and device around a layer: a row of the slot table there, a record of the layer's wants back.
+"""What goes between host and device around a layer: a row of the slot table there, a record of the layer's news back.
 
-Both are small and go by the compute stream, in order with the work they belong to. The host waits for the record alone.
+All is small and goes by the compute stream, in order with the work it belongs to. A record comes in two parts, each
+marked by an event of its own: the host waits for the first, and looks at the rest when that has come.
 """
 
 from __future__ import annotations
@@ -21,52 +22,76 @@ FIRST_ROOM: Final = 4 * SLOT_ALIGNMENT
 
 
 class Exchange:
-    """One exchange at a time: `begin`, then `send` if need be, `bring`, and `take`, which waits.
+    """One exchange at a time, in memory of its own: `begin`, then `send` if need be, `bring`, `front` if it brings one,
+    and `rest`. The last two wait for their part.
 
-    The wait of `take` says of everything before it on the compute stream that it has run; so the next exchange may
-    write the host's memory again. One that was broken off is waited for by the next. To be closed once everything
-    enqueued has run. Raises `MemoryBudgetError` when there is no memory.
+    Whoever has waited for the rest knows that everything before it on the compute stream has run; so the next exchange
+    may write the host's memory again. One of which nobody has taken the rest is waited for by the next. To be closed
+    once everything enqueued has run. Raises `MemoryBudgetError` when there is no memory.
     """
 
     def __init__(self, driver: StreamDriver) -> None:
         self._driver = driver
-        self._event = driver.event()
+        self._front_here = driver.event()
+        self._here = driver.event()
         self._under_way = False
         self._slabs: PinnedSlabs | None = None
+        self._sizes = 0, 0
         self._make_room(FIRST_ROOM)
 
-    def begin(self, nbytes: int) -> None:
-        """The record will have `nbytes`."""
+    def begin(self) -> None:
+        """The memory is free then."""
         if self._under_way:
-            self._event.record(Stream.COMPUTE)
-            self._event.wait()
-            self._under_way = False
-        if nbytes > self._record.numel():
-            self._make_room(nbytes)
+            self._drain()
         self._under_way = True
 
     def send(self, row: bytes, target: Tensor) -> None:
         """Enqueue the copy of `row` to the device memory `target`, of the same size."""
+        self._have(len(row))
         self._write(self._row, row)
         self._driver.copy(Stream.COMPUTE, self._row.tensor[: len(row)], target)
 
-    def bring(self, nbytes: int, pieces: Callable[[], Sequence[Tensor]], reads: Sequence[Tensor]) -> None:
-        """Enqueue the making of a record of `nbytes`, contiguous tensors one behind the other, and its way to the host.
-        `pieces` is called on the device's time, and reads of the slot table's memory `reads`.
+    def bring(
+        self, front: int, rest: int, pieces: Callable[[], Sequence[Tensor]], reads: Sequence[Tensor] = ()
+    ) -> None:
+        """Enqueue the making of a record with a first part of `front` bytes, 0 for none, and a second of `rest`:
+        contiguous tensors one behind the other; and its way to the host. `pieces` is called on the device's time, and
+        reads of the slot table's memory `reads`.
         """
-        record = self._record[:nbytes]
+        self._have(front + rest)
+        self._sizes = front, rest
+        record = self._record[: front + rest]
 
         def pack() -> None:
             torch.cat([piece.flatten().view(torch.uint8) for piece in pieces()], out=record)
 
-        self._driver.launch(Stream.COMPUTE, pack, reads, [record])
-        self._driver.fetch(Stream.COMPUTE, record, self._found.tensor[:nbytes])
-        self._event.record(Stream.COMPUTE)
+        parts = [part for part in record.split([front, rest]) if part.numel()]
+        self._driver.launch(Stream.COMPUTE, pack, reads, parts)
+        if front:
+            self._driver.fetch(Stream.COMPUTE, record[:front], self._first.tensor[:front])
+            self._front_here.record(Stream.COMPUTE)
+        self._driver.fetch(Stream.COMPUTE, record[front:], self._second.tensor[:rest])
+        self._here.record(Stream.COMPUTE)
 
-    def take(self, nbytes: int) -> Tensor:
-        """Wait for the record and return it, uint8 [nbytes], the caller's own."""
-        self._event.wait()
-        found = self._read(self._found, nbytes)
+    def front(self) -> Tensor:
+        """Wait for the first part and return it, uint8, the caller's own."""
+        self._front_here.wait()
+        return self._read(self._first, self._sizes[0])
+
+    def landed(self) -> bool:
+        """Whether `rest` would return at once."""
+        return self._here.done()
+
+    def idle(self) -> bool:
+        """Whether `begin` would return at once."""
+        if self._under_way and self._here.done():
+            self._under_way = False
+        return not self._under_way
+
+    def rest(self) -> Tensor:
+        """Wait for the second part and return it, uint8, the caller's own."""
+        self._here.wait()
+        found = self._read(self._second, self._sizes[1])
         self._under_way = False
         return found
 
@@ -75,15 +100,27 @@ class Exchange:
         if self._slabs is not None:
             self._slabs.close()
             self._slabs = None
-            self._event.close()
+            self._front_here.close()
+            self._here.close()
+
+    def _drain(self) -> None:
+        self._here.record(Stream.COMPUTE)
+        self._here.wait()
+        self._under_way = False
+
+    def _have(self, nbytes: int) -> None:
+        if nbytes > self._record.numel():
+            self._drain()  # a row may be on its way
+            self._make_room(nbytes)
+            self._under_way = True
 
     def _make_room(self, nbytes: int) -> None:
         size = -(-nbytes // SLOT_ALIGNMENT) * SLOT_ALIGNMENT
-        slabs = pinned_buffers(self._driver, 2, size)
+        slabs = pinned_buffers(self._driver, 3, size)
         if self._slabs is not None:
             self._slabs.close()
         self._slabs = slabs
-        self._row, self._found = slabs.slabs
+        self._row, self._first, self._second = slabs.slabs
         self._record = self._driver.allocate(size)
 
     def _write(self, slab: HostSlab, row: bytes) -> None:

@@ -92,8 +92,8 @@ class ExpertCache:
         """By age of the prediction, oldest first."""
         self._expected: frozenset[ExpertKey] = frozenset()
         """What the layer under way has still to ask for."""
-        self._lent: int | None = None
-        """The layer of which nothing is evicted."""
+        self._lent: set[int] = set()
+        """The layers of which nothing is evicted."""
 
     @property
     def probation_limit(self) -> int:
@@ -117,9 +117,13 @@ class ExpertCache:
         """These, which may have no slot, will be wanted by the layer under way; replaces what was expected before."""
         self._expected = frozenset(keys)
 
-    def lend(self, layer: int | None) -> None:
-        """From now on nothing of `layer` is evicted, as if all of it were pinned; None: of no layer."""
-        self._lent = layer
+    def lend(self, layer: int) -> None:
+        """From now on nothing of `layer` is evicted, as if all of it were pinned."""
+        self._lent.add(layer)
+
+    def take_back(self, layer: int | None = None) -> None:
+        """End what `lend` of `layer` has begun; None: of all layers."""
+        self._lent = set() if layer is None else self._lent - {layer}
 
     def state(self, key: ExpertKey) -> SlotState:
         """Where `key` stands; FREE where it has no slot."""
@@ -239,7 +243,7 @@ class ExpertCache:
         self._keys = [key_of.get(slot) for slot in range(self.slots)]
         self._free = [slot for slot in reversed(range(self.slots)) if slot not in key_of]
         self._pins = {}
-        self._lent = None
+        self._lent = set()
         self._probation = OrderedDict()
 
     def shrink(self, slots: int) -> None:
@@ -336,10 +340,10 @@ class ExpertCache:
         return next((key for key in self._probation if key not in self._loading and evictable(key)), None)
 
     def _unpinned(self, key: ExpertKey) -> bool:
-        return key not in self._pins and key.layer != self._lent
+        return key not in self._pins and key.layer not in self._lent
 
     def _spare(self, key: ExpertKey) -> bool:
-        return key not in self._pins and key.layer != self._lent and key not in self._expected
+        return key not in self._pins and key.layer not in self._lent and key not in self._expected
 
     def _evict(self, key: ExpertKey) -> None:
         if key in self._probation:

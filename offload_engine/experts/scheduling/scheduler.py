@@ -140,10 +140,38 @@ class ExpertScheduler:
         return [expert for expert in experts if self.cache.state(ExpertKey(layer, expert)) is SlotState.FREE]
 
     def lend(self, layer: int) -> None:
-        """Event: work is enqueued on whatever of `layer` is resident, before it is known what of it will be wanted.
-        Nothing of it is evicted until `want` says so.
+        """Event: work is enqueued on whatever of `layer` is resident, before it is known what of it is wanted. Nothing
+        of it is evicted until `settle` tells.
         """
         self.cache.lend(layer)
+
+    def ask(
+        self, layer: int, experts: Sequence[int], scores: Sequence[float], elsewhere: Collection[int] = ()
+    ) -> list[Command]:
+        """Event: `layer`, which is lent, routed, and of what it wants these are not computed by what is enqueued. As
+        `want` otherwise, but that nobody learns of the routing: `settle` tells of it.
+        """
+        self._expect_done(layer)
+        return self._ask(layer, experts, scores, elsewhere)
+
+    def settle(
+        self, layer: int, experts: Sequence[int], scores: Sequence[float], outlook: Outlook, found: Mapping[int, int]
+    ) -> list[Command]:
+        """Event: `layer`, which is lent, routed, as `want` is told of it; `found` of its `experts` are computed, each
+        from its slot, by work that is enqueued, and the others, if any, were asked for. It is lent no longer.
+        """
+        self.cache.route(layer, experts, outlook)
+        for expert, score in zip(experts, scores, strict=True):
+            if expert in found:
+                key = ExpertKey(layer, expert)
+                state, slot = self.cache.claim(key)
+                if state is not SlotState.RESIDENT or slot != found[expert]:
+                    raise InternalError(f"{key} was computed from slot {found[expert]}, but is {state}, in slot {slot}")
+                self._count_request(key, state)
+                self.cache.release(key, score)
+        self.cache.take_back(layer)
+        self._forget_prefetches(layer)
+        return self._start_transfers()
 
     def want(
         self,
@@ -159,9 +187,17 @@ class ExpertScheduler:
 
         Everything resident is pinned at once, so that no load of this layer can evict what it still needs.
         """
+        self._expect_done(layer)
+        self.cache.route(layer, experts, outlook or Outlook(experts))
+        return self._ask(layer, experts, scores, elsewhere)
+
+    def _expect_done(self, layer: int) -> None:
         if self._wanted:
             raise InternalError(f"layer {layer} was routed while {len(self._wanted)} experts were still to be computed")
-        self.cache.route(layer, experts, outlook or Outlook(experts))
+
+    def _ask(
+        self, layer: int, experts: Sequence[int], scores: Sequence[float], elsewhere: Collection[int]
+    ) -> list[Command]:
         self._wanted = {
             ExpertKey(layer, expert): score
             for expert, score in zip(experts, scores, strict=True)
@@ -181,10 +217,12 @@ class ExpertScheduler:
             else:
                 self._count_request(key, state)
         self.counters.hits += hits
-        self.cache.lend(None)  # what is wanted of it is pinned now
+        self._forget_prefetches(layer)
+        return [*self._start_transfers(), *computes]
+
+    def _forget_prefetches(self, layer: int) -> None:
         if self._prefetch:
             self._prefetch = deque(key for key in self._prefetch if key.layer != layer)  # too late to be early
-        return [*self._start_transfers(), *computes]
 
     def predict(self, keys: Iterable[ExpertKey], *, routed: bool = False) -> list[Command]:
         """Event: these experts will probably be wanted, the most probable first. Replaces older predictions of their
@@ -231,7 +269,7 @@ class ExpertScheduler:
         for key in self._computing:
             self.cache.unpin(key)
         self.cache.expect(())
-        self.cache.lend(None)
+        self.cache.take_back()
         self._computing.clear()
         self._wanted.clear()
         self._routed.clear()

@@ -30,21 +30,38 @@ def test_what_was_packed_comes_back(order: tuple[int, ...], pinning: str | None)
     device = SimulatedDevice(order, pinning)
     exchange, row = WatchedExchange(device), device.allocate(16)
     for value in range(3):
-        exchange.begin(24)
+        exchange.begin()
         exchange.send(bytes([value] * 16), row)
         one = torch.full((2,), value, dtype=torch.int32)
-        exchange.bring(24, lambda one=one: [one, row.view(torch.int64)], [row])  # type: ignore[misc]
-        found = exchange.take(24)
+        exchange.bring(0, 24, lambda one=one: [one, row.view(torch.int64)], [row])  # type: ignore[misc]
+        found = exchange.rest()
         assert found[:8].view(torch.int32).tolist() == [value] * 2
         assert found[8:].tolist() == [value] * 16
     closed(exchange, device)
 
 
+@pytest.mark.parametrize("order", ORDERS)
+def test_the_first_part_comes_before_the_second(order: tuple[int, ...]) -> None:
+    device = SimulatedDevice(order)
+    exchange = WatchedExchange(device)
+    for front in (8, 0, 4):
+        exchange.begin()
+        exchange.bring(front, 6, lambda front=front: [torch.arange(front + 6).to(torch.uint8)])  # type: ignore[misc]
+        if front:
+            assert exchange.front().tolist() == list(range(front))
+            if order == (0,):
+                assert not exchange.landed()
+        device.finish()
+        assert exchange.landed()
+        assert exchange.rest().tolist() == list(range(front, front + 6))
+    closed(exchange, device)
+
+
 def broken_off(device: SimulatedDevice) -> WatchedExchange:
     exchange, row = WatchedExchange(device), device.allocate(16)
-    exchange.begin(16)
+    exchange.begin()
     exchange.send(b"\x01" * 16, row)
-    exchange.bring(16, lambda: [row], [row])
+    exchange.bring(0, 16, lambda: [row], [row])
     return exchange
 
 
@@ -52,10 +69,10 @@ def broken_off(device: SimulatedDevice) -> WatchedExchange:
 def test_an_exchange_that_was_broken_off_is_waited_for(order: tuple[int, ...]) -> None:
     device = SimulatedDevice(order)
     exchange, row = broken_off(device), device.allocate(16)
-    exchange.begin(16)
+    exchange.begin()
     exchange.send(b"\x02" * 16, row)
-    exchange.bring(16, lambda: [row], [row])
-    assert exchange.take(16).tolist() == [2] * 16
+    exchange.bring(0, 16, lambda: [row], [row])
+    assert exchange.rest().tolist() == [2] * 16
     closed(exchange, device)
 
 
@@ -63,7 +80,7 @@ def test_that_wait_is_what_keeps_the_memory_apart() -> None:
     device = SimulatedDevice()
     exchange = broken_off(device)
     exchange._under_way = False
-    exchange.begin(16)
+    exchange.begin()
     exchange.send(b"\x02" * 16, device.allocate(16))
     assert Fault.STAGING in device.faults
 
@@ -73,9 +90,9 @@ def test_a_record_larger_than_any_before_finds_room() -> None:
     exchange = WatchedExchange(device)
     large = torch.arange(FIRST_ROOM).to(torch.uint8)
     for piece in (large, torch.cat([large, large]), large[:10]):
-        exchange.begin(piece.numel())
-        exchange.bring(piece.numel(), lambda piece=piece: [piece], [])  # type: ignore[misc]
-        assert torch.equal(exchange.take(piece.numel()), piece)
+        exchange.begin()
+        exchange.bring(0, piece.numel(), lambda piece=piece: [piece], [])  # type: ignore[misc]
+        assert torch.equal(exchange.rest(), piece)
     closed(exchange, device)
 
 
@@ -87,7 +104,8 @@ def test_a_record_is_read_as_it_was_made(scores: Tensor | None, slots: Tensor | 
     record = Record(decision, 0 if slots is None else 6)
     raw = torch.cat([piece.flatten().view(torch.uint8) for piece in record.pieces(slots)])
     assert raw.numel() == record.nbytes
-    found = record.read(raw)
+    assert (record.front > 0) == (slots is not None)
+    found = record.read(raw[record.front :].clone())
     assert torch.equal(found.decision.experts, chosen)
     assert found.decision.weights is decision.weights
     assert found.decision.coreset is decision.coreset
@@ -101,5 +119,5 @@ def test_the_streams_of_an_exchange_are_the_compute_stream_alone() -> None:
     device = SimulatedDevice()
     exchange = broken_off(device)
     assert not device._queues[Stream.COPY]
-    assert exchange.take(16).tolist() == [1] * 16
+    assert exchange.rest().tolist() == [1] * 16
     closed(exchange, device)

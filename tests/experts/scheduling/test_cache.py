@@ -104,8 +104,11 @@ def test_of_a_layer_that_is_lent_nothing_is_evicted() -> None:
     for prefetch in (False, True):
         assert cache.reserve(F, prefetch=prefetch) is None
     cache.lend(2)
+    cache.take_back(1)
     assert bring(cache, F) == [A]
-    cache.lend(None)
+    cache.lend(1)
+    assert cache.reserve(A, prefetch=False) is None
+    cache.take_back()
     assert bring(cache, A) == [B]
 
 

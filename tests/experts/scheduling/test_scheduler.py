@@ -10,6 +10,7 @@ from offload_engine.core import ExpertKey, ForwardInfo, Phase
 from offload_engine.errors import InternalError
 from offload_engine.experts.scheduling.cache import ExpertCache, SlotState
 from offload_engine.experts.scheduling.eviction import EVICTION, make_eviction
+from offload_engine.experts.scheduling.outlook import Outlook
 from offload_engine.experts.scheduling.scheduler import Command, Compute, ExpertScheduler, Load
 
 
@@ -59,9 +60,41 @@ def test_what_is_lent_stays_until_the_layer_wants_something() -> None:
             following = loads(scheduler.arrived(key))
             key = following[0] if following else None
     assert scheduler.cache.state(ExpertKey(1, 0)) is SlotState.RESIDENT
-    assert computes(scheduler.want(1, [0], [1.0])) == keys(1, 0)
-    scheduler.computed(ExpertKey(1, 0))
-    assert scheduler.cache._lent is None
+    assert loads(scheduler.settle(1, [0], [1.0], Outlook([0]), {0: 0})) == []
+    assert not scheduler.cache._lent
+    assert (scheduler.counters.hits, scheduler.counters.prefetches_used) == (1, 1)
+    assert not scheduler.cache.on_probation(ExpertKey(1, 0)), "it was used"
+
+
+def test_what_is_missing_is_asked_for_before_the_books_hear_of_the_rest() -> None:
+    scheduler = scheduler_of(3, in_flight=1)
+    for layer, expert in ((1, 0), (1, 1), (2, 0)):
+        scheduler.want(layer, [expert], [1.0])
+        scheduler.arrived(ExpertKey(layer, expert))
+        scheduler.computed(ExpertKey(layer, expert))
+    before = scheduler.counters.misses
+    scheduler.lend(1)
+    assert loads(scheduler.ask(1, [5, 6, 7], [3.0, 2.0, 1.0])) == keys(1, 5)
+    assert scheduler.cache.state(ExpertKey(2, 0)) is SlotState.FREE, "a victim from elsewhere"
+    arrived = scheduler.arrived(ExpertKey(1, 5))
+    assert (loads(arrived), computes(arrived)) == ([], keys(1, 5)), "what is lent makes no room"
+    assert loads(scheduler.settle(1, [5, 0, 6, 7], [3.0, 2.5, 2.0, 1.0], Outlook([5, 0, 6, 7]), {0: 0})) == keys(1, 6)
+    assert scheduler.cache.state(ExpertKey(1, 0)) is SlotState.RESIDENT, "the one that nobody wanted went"
+    assert (scheduler.counters.hits, scheduler.counters.misses - before) == (1, 3)
+    with pytest.raises(InternalError, match="routed while 3 experts"):
+        scheduler.ask(2, [0], [1.0])
+
+
+@pytest.mark.parametrize("slot", [1, 0])
+def test_what_was_computed_from_elsewhere_than_the_books_say_is_a_defect(slot: int) -> None:
+    scheduler = scheduler_of(2)
+    if slot:
+        scheduler.want(1, [0], [1.0])
+        scheduler.arrived(ExpertKey(1, 0))
+        scheduler.computed(ExpertKey(1, 0))
+    scheduler.lend(1)
+    with pytest.raises(InternalError, match=rf"was computed from slot {slot}, but is"):
+        scheduler.settle(1, [0], [1.0], Outlook([0]), {0: slot})
 
 
 @pytest.mark.parametrize("end", [ExpertScheduler.abandon, lambda scheduler: scheduler.reset({})])
@@ -69,7 +102,7 @@ def test_a_layer_that_is_given_up_is_lent_no_longer(end: Callable[[ExpertSchedul
     scheduler = scheduler_of(4)
     scheduler.lend(1)
     end(scheduler)
-    assert scheduler.cache._lent is None
+    assert not scheduler.cache._lent
 
 
 def test_an_expert_on_its_way_is_not_fetched_again() -> None:
