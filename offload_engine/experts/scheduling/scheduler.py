@@ -204,7 +204,7 @@ class ExpertScheduler:
             if expert not in elsewhere
         }
         self.counters.elsewhere += len(experts) - len(self._wanted)
-        computes, hits, fetched_ahead = [], 0, self._speculative or self._routed
+        computes, hits, fetched_ahead = [], 0, bool(self._speculative or self._routed)
         for key in self._wanted:
             state, slot = self.cache.claim(key)
             if state is SlotState.RESIDENT:
@@ -344,7 +344,7 @@ class ExpertScheduler:
             reservation = self.cache.reserve(key, prefetch=True)
             if reservation is None:
                 self._prefetch.clear()  # no room for guesses; those behind it are less probable still
-                return None
+                break
             self._count_eviction(reservation.evicted)
             if key not in self._routed:
                 self._speculative.add(key)

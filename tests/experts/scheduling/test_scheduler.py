@@ -173,6 +173,14 @@ def test_a_failed_load_frees_its_slot_and_the_layer_can_be_abandoned() -> None:
     assert scheduler.want(2, [0], [1.0]), "the next layer is served"
 
 
+def test_warming_ends_where_a_prefetch_finds_no_room() -> None:
+    scheduler = scheduler_of(1)
+    scheduler.warm(keys(0, 0, 1))
+    scheduler.predict(keys(0, 2))
+    assert scheduler.arrived(ExpertKey(0, 0)) == []
+    assert not scheduler.warming
+
+
 def test_a_layer_cannot_be_wanted_twice() -> None:
     scheduler = scheduler_of(4)
     scheduler.want(1, [0], [1.0])
