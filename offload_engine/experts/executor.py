@@ -287,19 +287,11 @@ class OffloadedExperts:
         with self._changed:
             return [key.expert for key in self.scheduler.cache.held(keys)]
 
-    def resize(self, slots: int) -> None:
-        """Have `slots` slots, at least one; not during a forward. Experts that still have a place stay.
-
-        Raises what the arena's `resize` raises; the cache then has the slots it had.
+    def resize(self, slots: int, room: int | None = None) -> None:  # noqa: ARG002
+        """Have `slots` slots, at least one; not during a forward. Experts that still have a place stay. `room`: bytes
+        that slots may take meanwhile. Raises what the arena's `resize` raises; the cache then has the slots it had.
         """
-        with self._changed:
-            self.scheduler.stop()
-        if self._half_done:
-            self._start_over()
-        self.idle()
-        self.wait_warm()
-        self.wait_for_slots()
-        self._works.clear()  # nobody may hold on to a slot
+        self._quieten()
         if slots > self.arena.slots:
             self.arena.resize(slots)
         self._half_done = True
@@ -315,6 +307,17 @@ class OffloadedExperts:
                 with self._changed:
                     self.scheduler.resize(self.arena.slots)
                 raise
+
+    def _quieten(self) -> None:
+        """Have nothing under way, and hold on to no slot."""
+        with self._changed:
+            self.scheduler.stop()
+        if self._half_done:
+            self._start_over()
+        self.idle()
+        self.wait_warm()
+        self.wait_for_slots()
+        self._works.clear()
 
     def close(self) -> None:
         """Join the driver's threads and free the slots. Idempotent."""

@@ -10,10 +10,11 @@ from torch import Tensor
 
 from offload_engine.core import Phase, RoutingDecision
 from offload_engine.errors import InternalError
-from offload_engine.experts.arena import Slots
+from offload_engine.experts.arena import DeviceArena
 from offload_engine.experts.cpu_experts import NO_ERRAND, Errand, HostExperts
 from offload_engine.experts.device.exchange import Exchange
 from offload_engine.experts.device.record import Record
+from offload_engine.experts.device.resizing import change_slots
 from offload_engine.experts.device.table import ABSENT, UNUSED, Row, SlotTable
 from offload_engine.experts.executor import OffloadedExperts
 from offload_engine.experts.grouped import SlotExperts, SlotOutputs
@@ -59,7 +60,7 @@ class DeviceExperts(OffloadedExperts):
     def __init__(
         self,
         store: ExpertStore,
-        arena: Slots,
+        arena: DeviceArena,
         transfers: CudaTransfers,
         scheduler: ExpertScheduler,
         predictor: ExpertPredictor,
@@ -71,6 +72,8 @@ class DeviceExperts(OffloadedExperts):
         self.slots = SlotExperts(store, arena)
         self.table = SlotTable(transfers.driver, self.slots.counts, arena.slots)
         self.exchange = Exchange(transfers.driver)
+        self.memory = arena
+        self.copies = transfers
         self._landed = transfers.landed
         self._ahead: Ahead | None = None
         self.cpu: HostExperts | None = None
@@ -96,6 +99,23 @@ class DeviceExperts(OffloadedExperts):
         """See `ExpertExecutor`: by torch, expert by expert."""
         self._ahead = None
         return super().sweep(layer, hidden, decision, rows)
+
+    def resize(self, slots: int, room: int | None = None) -> None:
+        """See `OffloadedExperts`. Where slots before and after don't fit in `room` together, or the device hasn't the
+        memory for both, experts that stay come again from where they came, in the background.
+
+        Raises `MemoryBudgetError` where the device refuses the memory; there are as many slots as before then.
+        """
+        self._quieten()
+        with self._changed:
+            self._ahead = None
+            self.slots.close()  # it looks at the memory anew when it is next asked
+            self._half_done = True
+            changed = change_slots(slots, room, self.memory, self.copies, self.scheduler, self.table)
+            self._half_done = False
+            self._carry_out(self.scheduler.warm(changed.displaced))
+        if changed.refusal is not None:
+            raise changed.refusal
 
     def close(self) -> None:
         """See `OffloadedExperts`."""

@@ -18,6 +18,8 @@ import threading
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 
+from torch import Tensor
+
 from offload_engine.errors import InternalError
 from offload_engine.experts.arena import Slots
 from offload_engine.experts.storage.store import ExpertStore
@@ -117,13 +119,7 @@ class CudaTransfers(ReaderThreads):
         if stream is not Stream.COMPUTE:
             raise InternalError(f"work was launched on the {stream} stream; wanted the compute stream")
         with self._books:
-            for slot in (*reads, *writes):
-                copied = self._copied.get(slot)
-                if copied is not None:
-                    if not copied.event.done():
-                        self.stalls.begin()
-                    copied.event.before(Stream.COMPUTE)
-                    self._marks.drop(self._copied.pop(slot))
+            self._wait_for_copies((*reads, *writes))
             self.stalls.end()
         try:
             self.driver.launch(
@@ -131,6 +127,29 @@ class CudaTransfers(ReaderThreads):
             )
         finally:  # a part of it may be enqueued whatever went wrong
             self._mark_used({*reads, *writes})
+
+    def carry(self, slots: Sequence[int], targets: Sequence[Tensor]) -> None:
+        """Enqueue on the compute stream that what each of `slots` holds is copied to device memory of its size, which
+        is no slot. `settle` is called before any of these slots is given to another expert.
+        """
+        sources = [self.arena.slab(slot) for slot in slots]
+
+        def carry() -> None:
+            for source, target in zip(sources, targets, strict=True):
+                target.copy_(source)
+
+        with self._books:
+            self._wait_for_copies(slots)
+            self.stalls.forget()
+            self.driver.launch(Stream.COMPUTE, carry, sources, targets)
+
+    def settle(self) -> None:
+        """Wait until everything enqueued has run, while nothing more is: no slot is read or written after that."""
+        self.driver.finish()
+        with self._books:
+            for book in (self._copied, self._used):
+                while book:
+                    self._marks.drop(book.popitem()[1])
 
     def landed(self, slot: int) -> bool:
         """Whether the last copy into `slot`, once it is enqueued, has run: launches that read it wait for nothing."""
@@ -214,6 +233,16 @@ class CudaTransfers(ReaderThreads):
                 slab.copied = mark
             self._marks.drop(self._copied.get(slot))
             self._copied[slot] = mark
+
+    def _wait_for_copies(self, slots: Sequence[int]) -> None:
+        """Have the compute stream wait for the copies into `slots` that it has not waited for."""
+        for slot in slots:
+            copied = self._copied.get(slot)
+            if copied is not None:
+                if not copied.event.done():
+                    self.stalls.begin()
+                copied.event.before(Stream.COMPUTE)
+                self._marks.drop(self._copied.pop(slot))
 
     def _mark_used(self, slots: Collection[int]) -> None:
         if not slots:
