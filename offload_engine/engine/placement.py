@@ -275,6 +275,7 @@ def share_with_cpu(
     shape = ForwardShape(setup.shared_tokens, choices, model.hidden_size, setup.itemsize)
     auto = config.cpu_experts == "auto"
     rates = measure_rates(driver, experts.store, experts.arena.slab(0), dtype) if auto else Rates.unknown()
+    transfers.times.wanted = auto
     experts.cpu = HostExperts(driver, host, experts.store, shape, config.cpu_experts, LearnedRates(rates))
 
 

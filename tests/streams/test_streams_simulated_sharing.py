@@ -56,7 +56,8 @@ def test_the_simulator_shares_as_many_misses_as_the_engine(
 ) -> None:
     """The trace tells no tokens per expert, so that the simulator has to estimate what decides."""
     monkeypatch.setattr(placement, "measure_rates", lambda *_arguments: RATES)
-    monkeypatch.setattr(LearnedRates, "learn", lambda *_arguments: None)
+    for rates_stay in ("learn", "observe"):
+        monkeypatch.setattr(LearnedRates, rates_stay, lambda *_arguments: None)
     device, options = SimulatedDevice(), {"eviction": "lru", "predictor": "none", "routing": routing}
     with on_gpu(monkeypatch, device, expert_mem="1MB", cpu_experts=mode, **options) as engine:
         engine.resize(expert_mem=SLOTS * engine.plan.slab_bytes)

@@ -172,6 +172,8 @@ class DeviceExperts(OffloadedExperts):
         cpu, scheduler = self._shares(), self.scheduler
         if cpu is None:
             return NO_ERRAND
+        cpu.rates.observe(*self.copies.timed())
+        self.stats.copy_seconds, self.stats.cpu_expert_seconds = cpu.rates.now.copy, cpu.rates.now.expert
         return cpu.take(layer, scheduler.absent(layer, experts), hidden, decision, scheduler.copies_ahead)
 
     def _outputs(self, layer: int, hidden: Tensor, decision: RoutingDecision) -> LayerOutputs:

@@ -30,6 +30,7 @@ from offload_engine.experts.transfer.marks import Mark, Marks
 from offload_engine.experts.transfer.pinned import HostSlab, pinned_buffers
 from offload_engine.experts.transfer.readers import ReaderThreads
 from offload_engine.experts.transfer.stalls import DeviceStalls
+from offload_engine.experts.transfer.times import CopyTimes, Times
 
 
 class CudaTransfers(ReaderThreads):
@@ -60,6 +61,7 @@ class CudaTransfers(ReaderThreads):
         """Guards the marks, and that what is enqueued is enqueued together with them."""
         self._marks = Marks(driver)
         self.stalls = DeviceStalls(driver)
+        self.times = CopyTimes(driver)
         self._copied: dict[int, Mark] = {}
         """By slot, the copy into it that the compute stream has not waited for yet."""
         self._used: dict[int, Mark] = {}
@@ -143,6 +145,11 @@ class CudaTransfers(ReaderThreads):
             self.stalls.forget()
             self.driver.launch(Stream.COMPUTE, carry, sources, targets)
 
+    def timed(self) -> Times:
+        """What copies and reads took since the last call, where `times` are wanted."""
+        with self._books:
+            return self.times.take()
+
     def settle(self) -> None:
         """Wait until everything enqueued has run, while nothing more is: no slot is read or written after that."""
         self.driver.finish()
@@ -177,6 +184,7 @@ class CudaTransfers(ReaderThreads):
         finally:
             self._marks.close()
             self.stalls.close()
+            self.times.close()
             while not self._passages.empty():
                 self._passages.get_nowait()
             self._staging.close()
@@ -189,7 +197,7 @@ class CudaTransfers(ReaderThreads):
             self._wait_for_copy(passage)
             held = None if self.host is None else self.host.hold(ticket.key)
             if self.host is None or held is None:
-                ticket.bytes_read = self.store.read(ticket.key, passage.data)
+                ticket.bytes_read = self._read(ticket, passage)
                 self._enqueue(passage, ticket.slot, passage)
             else:
                 self._bring_through(self.host, held, ticket, passage)
@@ -201,7 +209,7 @@ class CudaTransfers(ReaderThreads):
         try:
             if not filled:
                 self._wait_for_copy(held.slab)
-                ticket.bytes_read = self.store.read(ticket.key, held.slab.data)
+                ticket.bytes_read = self._read(ticket, held.slab)
                 filled = True
             if held.slab.pinned or not passage.pinned:
                 self._enqueue(held.slab, ticket.slot, passage, held.slab)
@@ -210,6 +218,10 @@ class CudaTransfers(ReaderThreads):
                 self._enqueue(passage, ticket.slot, passage)
         finally:
             host.release(ticket.key, held, filled=filled)
+
+    def _read(self, ticket: TransferTicket, slab: HostSlab) -> int:
+        with self.times.reading():
+            return self.store.read(ticket.key, slab.data)
 
     def _wait_for_copy(self, slab: HostSlab) -> None:
         """Until the copy that `slab` stands for has run."""
@@ -226,7 +238,9 @@ class CudaTransfers(ReaderThreads):
             if used is not None:
                 used.event.before(Stream.COPY)
                 self._marks.drop(used)
+            began = self.times.begin()
             self.driver.copy(Stream.COPY, source.tensor, self.arena.slab(slot))
+            self.times.end(began)
             mark = self._marks.record(Stream.COPY, holders=1 + len(marked))
             for slab in marked:
                 self._marks.drop(slab.copied)
