@@ -234,19 +234,20 @@ class OffloadedExperts:
 
     def _launch(self, computes: Sequence[Compute], work: Callable[[Sequence[ExpertWork]], None]) -> None:
         """Have `work` done with the experts' weights, and give their slots free for what comes next."""
-        todo = [self._work(compute) for compute in computes]
+        todo, known = [], self._works.get
+        for compute in computes:
+            kept = known(compute.slot)
+            todo.append(kept[1] if kept is not None and kept[0] == compute.key else self._work(compute))
         self.transfers.launch(Stream.COMPUTE, partial(work, todo), reads=[compute.slot for compute in computes])
         with self._changed:
             self._carry_out(self.scheduler.computed(*[compute.key for compute in computes]))
 
     def _work(self, compute: Compute) -> ExpertWork:
-        """An expert that is in its slot, as views of it."""
+        """An expert that has just come to its slot, as views of it; making them for every use costs 1 % of a step."""
         key, slot = compute
-        kept = self._works.get(slot)
-        if kept is None or kept[0] != key:  # asking store and arena for every use costs 1 % of a step
-            weights = self.arena.weights(slot, self.store.layout(key))
-            kept = self._works[slot] = key, ExpertWork(key.expert, weights, slot)
-        return kept[1]
+        work = ExpertWork(key.expert, self.arena.weights(slot, self.store.layout(key)), slot)
+        self._works[slot] = key, work
+        return work
 
     def idle(self, timeout: float = 60.0) -> None:
         """Wait until no transfer is under way but those of `warm_up`, then check that the cache conserves its slots.

@@ -282,14 +282,14 @@ class MoEBlock(nn.Module):
 
     def forward(self, hidden: Tensor, block_ids: Tensor, policy: Route, experts: ExpertExecutor) -> Tensor:
         """[.., H] -> [.., H]; `block_ids` [T] with T the product of the leading dimensions."""
-        return self.routed(hidden, self.gate(hidden.flatten(0, -2)), block_ids, policy, experts)
+        rows = hidden.flatten(0, -2)
+        return self.routed(rows, self.gate(rows), block_ids, policy, experts).view_as(hidden)
 
     def routed(
         self, hidden: Tensor, logits: Tensor, block_ids: Tensor, policy: Route, experts: ExpertExecutor
     ) -> Tensor:
-        """As `forward`, once the router has spoken: `logits` [T, E]."""
-        decision = self.decide(logits, block_ids, policy)
-        return self.with_shared(experts.run(self.layer, hidden.flatten(0, -2), decision).view_as(hidden), hidden)
+        """As `forward`, once the router has spoken: `logits` [T, E] of `hidden` [T, H]."""
+        return self.with_shared(experts.run(self.layer, hidden, self.decide(logits, block_ids, policy)), hidden)
 
     def with_shared(self, routed: Tensor, hidden: Tensor) -> Tensor:
         """The routed experts' output and the shared ones' of `hidden`, both [.., H], together."""

@@ -213,7 +213,10 @@ class ExpertCache:
         """The layer that claimed `key`, with block score `score`, is through with it: it was used (`use`), and its pin
         is taken back.
         """
-        self.unpin(key)
+        if self._pins.get(key) == 1:
+            del self._pins[key]
+        else:
+            self.unpin(key)
         if key in self._probation:
             self.promote(key)
         self.policy.on_use(key, score)

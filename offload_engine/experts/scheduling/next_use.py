@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import heapq
 import itertools
+import math
 from collections.abc import Callable, Sequence
 from functools import cache
 
@@ -24,8 +25,11 @@ UNNAMED = CHOSEN_KINDS + FURTHEST // STEP
 BINS = 8
 """Of an expert's average of uses, as a share of its layer's largest."""
 CELLS = (UNNAMED + 1) * BINS
+TINY = float(np.finfo(np.float64).tiny)
 CAUTION = 2.0
 """Observations that the first guess at a cell's chance counts for."""
+SAMPLED = 3
+"""Every how many forwards of a layer cells are observed; chances change slowly, and a layer brings many observations."""
 MEMORY = 4096.0
 """Observations of a cell after which the older half of its weight is dropped."""
 
@@ -65,6 +69,8 @@ class _Calibration:
         self._all: list[Floats] = [np.full(CELLS, CAUTION), np.full(CELLS, CAUTION)]
         self._true: list[Floats] = [CAUTION * guess.ravel() for guess in guesses]
         self._chances: list[list[float] | None] = [None, None]
+        self._seen = [math.ceil(CAUTION)] * 2
+        """What no cell's observations are more than."""
 
     def chances(self, opening: bool) -> list[float]:
         """By cell."""
@@ -78,10 +84,13 @@ class _Calibration:
         true, all_ = self._true[opening], self._all[opening]
         all_ += np.bincount(cells, minlength=CELLS)
         true += np.bincount(cells[used], minlength=CELLS)
-        if all_.max() >= MEMORY:
-            faded = np.where(all_ >= MEMORY, 0.5, 1.0)
-            all_ *= faded
-            true *= faded
+        self._seen[opening] += len(cells)
+        if self._seen[opening] >= MEMORY:  # no cell can have got there before
+            if all_.max() >= MEMORY:
+                faded = np.where(all_ >= MEMORY, 0.5, 1.0)
+                all_ *= faded
+                true *= faded
+            self._seen[opening] = int(all_.max())
         self._chances[opening] = None
 
 
@@ -106,11 +115,14 @@ class _Layer:
         """[E]: where experts stand; None until asked for, as all that follows from what was learnt."""
         self._order: list[tuple[float, int, int]] | None = None
 
-    def learn(self, experts: Sequence[int], outlook: Outlook, opened: bool, calibration: _Calibration) -> None:
-        """The layer routed in a forward that denoises or commits, and may have `opened` a block."""
+    def learn(self, experts: Sequence[int], outlook: Outlook, opened: bool, calibration: _Calibration | None) -> None:
+        """The layer routed in a forward that denoises or commits, and may have `opened` a block. `calibration`, if
+        given, learns from it too.
+        """
         self._reach(max(max(named, default=-1) for named in (experts, *outlook)))
         wanted, chosen, runners_up = (np.array(named, dtype=np.int64) for named in (experts, *outlook))
-        calibration.learn(self._opening, self._standing(), wanted)
+        if calibration is not None:
+            calibration.learn(self._opening, self._standing(), wanted)
         self._average(self._averages[0], wanted, RATE)
         if opened:
             self._average(self._averages[1], wanted, OPENING_RATE)
@@ -152,17 +164,15 @@ class _Layer:
         """[E]: the cell of each expert, by the average that counts in the layer's next forward."""
         if self._cells is None:
             averages = self._averages[self._opening]
-            largest = max(averages.max(initial=0.0), np.finfo(np.float64).tiny)
+            largest = max(averages.max(initial=0.0), TINY)
             bins = (averages / (largest / BINS)).astype(np.int64)
             self._cells = self._kinds + np.minimum(bins, BINS - 1, out=bins)
         return self._cells
 
-    def _average(self, averages: Floats, used: Integers, rate: float) -> None:
-        change = np.zeros(self._experts)
-        change[used] = 1.0
-        change -= averages
-        change *= rate
-        averages += change
+    @staticmethod
+    def _average(averages: Floats, used: Integers, rate: float) -> None:
+        averages *= 1.0 - rate
+        averages[used] += rate
 
     def _reach(self, expert: int) -> None:
         """Have room for `expert`, and for all below it."""
@@ -198,6 +208,7 @@ class NextUse:
         self._layers: dict[int, _Layer] = {}
         self._calibration = _Calibration()
         self._events = itertools.count(1)
+        self._forwards = 0
         self._current: _Layer | None = None
         """That routed last."""
         self._routings: list[tuple[_Layer, Sequence[int], Outlook]] = []
@@ -209,6 +220,7 @@ class NextUse:
     def begin(self, info: ForwardInfo) -> None:
         """See `EvictionPolicy`."""
         self._learn()
+        self._forwards += 1
         self._phase, self._opens = info.phase, opens_block(info)
         if self._opens:
             for layer in self._layers.values():
@@ -229,7 +241,8 @@ class NextUse:
 
     def on_use(self, key: ExpertKey, score: float) -> None:  # noqa: ARG002
         """See `EvictionPolicy`. Breaks ties; the chance is from `on_route`."""
-        self._layer(key.layer).touch(key.expert, next(self._events))
+        layer = self._layers.get(key.layer) or self._layer(key.layer)
+        layer.touch(key.expert, next(self._events))
 
     def on_remove(self, key: ExpertKey) -> None:
         """See `EvictionPolicy`. Its uses are remembered."""
@@ -238,12 +251,15 @@ class NextUse:
     def victim(self, evictable: Callable[[ExpertKey], bool]) -> ExpertKey | None:
         """See `EvictionPolicy`."""
         self._learn()
+        # `d` of the class's docstring: a whole sweep for the layer under way, 1 for all before the first
         heads = []
         """(density, event, place in the layer's order, nearness, layer): no two events are the same."""
+        calibration, count = self._calibration, len(self._layers)
+        after = 0 if self._current is None else self._current.place + 1
         for layer in self._layers.values():
-            if order := layer.order(self._calibration):
+            if order := layer.order(calibration):
                 chance, event, _expert = order[0]
-                nearness = 1.0 / self._distance(layer)
+                nearness = 1.0 if self._current is None else 1.0 / ((layer.place - after) % count + 1)
                 heads.append((chance * nearness, event, 0, nearness, layer))
         heapq.heapify(heads)
         while heads:
@@ -261,15 +277,10 @@ class NextUse:
 
     def _learn(self) -> None:
         for layer, experts, outlook in self._routings:
-            layer.learn(experts, outlook, self._opens, self._calibration)
+            sampled = (self._forwards + layer.place) % SAMPLED == 0
+            layer.learn(experts, outlook, self._opens, self._calibration if sampled else None)
             layer.expect(self._phase is Phase.COMMIT)
         self._routings.clear()
-
-    def _distance(self, layer: _Layer) -> int:
-        """Layers until `layer` runs again: a whole sweep for the one under way, 1 for all before the first."""
-        if self._current is None:
-            return 1
-        return (layer.place - self._current.place - 1) % len(self._layers) + 1
 
     def _layer(self, index: int) -> _Layer:
         layer = self._layers.get(index)

@@ -168,12 +168,19 @@ class ExpertScheduler:
             if expert not in elsewhere
         }
         self.counters.elsewhere += len(experts) - len(self._wanted)
-        claims = [(key, *self.cache.claim(key)) for key in self._wanted]
-        for key, state, _slot in claims:
-            self._count_request(key, state)
-        self._demand.extend(key for key, state, _slot in claims if state is SlotState.FREE)
-        computes = [Compute(key, slot) for key, state, slot in claims if state is SlotState.RESIDENT]
-        self._computing.update(compute.key for compute in computes)
+        computes, hits, fetched_ahead = [], 0, self._speculative or self._routed
+        for key in self._wanted:
+            state, slot = self.cache.claim(key)
+            if state is SlotState.RESIDENT:
+                computes.append(Compute(key, slot))
+                self._computing.add(key)
+            elif state is SlotState.FREE:
+                self._demand.append(key)
+            if state is SlotState.RESIDENT and not fetched_ahead:
+                hits += 1
+            else:
+                self._count_request(key, state)
+        self.counters.hits += hits
         self.cache.lend(None)  # what is wanted of it is pinned now
         if self._prefetch:
             self._prefetch = deque(key for key in self._prefetch if key.layer != layer)  # too late to be early

@@ -62,12 +62,19 @@ class SlabLayout:
 
     def weights(self, slab: Tensor) -> ExpertWeights:
         """Views of the matrices in `slab`, uint8 [at least nbytes, whole alignment units]; nothing is copied."""
-        return ExpertWeights(*(self._matrix(slab, place) for place in (self.gate, self.up, self.down)))
+        if self.gate.scales is None:
+            typed = slab.view(self.dtype)
+            return ExpertWeights(*[_part(typed, place.offset, place.rows, place.columns) for place in self.places])
+        return ExpertWeights(*[self._quantized(slab, place) for place in self.places])
 
-    def _matrix(self, slab: Tensor, place: MatrixPlace) -> Matrix:
+    @property
+    def places(self) -> tuple[MatrixPlace, MatrixPlace, MatrixPlace]:
+        """Gate, up, down."""
+        return self.gate, self.up, self.down
+
+    def _quantized(self, slab: Tensor, place: MatrixPlace) -> Matrix:
         rows, columns = place.rows, place.columns
-        if place.scales is None:
-            return _view(slab, place.offset, self.dtype, rows, columns)
+        assert place.scales is not None
         if place.group == 0:
             scales = _view(slab, place.scales, torch.float32, rows, 1).view(rows)
             return QuantizedMatrix(_view(slab, place.offset, torch.int8, rows, columns), scales)
@@ -76,8 +83,12 @@ class SlabLayout:
 
 
 def _view(slab: Tensor, offset: int, dtype: torch.dtype, rows: int, columns: int) -> Tensor:
-    typed = slab.view(dtype)
-    return typed.as_strided((rows, columns), (columns, 1), typed.storage_offset() + offset // dtype.itemsize)
+    return _part(slab.view(dtype), offset, rows, columns)
+
+
+def _part(typed: Tensor, offset: int, rows: int, columns: int) -> Tensor:
+    start = typed.storage_offset() + offset // typed.itemsize
+    return typed.as_strided((rows, columns), (columns, 1), start)
 
 
 def packed_layout(form: ExpertFormat, hidden: int, width: int) -> tuple[SlabLayout, int]:
