@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import os
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from offload_engine.cli.progress import PIECES, Progress
 from offload_engine.config import EngineConfig
 from offload_engine.core import ForwardInfo, Phase
 from offload_engine.engine.assembly import choose_policy
@@ -189,13 +190,24 @@ def boxed(text: str) -> str:
     return text.rsplit("\\boxed{", 1)[-1].split("}", 1)[0].strip() if "\\boxed{" in text else ""
 
 
-def by_length(problems: Iterable[Problem], words: Vocabulary) -> dict[int, list[tuple[Problem, list[int]]]]:
+Asked = tuple[Problem, list[int]]
+"""A problem and its prompt ids."""
+
+
+def by_length(problems: Iterable[Problem], words: Vocabulary) -> dict[int, list[Asked]]:
     """Problems with their prompt ids, grouped by the prompt's length."""
-    groups: dict[int, list[tuple[Problem, list[int]]]] = defaultdict(list)
+    groups: dict[int, list[Asked]] = defaultdict(list)
     for given in problems:
         ids = words.encode(prompt_text(given.question))
         groups[len(ids)].append((given, ids))
     return groups
+
+
+def in_batches(groups: Mapping[int, Sequence[Asked]], size: int) -> Iterator[tuple[int, Sequence[Asked]]]:
+    """At most `size` problems of one length at a time, with that length."""
+    for length, group in groups.items():
+        for start in range(0, len(group), size):
+            yield length, group[start : start + size]
 
 
 @click.command()
@@ -222,9 +234,9 @@ def main(path: Path, tokenizer: str | None, problems: int, seed: int, **options:
     evaluator = Evaluator(network, policy, words, decoding)
     tallies: dict[str, Tally] = defaultdict(Tally)
     wrong: list[str] = []
-    for length, group in by_length((problem(seed, index) for index in range(problems)), words).items():
-        for start in range(0, len(group), options["batch"]):
-            part = group[start : start + options["batch"]]
+    groups = by_length((problem(seed, index) for index in range(problems)), words)
+    with Progress("problems", problems, PIECES) as progress:
+        for length, part in in_batches(groups, options["batch"]):
             tokens, steps = evaluator.decode(torch.tensor([ids for _, ids in part]))
             for (given, _), row, taken in zip(part, tokens[:, length:], steps.tolist(), strict=True):
                 text = answer_text(words, row)
@@ -233,6 +245,7 @@ def main(path: Path, tokenizer: str | None, problems: int, seed: int, **options:
                     tallies[key].add(correct, taken)
                 if not correct:
                     wrong.append(f"Q {given.question}\nA {text}\nwanted {given.answer}\n")
+            progress.advance(len(part))
     report(tallies, evaluator.unique)
     print("\n".join(wrong[: options["show"]]))
 

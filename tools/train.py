@@ -12,20 +12,21 @@ import time
 from contextlib import closing
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import Any, Self
 
 os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "20000")  # one per shape; read when torch loads
 
 import click
 import torch
 
-from offload_engine.cli.progress import duration
 from offload_engine.model.config import ModelConfig
 from offload_engine.routing import RoutingOptions, RoutingPolicy, make_policy
 from tools.training import checkpoint
 from tools.training.checkpoint import Clock, Schedule
 from tools.training.data import Recipe, batches, vocabulary
 from tools.training.export import config_json
+from tools.training.progress import StepProgress
 from tools.training.routing import FastTopK
 from tools.training.trainer import Optimisation, StepReport, Trainer
 
@@ -46,20 +47,41 @@ class Progress:
     clock: Clock | None
     first_step: int
     every: int = 50
-    began: float = field(default_factory=time.monotonic)
+    began: float = field(init=False)
     reports: list[StepReport] = field(default_factory=list)
     tokens: int = 0
-    since: float = field(default_factory=time.monotonic)
+    since: float = field(init=False)
+    shown: StepProgress = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.began = self.since = time.monotonic()
+        self.shown = StepProgress(self.schedule.end or 0, first=self.first_step, every=self.every)
 
     def add(self, step: int, report: StepReport, tokens: int) -> None:
         """Note one step; report if it is time."""
         self.reports.append(report)
         self.tokens += tokens
-        if (step + 1) % self.every == 0:
-            self._write(step + 1)
-
-    def _write(self, steps: int) -> None:
         now = time.monotonic()
+        self.shown.total = self._length(now, step + 1)
+        self.shown.show(step + 1, self._remark(now))
+        if (step + 1) % self.every == 0:
+            self._write(step + 1, now)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        if self.shown.done > self.first_step:
+            self.shown.end()
+        else:
+            self.shown.close()
+
+    def _remark(self, now: float) -> str:
+        count = len(self.reports)
+        loss, accuracy = (sum(getattr(r, name) for r in self.reports) / count for name in ("loss", "accuracy"))
+        return f"loss {loss:.4f}, accuracy {accuracy:.4f}, {self.tokens / (now - self.since):.0f} tokens/s"
+
+    def _write(self, steps: int, now: float) -> None:
         count, seconds = len(self.reports), now - self.since
         line = {
             "step": steps,
@@ -73,19 +95,15 @@ class Progress:
         }
         with self.log.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
-        print(
-            "  ".join(f"{key} {value}" for key, value in line.items()) + f"  {duration(self._left(now, steps))} left",
-            file=sys.stderr,
-            flush=True,
-        )
         self.reports, self.tokens, self.since = [], 0, now
 
-    def _left(self, now: float, steps: int) -> float:
-        """Seconds left."""
-        elapsed = now - self.began
-        if self.schedule.end is not None:
-            return (self.schedule.end - steps) * elapsed / max(1, steps - self.first_step)
-        return 60 * self.clock.minutes - elapsed if self.clock else 0.0
+    def _length(self, now: float, steps: int) -> int:
+        """Steps of the whole run; until the clock sets its end, as many as its minutes allow at this speed."""
+        if self.schedule.end is not None or self.clock is None:
+            return self.schedule.end or 0
+        elapsed = now - self.clock.started
+        left = max(0.0, 60 * self.clock.minutes - elapsed)
+        return steps + round(left * (steps - self.first_step) / elapsed)
 
 
 @dataclass
@@ -111,7 +129,7 @@ class Run:
         trainer, first = self.trainer, self.trainer.steps
         progress = Progress(self.out / LOG, self.schedule, self.clock, first)
         saved = time.monotonic()
-        with closing(batches(self.recipe, first)) as stream:
+        with progress, closing(batches(self.recipe, first)) as stream:
             while not self.schedule.finished(trainer.steps):
                 batch, step = next(stream), trainer.steps
                 self._watch_clock(step - first)

@@ -13,10 +13,11 @@ from pathlib import Path
 from offload_engine.bench.lineup import Request, line_up
 from offload_engine.bench.machine import describe_machine
 from offload_engine.bench.report import Conditions, Findings, prepare, save
-from offload_engine.bench.rounds import refusal, run_rounds
+from offload_engine.bench.rounds import planned, refusal, run_rounds
 from offload_engine.bench.spec import Run
 from offload_engine.cli.errors import FAILED, INTERRUPTED
 from offload_engine.cli.loading import loading_progress
+from offload_engine.cli.progress import Progress, Unit, duration
 from offload_engine.cli.terminal import Output, note
 from offload_engine.engine.assembly import BUILT_IN
 from offload_engine.errors import CheckpointError, OffloadError
@@ -25,6 +26,8 @@ from offload_engine.model.hub import resolve_model
 
 CHECKPOINTS = Path("checkpoints")
 """Where `--preset` looks."""
+RUNS = Unit(str, lambda rate: f"{duration(1 / rate)} each")
+"""Of a contender."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,9 +68,13 @@ def run_benchmark(request: Request, wanted: Wanted) -> int:
         note(f"note: {name} left out: {reason}")
     machine, runs, ended = describe_machine(), list[Run](), None
     try:
-        with _ended_as_by_ctrl_c():
+        total = planned(lineup.tasks, request.rounds, runs)
+        with _ended_as_by_ctrl_c(), Progress("runs", total, RUNS, every=0, still=True) as progress:
+            progress.show(0)
             for run in run_rounds(lineup.tasks, request.rounds, limit, _weight_files(folders), note):
                 runs.append(run)
+                progress.total = planned(lineup.tasks, request.rounds, runs)
+                progress.show(len(runs))
     except (KeyboardInterrupt, OffloadError) as error:
         ended = error
     if isinstance(ended, OffloadError) and not runs:

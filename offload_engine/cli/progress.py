@@ -49,7 +49,8 @@ def duration(seconds: float) -> str:
 class Progress:
     """One piece of work of a known size. Open it, tell it how far it is, close it.
 
-    Speed and time left are those since it was made, what was `done` before then left out.
+    Speed and time left are those since it was made, what was `done` before then left out. `total` may be corrected
+    before any `show`.
     """
 
     def __init__(
@@ -62,11 +63,14 @@ class Progress:
         remark: str = "",
         every: float = LINE_SECONDS,
         patience: float = 0.0,
+        still: bool = False,
     ) -> None:
-        """`every`: seconds between two lines; `patience`: seconds before a bar appears, for what is often quick."""
+        """`every`: seconds between two lines; `patience`: seconds before a bar appears, for what is often quick;
+        `still`: the bar is drawn by `show` alone and not by a thread, which would disturb what is being measured.
+        """
         self.doing, self.total, self.done = doing, total, done
         self._unit, self._every, self._patience, self._first = unit, every, patience, done
-        self._remark = remark
+        self._remark, self._still = remark, still
         self._began = self._told = time.monotonic()
         self._live = stderr_is_live()
         self._display: tuple[Display, TaskID] | None = None
@@ -114,16 +118,17 @@ class Progress:
         if self._display is None:
             if self.seconds < self._patience:
                 return
-            self._display = _bar(self.total)
+            self._display = _bar(self.total, self._still)
         display, task = self._display
-        display.update(task, completed=self.done, description=self.line())
+        display.update(task, completed=self.done, total=self.total, description=self.line(), refresh=self._still)
 
 
-def _bar(total: int) -> tuple[Display, TaskID]:
+def _bar(total: int, still: bool) -> tuple[Display, TaskID]:
     from rich.progress import BarColumn, TextColumn
     from rich.progress import Progress as Display
 
     columns = (BarColumn(BAR_WIDTH), TextColumn("{task.description}", markup=False))
-    display = Display(*columns, console=stderr_console(), transient=True, refresh_per_second=5)
+    console = stderr_console()
+    display = Display(*columns, console=console, transient=True, refresh_per_second=5, auto_refresh=not still)
     display.start()
     return display, display.add_task("", total=total)

@@ -14,7 +14,7 @@ import pytest
 
 from offload_engine.bench import rounds
 from offload_engine.bench.cgroup import CgroupUnavailableError
-from offload_engine.bench.rounds import drop_from_cache, outcome, refusal, run_rounds, run_task
+from offload_engine.bench.rounds import drop_from_cache, outcome, planned, refusal, run_rounds, run_task
 from offload_engine.bench.spec import Report, Run, Task, Workload
 from tests.bench.bench_data import BANDWIDTH, measured, run
 from tests.page_cache import cached_bytes
@@ -165,3 +165,10 @@ def test_files_leave_the_page_cache(tmp_path: Path) -> None:
     if cached_bytes(path):
         pytest.skip("this file system keeps what it is told to forget")
     assert path.read_bytes() == bytes(2 * MB)
+
+
+def test_who_failed_is_not_planned_again() -> None:
+    tasks = [Task(name="bandwidth", kind="bandwidth", workload=Workload()), task("a"), task("b")]
+    assert planned(tasks, 3, []) == 7
+    assert planned(tasks, 3, [run("bandwidth", "broken")]) == 7
+    assert planned(tasks, 3, [run("bandwidth", BANDWIDTH), run("a", "broken"), run("b", measured())]) == 5

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -39,6 +40,9 @@ def test_a_run_on_the_built_in_model(tmp_path: Path) -> None:
     assert found["ratios"]["mmap/dmoe : engine/dmoe"] > 0
     assert not [note for note in found["notes"] if "busy" not in note]
     assert "round 1 of 1: mmap/dmoe:" in result.stderr
+    told = re.search(r"^runs: 1 of 2, (.+) each, (.+) left$", result.stderr, re.MULTILINE)
+    assert told is not None
+    assert told[1] == told[2], "the other one is taken to need as long"
     assert json.loads((tmp_path / "bench.json").read_text()) == found
     assert "| engine/dmoe" in (tmp_path / "bench.md").read_text()
 

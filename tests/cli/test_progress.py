@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 
 import pytest
@@ -85,3 +86,19 @@ def test_a_long_prompt_is_shown_while_it_is_read(speaking, live, monkeypatch, ca
             assert "tokens of 304 tokens" in capsys.readouterr().err
         engine.generate("z" * 200, params)
         assert capsys.readouterr().err == ""
+
+
+def test_a_still_bar_is_drawn_when_told_and_by_no_thread(live, capsys):
+    before = threading.active_count()
+    with Progress("runs", 4, PIECES, still=True) as shown:
+        shown.show(1)
+        assert "runs: 1 of 4" in capsys.readouterr().err
+        assert threading.active_count() == before
+
+
+def test_a_total_may_be_corrected_on_the_way(live, capsys):
+    with Progress("runs", 4, PIECES) as shown:
+        shown.show(1)
+        shown.total = 2
+        shown.show(1)
+    assert "runs: 1 of 2" in capsys.readouterr().err

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from offload_engine.cli.progress import PIECES, Progress
 from offload_engine.config import EngineConfig, brief
 from offload_engine.engine.assembly import choose_policy
 from offload_engine.engine.engine import Engine
@@ -141,10 +142,12 @@ def carry_out(study: Study, task: str, run: Run, gpu_mem: int | None = None) -> 
         settings, facts = run_folder_settings(engine, questions, params), about(engine)
         settings["engine"] = _recorded(study, task, run)
         with RunFolder(folder(study, task, run), settings, facts) as recorder:
-            total = len(questions.samples)
+            done, total = len(recorder.done), len(questions.samples)
+            progress = Progress(f"  {task}, {run.name}", total, PIECES, done=done)  # never drawn: others write as well
             for _record in evaluate(engine, questions, params, recorder):
-                if len(recorder.done) % SAY_EVERY == 0:
-                    _say(f"  {task}, {run.name}: {len(recorder.done)} of {total}")
+                progress.done = len(recorder.done)
+                if progress.done % SAY_EVERY == 0:
+                    _say(progress.line())
             recorder.summarise(summarise(settings, facts, recorder.records()))
 
 

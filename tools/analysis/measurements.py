@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from offload_engine.cli.progress import PIECES, Progress
 from offload_engine.core import SamplingParams
 from offload_engine.engine.engine import Engine
 from offload_engine.evaluate.records import write_json
@@ -34,9 +35,6 @@ Result = dict[str, Any]
 ROLES: tuple[Role, ...] = ("base", "distilled")
 CACHES = ("whole", "tight")
 """An expert cache as large as memory allows, and one that holds the study's `tight_share`."""
-
-SAY_EVERY = 20
-"""Problems between two lines that say how far the masking is."""
 
 
 def path_of(study: Study, name: str) -> Path:
@@ -202,7 +200,10 @@ def _masking(study: Study) -> Result:
     """Fig. 3a: loss increase against router weight, an expert left out for one token or for a whole block."""
     effort, rng = study.effort, random.Random(0)
     found: Result = {"token": [], "block": []}
-    with study.open("base", routing="original") as engine:
+    with (
+        study.open("base", routing="original") as engine,
+        Progress("  masking, problems", effort.mask_problems, PIECES) as progress,
+    ):
         assert engine.tokenizer is not None
         assert engine.mask_token_id is not None
         scale = engine.model_config.router.routed_scaling_factor
@@ -215,8 +216,7 @@ def _masking(study: Study) -> Result:
                 cases = draw(decisions, masked, effort.mask_cases, scale, rng)
                 for (layer, expert, _tokens, weight), increase in masking.effects(engine, masked, cases):
                     found[kind].append((number, layer, expert, weight, increase))
-            if (number + 1) % SAY_EVERY == 0:
-                print(f"  masking: {number + 1} of {effort.mask_problems} problems", file=sys.stderr, flush=True)
+            progress.show(number + 1)
     return found
 
 

@@ -1,34 +1,32 @@
-"""What a run says while it goes: a line per step in log.jsonl for programs, fewer on stderr for people."""
+"""What a run says while it goes: a line per step in log.jsonl for programs, its progress on stderr for people."""
 
 from __future__ import annotations
 
 import json
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
+from types import TracebackType
+from typing import Self
 
-from offload_engine.cli.progress import duration
 from offload_engine.errors import OffloadError
 from offload_engine.files import write_aside
 from tools.finetuning.tuner import StepReport
+from tools.training.progress import StepProgress
 
 
-@dataclass
 class Progress:
-    """The reports since the last line on stderr, and the log that has them all."""
+    """What is shown of the latest reports, and the log that has them all. To be closed, whatever ends the run."""
 
-    log: Path
-    steps: int
-    """Of the whole run."""
-    first_step: int
-    every: int = 10
-    began: float = field(default_factory=time.monotonic)
-    since: float = field(default_factory=time.monotonic)
-    shown: float = field(default_factory=time.monotonic)
-    reports: list[StepReport] = field(default_factory=list)
+    def __init__(self, log: Path, steps: int, first_step: int, every: int = 10) -> None:
+        """`steps`: of the whole run; `every`: of these are one line on stderr where nothing can be redrawn."""
+        self.log, self.first_step = log, first_step
+        self._every = every
+        self._since = self._window_began = time.monotonic()
+        self._window: list[StepReport] = []
+        """The reports that are shown as one: those of the last `every` steps at most."""
+        self._shown = StepProgress(steps, first=first_step, every=every)
 
     def start(self) -> None:
         """Take from the log what a run that was cut off did after the checkpoint this one goes on with."""
@@ -49,28 +47,31 @@ class Progress:
             "tokens": report.tokens,
             "masked_tokens": report.masked,
             "lr": rate,
-            "tokens_per_s": round(report.tokens / (now - self.since)),
+            "tokens_per_s": round(report.tokens / (now - self._since)),
         }
         with writing(self.log), self.log.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
-        self.since = now
-        self.reports.append(report)
-        if (step + 1) % self.every == 0 or step + 1 == self.steps:
-            self._show(step + 1, rate, now)
+        if step % self._every == 0:
+            self._window, self._window_began = [], self._since
+        self._since = now
+        self._window.append(report)
+        self._shown.show(step + 1, self._remark(rate, now))
 
-    def _show(self, done: int, rate: float, now: float) -> None:
-        masked = max(1, sum(report.masked for report in self.reports))
-        loss = sum(report.loss * report.masked for report in self.reports) / masked
-        accuracy = sum(report.accuracy * report.masked for report in self.reports) / masked
-        speed = sum(report.tokens for report in self.reports) / (now - self.shown)
-        left = (self.steps - done) * (now - self.began) / max(1, done - self.first_step)
-        print(
-            f"step {done}/{self.steps}  loss {loss:.4f}  accuracy {accuracy:.4f}  lr {rate:.2e}  "
-            f"{speed:.0f} tokens/s  {duration(left)} left",
-            file=sys.stderr,
-            flush=True,
-        )
-        self.reports, self.shown = [], now
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        if self._shown.done > self.first_step:
+            self._shown.end()
+        else:
+            self._shown.close()
+
+    def _remark(self, rate: float, now: float) -> str:
+        masked = max(1, sum(report.masked for report in self._window))
+        loss = sum(report.loss * report.masked for report in self._window) / masked
+        accuracy = sum(report.accuracy * report.masked for report in self._window) / masked
+        speed = sum(report.tokens for report in self._window) / (now - self._window_began)
+        return f"loss {loss:.4f}, accuracy {accuracy:.4f}, lr {rate:.2e}, {speed:.0f} tokens/s"
 
 
 @contextmanager

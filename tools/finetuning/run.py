@@ -71,7 +71,7 @@ class Run:
         if self.processes.first:
             progress.start()
         saved = time.monotonic()
-        with interruptible() as interrupted:
+        with progress, interruptible() as interrupted:
             while tuner.steps < self.steps:
                 step = tuner.steps
                 report = self._step()
