@@ -284,14 +284,11 @@ class OffloadedExperts:
 
     def residents(self, layer: int) -> list[int]:
         """The experts of `layer` that have a slot just now: here already, or on their way."""
-        keys = self._keys_of_layer[layer]
         with self._changed:
-            return [key.expert for key in self.scheduler.cache.held(keys)]
+            return [key.expert for key in self.scheduler.cache.held(self._keys_of_layer[layer])]
 
     def resize(self, slots: int, room: int | None = None) -> None:  # noqa: ARG002
-        """Have `slots` slots, at least one; not during a forward. Experts that still have a place stay. `room`: bytes
-        that slots may take meanwhile. Raises what the arena's `resize` raises; the cache then has the slots it had.
-        """
+        """Have so many slots, in `room` bytes, between forwards; raises as the arena's, with nothing changed."""
         self._quieten()
         if slots > self.arena.slots:
             self.arena.resize(slots)
