@@ -107,7 +107,7 @@ class EvictionContract:
         tell(policy, [("insert", back, 0.0), ("insert", stayed, 0.0), ("use", stayed, 0.1)])
         assert drain(policy) == [back, stayed]
 
-    def test_a_victim_costs_no_more_looks_than_are_passed_over(self, name: str) -> None:
+    def test_a_victim_costs_few_more_looks_than_are_passed_over(self, name: str) -> None:
         policy = self.make(name)
         many = [ExpertKey(layer, expert) for layer in range(20) for expert in range(250)]
         for key in many:
@@ -120,4 +120,4 @@ class EvictionContract:
             return key not in pinned
 
         assert policy.victim(evictable) == many[40]
-        assert len(looks) == 41
+        assert 41 <= len(looks) < 45  # who looks for several at once looks at a few more

@@ -22,8 +22,8 @@ STEP = 3
 """Runners-up of a kind."""
 UNNAMED = CHOSEN_KINDS + FURTHEST // STEP
 """The kind of an expert that nobody named."""
-AT_ONCE = 4
-"""Victims that are looked for together; on the recorded traces it costs at most .4 % more loads."""
+AT_ONCE, CANDIDATES = 4, 64
+"""Victims found together, at most one for so many candidates: on recorded traces it costs at most .4 % more loads."""
 BINS = 8
 """Of an expert's average of uses, as a share of its layer's largest."""
 CELLS = (UNNAMED + 1) * BINS
@@ -201,16 +201,13 @@ class NextUse:
     remembered of experts outside the cache too. A prefill wants nearly all experts and is not learnt from.
 
     A routing costs O(experts of the layer), some time before the next victim; a victim O(layers) and the sorting of
-    layers that had an event since.
+    layers that had an event since. So in a large cache a few victims are found together; who has an event before its
+    turn is none any more, but who became a better one meanwhile waits for the next search.
     """
 
     name = "next-use"
 
-    def __init__(self, at_once: int = AT_ONCE) -> None:
-        """`at_once`: victims that are looked for together; with 1 each is the best at the time it is asked for, as the
-        `EvictionPolicy` promises, with more those after the first one may be a few uses of others behind.
-        """
-        self._at_once = at_once
+    def __init__(self) -> None:
         self._layers: dict[int, _Layer] = {}
         self._calibration = _Calibration()
         self._events = itertools.count(1)
@@ -258,8 +255,7 @@ class NextUse:
 
     def victim(self, evictable: Callable[[ExpertKey], bool]) -> ExpertKey | None:
         """See `EvictionPolicy`."""
-        found = self._first(evictable) if self._at_once > 1 else None
-        return found or self._look_ahead(evictable)
+        return self._first(evictable) or self._look_ahead(evictable)
 
     def _first(self, evictable: Callable[[ExpertKey], bool]) -> ExpertKey | None:
         """Of `_next`, which forgets those that had an event since."""
@@ -268,8 +264,8 @@ class NextUse:
         return next(filter(evictable, keys), None)
 
     def _look_ahead(self, evictable: Callable[[ExpertKey], bool]) -> ExpertKey | None:
-        """Find the next victims, `at_once` that are evictable and all that would go before them if they were. Returns
-        the first.
+        """The first victim; found with it, those that would go before it if they might, and in a large cache some that
+        go after it.
         """
         self._learn()
         self._next = []
@@ -277,6 +273,7 @@ class NextUse:
         heads = []
         """(density, event, place in the layer's order, nearness, layer): no two events are the same."""
         calibration, count = self._calibration, len(self._layers)
+        at_once = min(AT_ONCE, 1 + sum(len(layer.candidates) for layer in self._layers.values()) // CANDIDATES)
         found: list[ExpertKey] = []
         after = 0 if self._current is None else self._current.place + 1
         for layer in self._layers.values():
@@ -285,7 +282,7 @@ class NextUse:
                 nearness = 1.0 if self._current is None else 1.0 / ((layer.place - after) % count + 1)
                 heads.append((chance * nearness, event, 0, nearness, layer))
         heapq.heapify(heads)
-        while heads and len(found) < self._at_once:
+        while heads and len(found) < at_once:
             _density, event, place, nearness, layer = heads[0]
             order = layer.order(calibration)
             key = ExpertKey(layer.index, order[place][2])
@@ -297,6 +294,8 @@ class NextUse:
             else:
                 chance, event, _expert = order[place + 1]
                 heapq.heapreplace(heads, (chance * nearness, event, place + 1, nearness, layer))
+        if at_once == 1:
+            self._next = []  # the next one may be another by then
         return found[0] if found else None
 
     def _learn(self) -> None:

@@ -8,7 +8,6 @@ from hypothesis import given
 from offload_engine.core import ExpertKey
 from offload_engine.errors import ConfigError
 from offload_engine.experts.scheduling.eviction import EVICTION, LFU, LRU, EvictionPolicy, ScoreAware, make_eviction
-from offload_engine.experts.scheduling.next_use import NextUse
 from tests.contracts.eviction_contract import KEYS, Event, EvictionContract, drain, events, possible, tell
 
 A, B, C = KEYS[:3]
@@ -17,7 +16,7 @@ A, B, C = KEYS[:3]
 @pytest.mark.parametrize("name", EVICTION)
 class TestEveryPolicy(EvictionContract):
     def make(self, name: str) -> EvictionPolicy:
-        return NextUse(at_once=1) if name == NextUse.name else make_eviction(name)
+        return make_eviction(name)
 
 
 def by_definition(name: str, history: list[Event]) -> list[ExpertKey]:

@@ -3,7 +3,10 @@ from __future__ import annotations
 import copy
 import random
 
+import pytest
+
 from offload_engine.core import BlockPass, ExpertKey, ForwardInfo, Phase
+from offload_engine.experts.scheduling import next_use
 from offload_engine.experts.scheduling.cache import ExpertCache
 from offload_engine.experts.scheduling.eviction import EvictionPolicy, make_eviction
 from offload_engine.experts.scheduling.next_use import NextUse, opens_block
@@ -33,21 +36,21 @@ def steps(policy: NextUse, count: int, *layers: tuple[int, list[int]]) -> None:
 
 
 def test_what_comes_next_stays_and_what_has_just_run_goes() -> None:
-    policy = NextUse(at_once=1)
+    policy = NextUse()
     steps(policy, 3, (1, [0]), (2, [0]), (3, [0]))
     policy.on_route(1, [0], Outlook([0]))
     assert [key.layer for key in drain(policy)] == [1, 3, 2]
 
 
 def test_what_the_layer_stopped_using_goes_first() -> None:
-    policy = NextUse(at_once=1)
+    policy = NextUse()
     steps(policy, 3, (1, [0, 1]), (2, [0, 1]))
     steps(policy, 2, (1, [0]), (2, [0]))
     assert {key.expert for key in drain(policy)[:2]} == {1}
 
 
 def test_uses_are_remembered_of_what_has_left() -> None:
-    policy = NextUse(at_once=1)
+    policy = NextUse()
     steps(policy, 4, (1, [0]))
     policy.on_remove(ExpertKey(1, 0))
     told(policy, ForwardInfo(Phase.DENOISE, 0, 5), (1, [0, 7]))
@@ -55,7 +58,7 @@ def test_uses_are_remembered_of_what_has_left() -> None:
 
 
 def test_after_a_commit_what_blocks_want_first_counts() -> None:
-    policy = NextUse(at_once=1)
+    policy = NextUse()
     for block in range(3):
         told(policy, ForwardInfo(Phase.DENOISE, block, 0), (1, [0]))
         for number in range(1, 4):
@@ -73,7 +76,7 @@ def fused(block: int) -> ForwardInfo:
 
 
 def test_a_forward_that_opens_a_block_keeps_what_blocks_want_first_until_the_layer_has_routed() -> None:
-    policy = NextUse(at_once=1)
+    policy = NextUse()
     for block in range(1, 4):
         told(policy, fused(block), (1, [0]), (2, [0]))
         for number, expert in enumerate((7, 5, 5, 5, 5, 5), start=1):
@@ -93,7 +96,7 @@ def test_a_forward_over_a_block_under_way_opens_none() -> None:
 
 
 def test_a_prefill_is_not_learnt_from() -> None:
-    policy = NextUse(at_once=1)
+    policy = NextUse()
     steps(policy, 3, (1, [0]))
     told(policy, ForwardInfo(Phase.PREFILL, 0, 0), (1, [3]))
     told(policy, ForwardInfo(Phase.PREFILL, 1, 0), (1, [3]))
@@ -128,7 +131,7 @@ def test_a_working_set_larger_than_the_cache_does_not_thrash() -> None:
 def test_when_victims_are_asked_for_makes_no_difference() -> None:
     """What a forward's layers routed is learnt from together, and late."""
     generator = random.Random(0)
-    asked, unasked = NextUse(at_once=1), NextUse(at_once=1)
+    asked, unasked = NextUse(), NextUse()
     for number in range(40):
         phase = Phase.COMMIT if number % 8 == 7 else Phase.DENOISE
         routed = [(layer, generator.sample(range(6 + number // 4), 4)) for layer in range(3)]
@@ -151,25 +154,44 @@ def test_when_victims_are_asked_for_makes_no_difference() -> None:
     assert len(left) < 20
 
 
-def test_victims_found_together_are_those_found_one_by_one() -> None:
-    together, apart = NextUse(), NextUse(at_once=1)
+MANY = [(layer, list(range(40))) for layer in range(5)]
+"""Enough candidates for four victims to be found together."""
+
+
+def test_victims_found_together_are_those_found_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    together, apart = NextUse(), NextUse()
     for policy in (together, apart):
-        steps(policy, 3, *[(layer, [0, 1, layer + 2]) for layer in range(5)])
-    assert drain(together) == drain(apart)
+        steps(policy, 3, *MANY)
+    order = drain(together)
+    monkeypatch.setattr(next_use, "AT_ONCE", 1)
+    assert drain(apart) == order
 
 
 def test_who_is_used_after_victims_were_found_is_none_of_them() -> None:
     policy = NextUse()
-    steps(policy, 3, *[(layer, [0, 1]) for layer in range(5)])
+    steps(policy, 3, *MANY)
     order = drain(copy.deepcopy(policy))
     assert policy.victim(lambda _key: True) == order[0]
-    policy.on_use(order[0], 1.0)
-    assert policy.victim(lambda _key: True) == order[1]
+    policy.on_use(order[1], 1.0)
+    policy.on_remove(order[0])
+    assert policy.victim(lambda _key: True) == order[2]
 
 
 def test_who_might_not_go_when_victims_were_found_goes_first_as_soon_as_it_may() -> None:
     policy = NextUse()
-    steps(policy, 3, *[(layer, [0, 1]) for layer in range(5)])
+    steps(policy, 3, *MANY)
     order = drain(copy.deepcopy(policy))
     assert policy.victim(lambda key: key != order[0]) == order[1]
     assert policy.victim(lambda _key: True) == order[0]
+
+
+def test_who_became_a_better_victim_waits_for_the_next_search_in_a_large_cache() -> None:
+    policy = NextUse()
+    steps(policy, 3, *MANY)
+    found = drain(copy.deepcopy(policy))[:4]
+    assert policy.victim(lambda _key: True) == found[0]
+    policy.on_insert(ExpertKey(4, 99))  # never used
+    for key in found:
+        assert policy.victim(lambda _key: True) == key
+        policy.on_remove(key)
+    assert policy.victim(lambda _key: True) == ExpertKey(4, 99)
