@@ -13,11 +13,28 @@ from offload_engine.config import format_bytes
 from offload_engine.core import Phase
 
 GAUGES = frozenset(
-    {"planned_peak_bytes", "measured_peak_bytes", "limit_bytes", "slots", "slots_per_layer", "lanes_together"}
+    {
+        "planned_peak_bytes",
+        "measured_peak_bytes",
+        "limit_bytes",
+        "slots",
+        "slots_per_layer",
+        "lanes_together",
+        "copy_seconds",
+        "cpu_expert_seconds",
+    }
 )
 """Fields that say how things stand; all others only grow."""
 
-_DERIVED = ("hit_rate", "unique_experts", "forward_seconds", "stall_share", "tokens_per_second", "tokens_per_step")
+_DERIVED = (
+    "hit_rate",
+    "cpu_share",
+    "unique_experts",
+    "forward_seconds",
+    "stall_share",
+    "tokens_per_second",
+    "tokens_per_step",
+)
 
 
 @dataclass(slots=True)
@@ -90,6 +107,11 @@ class EngineStats:
     lanes_together: int = 0
     """Sequences that share forwards, at most, of those answered at the same time: as many as the cache serves."""
 
+    copy_seconds: float = 0.0
+    """Of one expert to the device, by the last copies; known where the CPU takes a share (`cpu_experts` auto)."""
+    cpu_expert_seconds: float = 0.0
+    """Of one expert on the CPU, each of its tokens to come on top, by the last layers; likewise."""
+
     def count_unique(self, layer: int, distinct: int) -> None:
         """In a denoising forward one block chose `distinct` experts in `layer`; not for prefill and commit."""
         self.unique_experts_sum += distinct
@@ -130,6 +152,11 @@ class EngineStats:
     def hit_rate(self) -> float | None:
         """Share of requests that hit."""
         return _ratio(self.hits, self.hits + self.late + self.misses + self.computed_on_cpu)
+
+    @property
+    def cpu_share(self) -> float | None:
+        """Share of the requests that found nothing, nor anything on its way, that the CPU computed."""
+        return _ratio(self.computed_on_cpu, self.misses + self.computed_on_cpu)
 
     @property
     def unique_experts(self) -> float | None:

@@ -13,8 +13,9 @@ import torch
 
 from offload_engine.bench.spec import Bandwidth
 from offload_engine.config import EngineConfig
-from offload_engine.engine.assembly import find_source
+from offload_engine.engine.assembly import compute_dtype, find_source
 from offload_engine.experts.arena import SlotArena
+from offload_engine.experts.calibration import measure_cpu
 from offload_engine.experts.storage.opening import open_store
 from offload_engine.experts.storage.store import ExpertStore
 from offload_engine.model.checkpoint import Checkpoint
@@ -28,7 +29,18 @@ GEMM_SIZE = 2048
 LINK_BYTES = 64 * 2**20
 """Copied at a time: some experts' worth, so that its start doesn't count."""
 REPEATS = 5
+SHORTEST = 1e-9
+"""Seconds, where a clock shows none."""
 _CPU = torch.device("cpu")
+
+
+class HostRates(NamedTuple):
+    """What a CPU gives that computes experts beside a GPU, per second."""
+
+    reading: float
+    """Bytes of an expert's weights, with one token."""
+    computing: float
+    """Operations of the expert's further tokens."""
 
 
 class DeviceRates(NamedTuple):
@@ -52,6 +64,16 @@ def measure_bandwidth(config: EngineConfig) -> Bandwidth:
     with closing(open_store(source.config, Checkpoint.open(source.directory), verify="never")) as store:
         disk = {depth: _disk(store, depth) for depth in DEPTHS}
         return Bandwidth(slab_bytes=store.slab_bytes, disk=disk, direct=store.direct, dram=_dram(), gemm=_gemm())
+
+
+def measure_host_experts(config: EngineConfig) -> HostRates:
+    """Compute some of the model's experts on the CPU. Raises `ModelError`s, `MemoryBudgetError`, `TransferError`."""
+    source = find_source(config)
+    with closing(open_store(source.config, Checkpoint.open(source.directory), verify="never")) as store:
+        expert, token = measure_cpu(store, compute_dtype(config, source.config, store.format.dtype))
+        nbytes = store.payload_bytes(next(iter(store.keys())))
+    operations = 2 * 3 * source.config.hidden_size * source.config.moe_intermediate_size
+    return HostRates(nbytes / max(expert + token, SHORTEST), operations / max(token, SHORTEST))
 
 
 def _disk(store: ExpertStore, depth: int) -> float:

@@ -13,6 +13,7 @@ import torch
 from offload_engine.cli.terminal import Output
 from offload_engine.config import EngineConfig
 from offload_engine.engine.assembly import BUILT_IN, compute_dtype, setup_for
+from offload_engine.engine.placement import shared_tokens
 from offload_engine.errors import DeviceError
 from offload_engine.experts.storage.opening import open_store
 from offload_engine.memory import DeviceKind, MemoryPlan, auto_budget, available_memory, plan_memory
@@ -91,16 +92,21 @@ def plan_dtype(config: EngineConfig, model: Described, device: DeviceKind) -> to
 def make_plan(config: EngineConfig, model: Described, device: DeviceKind, dtype: torch.dtype) -> MemoryPlan:
     """Divide the budget asked for. Sizes given in numbers may be those of any machine; auto means this one's."""
     here = setup_for(config, model.config, dtype=dtype, stored=model.stored, slab_bytes=model.slab_bytes)
-    graphs = device == "cuda" and config.cuda_graphs != "off"
+    cuda = device == "cuda"
+    there = replace(
+        here,
+        device=device,
+        step_graphs=cuda and config.cuda_graphs != "off",
+        shared_tokens=shared_tokens(config, on_gpu=cuda),
+        runtime_bytes=None,  # estimated, as this process runs no model
+    )
     return plan_memory(
         model.config,
-        replace(
-            here, device=device, step_graphs=graphs, runtime_bytes=None
-        ),  # None: estimated, as this process runs no model
+        there,
         _budget(config, device),
         max_context=config.max_context,
         expert_mem=config.expert_mem,
-        host_mem=_host_budget(config) if device == "cuda" else None,
+        host_mem=_host_budget(config) if cuda else None,
     )
 
 

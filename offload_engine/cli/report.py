@@ -69,6 +69,7 @@ def _rows(stats: EngineStats) -> list[tuple[str, str]]:
             f"{stats.expert_requests}: {stats.hits} hits, {stats.late} late, {stats.misses} misses"
             + (f", {stats.computed_on_cpu} computed on the CPU" if stats.computed_on_cpu else ""),
         ),
+        *_sharing(stats),
         (
             "prefetches",
             f"{stats.prefetches_issued}: {stats.prefetches_used} used, {stats.prefetches_wasted} wasted",
@@ -78,6 +79,15 @@ def _rows(stats: EngineStats) -> list[tuple[str, str]]:
         ("read from disk", format_bytes(stats.bytes_read)),
         ("unique experts", (layers and f"per layer, {layers}") or "none"),
     ]
+
+
+def _sharing(stats: EngineStats) -> list[tuple[str, str]]:
+    """By which times misses were divided between link and CPU, and how."""
+    if not stats.copy_seconds or stats.cpu_share is None:
+        return []
+    copy, expert = 1000 * stats.copy_seconds, 1000 * stats.cpu_expert_seconds
+    told = f"{stats.cpu_share:.1%} of what was missing; lately a copy took {copy:.3f} ms, an expert {expert:.3f} ms"
+    return [("on the CPU", told)]
 
 
 def as_json(completion: Completion, engine: Engine, source: str) -> dict[str, Any]:

@@ -200,6 +200,7 @@ def _planned(request: Request, model: Described, profile: Profile, size: int) ->
         max_context=request.max_context,
         transfers_in_flight=request.transfers_in_flight or BOUNCE_SLOTS,
         cuda_graphs="off",  # no kernel's time here is that of a replay
+        cpu_experts="auto" if any(one != "off" for one in request.cpu_experts) else "off",  # room for it
     )
     plan = make_plan(config, model, profile.device, plan_dtype(config, model, profile.device))
     if profile.device == "cpu":

@@ -18,6 +18,7 @@ from offload_engine.doctor.profile import measure_profile
 from offload_engine.engine.assembly import native_routing, routing_options
 from offload_engine.engine.learned import Learned, device_name, remember_tuning, routing_settings
 from offload_engine.errors import OffloadError, UsageError
+from offload_engine.experts.scheduling.sharing import ShareMode
 from offload_engine.files import write_aside
 from offload_engine.memory import MemoryPlan, auto_budget
 from offload_engine.simulate.profile import Profile, load_profile
@@ -75,16 +76,17 @@ class Recorded:
 
 def tune(config: EngineConfig, request: Request) -> None:
     """Search, print, and write the config. Raises `OffloadError`s."""
-    profile = None if request.gpu is None else load_profile(request.gpu)
+    profile, config_there = None if request.gpu is None else load_profile(request.gpu), config
     recorded = _recorded(config, request.traces)
     model = model_of(recorded.header, config.model)
     if profile is None:
         note("measuring disk, memory and products; a profile of dmoe doctor --measure, given as --gpu, saves that")
         profile = measure_profile(config)
-        plan = _plan(config, model, profile)
     else:
-        plan = _plan(_sized_by(config, profile), model, profile)
-    machine = _machine(model, recorded, profile, plan)
+        config_there = _sized_by(config, profile)
+    sharing = _sharing(config_there, profile)
+    plan = _plan(config_there, model, profile, sharing)
+    machine = _machine(model, recorded, profile, plan, sharing)
     routings = _routings(config, model, recorded, request)
     found = _search(routings, machine, plan, request.least_kept, frugal=config.gpu_mem == "auto")
     found = replace(found, source=_told(recorded, profile))
@@ -129,17 +131,31 @@ def _sized_by(config: EngineConfig, profile: Profile) -> EngineConfig:
     return EngineConfig(**values)
 
 
-def _plan(config: EngineConfig, model: Described, profile: Profile) -> MemoryPlan:
-    return make_plan(config, model, profile.device, plan_dtype(config, model, profile.device))
+def _sharing(config: EngineConfig, profile: Profile) -> tuple[ShareMode, ...]:
+    """What is tried of `cpu_experts`: what somebody has set, or both where there is a CPU that could compute from a
+    host tier.
+    """
+    if config.host_mem is None or not profile.shares:
+        return ("off",)
+    return (config.cpu_experts,) if "cpu_experts" in config.model_fields_set else ("off", "auto")
 
 
-def _machine(model: Described, recorded: Recorded, profile: Profile, plan: MemoryPlan) -> Machine:
+def _plan(config: EngineConfig, model: Described, profile: Profile, sharing: Sequence[ShareMode]) -> MemoryPlan:
+    """With room for what sharing takes, a few megabytes, if it may be chosen."""
+    wanted = config.model_copy(update={"cpu_experts": sharing[-1]})
+    return make_plan(wanted, model, profile.device, plan_dtype(config, model, profile.device))
+
+
+def _machine(
+    model: Described, recorded: Recorded, profile: Profile, plan: MemoryPlan, sharing: Sequence[ShareMode]
+) -> Machine:
     header = recorded.header
     return Machine(
         timing=Timing(shape_of(model.config, header.expert_bytes), profile),
         layers=header.layers,
         block_length=header.block_length,
         host_slots=max(plan.host_slots, BOUNCE_SLOTS) if profile.device == "cuda" else None,
+        sharing=sharing,
     )
 
 
@@ -172,7 +188,8 @@ def _search(
     """`frugal`: choose the smallest budget near the best speed rather than the whole one."""
     sizes = search.budgets(plan.fixed, plan.slab_bytes, plan.slots)
     note(f"replaying {len(routings)} ways to route under {len(sizes)} budgets")
-    surveyed, _ = search.best_knobs(machine.trial(routings[0].records, plan.slots), Knobs())
+    start = Knobs(cpu_experts=machine.sharing[0])
+    surveyed, _ = search.best_knobs(machine.trial(routings[0].records, plan.slots), start, machine.sharing)
     with Progress("replaying", len(routings) * len(sizes), PIECES) as progress:
         points = search.survey(routings, sizes, machine, surveyed, progress.advance)
     acceptable = search.acceptable(points, least_kept, routings[0])
@@ -180,16 +197,18 @@ def _search(
     smallest = search.smallest_near(acceptable)
     chosen = smallest if frugal else fastest
     trial = machine.trial(chosen.routing.records, chosen.budget.slots)
-    knobs, figures = search.best_knobs(trial, surveyed)
+    start = replace(surveyed, cpu_experts=machine.sharing[0])  # here it has to pay once more
+    knobs, figures = search.best_knobs(trial, start, machine.sharing)
     return Found(
         points=points,
         best=search.frontier(points),
         surveyed=surveyed,
         fastest=fastest,
         smallest=smallest,
-        chosen=replace(chosen, figures=figures),
+        chosen=replace(chosen, figures=figures, cpu_experts=knobs.cpu_experts),
         knobs=knobs,
         default=trial(Knobs()),
+        sharing={mode: trial(replace(knobs, cpu_experts=mode)) for mode in machine.sharing},
         context=plan.context,
     )
 

@@ -10,7 +10,13 @@ from pathlib import Path
 import psutil
 import torch
 
-from offload_engine.bench.bandwidth import DeviceRates, measure_bandwidth, measure_device
+from offload_engine.bench.bandwidth import (
+    DeviceRates,
+    HostRates,
+    measure_bandwidth,
+    measure_device,
+    measure_host_experts,
+)
 from offload_engine.bench.machine import processor
 from offload_engine.bench.spec import Bandwidth
 from offload_engine.config import EngineConfig, format_bytes
@@ -31,7 +37,8 @@ def measure_profile(config: EngineConfig) -> Profile:
         return profile_of(bandwidth, processor()[0], memory)
     device = torch.device("cuda", int(config.device.partition(":")[2] or 0))
     card = torch.cuda.get_device_properties(device)
-    return profile_of_card(bandwidth, measure_device(device), card.name, card.total_memory, memory)
+    host = measure_host_experts(config)
+    return profile_of_card(bandwidth, measure_device(device), host, card.name, card.total_memory, memory)
 
 
 def profile_of(bandwidth: Bandwidth, name: str, memory: int) -> Profile:
@@ -44,7 +51,9 @@ def profile_of(bandwidth: Bandwidth, name: str, memory: int) -> Profile:
     return _completed("cpu", name, measured | _disk(bandwidth))
 
 
-def profile_of_card(bandwidth: Bandwidth, rates: DeviceRates, name: str, memory: int, host_memory: int) -> Profile:
+def profile_of_card(
+    bandwidth: Bandwidth, rates: DeviceRates, host: HostRates, name: str, memory: int, host_memory: int
+) -> Profile:
     """The profile of a machine with a GPU. Sizes in bytes."""
     measured = {
         "memory": Figure(value=memory, unit="B", source="the driver"),
@@ -54,6 +63,8 @@ def profile_of_card(bandwidth: Bandwidth, rates: DeviceRates, name: str, memory:
         "link_efficiency": Figure(value=1, unit="1", source="contained in the bandwidth, which was measured"),
         "pageable_bandwidth": _measured("pageable_bandwidth", rates.pageable, "copies from memory that is not pinned"),
         "host_memory": Figure(value=host_memory, unit="B", source="the operating system"),
+        "host_bandwidth": _measured("host_bandwidth", host.reading, "the model's experts of one token on the CPU"),
+        "host_compute": _measured("host_compute", host.computing, "the further tokens of these"),
     }
     return _completed("cuda", name, measured | _disk(bandwidth))
 

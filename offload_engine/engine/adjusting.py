@@ -23,21 +23,29 @@ def changed(config: EngineConfig, **options: Any) -> EngineConfig:
 def resize(config: EngineConfig, parts: Parts, stats: EngineStats) -> Parts:
     """Give the expert cache of `parts` the slots that the budgets of `config` come to, and tell `stats`.
 
-    Everything else is as it was planned. Raises `MemoryBudgetError`, with nothing changed, where a budget doesn't hold
-    it or the system refuses the memory; `DeviceError` for slots on a GPU.
+    Everything else is as it was planned. While the slots on a GPU are replaced, they take no more than the larger of
+    both budgets leaves them. Raises `MemoryBudgetError`, with nothing changed, where a budget doesn't hold the plan or
+    the system refuses the memory.
     """
-    wanted = config.model_copy(update={"max_context": parts.plan.context})
-    plan = plan_for(wanted, parts.source.config, parts.setup, parts.gpu)
-    shrinks = plan.slots < parts.plan.slots
-    if plan.slots != parts.plan.slots:
-        parts.experts.resize(plan.slots)
-        if assembly.keeps_hot_set(config):
+    before = parts.plan
+    wanted = config.model_copy(update={"max_context": before.context})
+    plan = plan_for(wanted, parts.source.config, parts.setup, parts.gpu, held=before)
+    if plan.slots != before.slots:
+        parts.experts.resize(plan.slots, max(plan.budget, before.budget) - plan.fixed)
+        if assembly.keeps_hot_set(config) and not parts.experts.scheduler.warming:
             parts.experts.warm_up()
+        _reset_peak(parts, shrinks=plan.slots < before.slots)
     stats.planned_peak_bytes, stats.limit_bytes = plan.total, plan.budget
     stats.slots, stats.slots_per_layer = plan.slots, plan.slots_per_layer
-    if shrinks and parts.gpu is None:
-        reset_peak()  # what it was with the larger cache is no business of the new plan
     return replace(parts, plan=plan)
+
+
+def _reset_peak(parts: Parts, *, shrinks: bool) -> None:
+    """What the peak was with a larger cache, or with two of them, is no business of the new plan."""
+    if parts.gpu is not None:
+        parts.gpu.reset_peak()
+    elif shrinks:
+        reset_peak()
 
 
 def reroute(config: EngineConfig, parts: Parts) -> tuple[RoutingPolicy, list[str]]:

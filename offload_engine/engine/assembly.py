@@ -237,7 +237,7 @@ def setup_for(
         choices=max(config.top_k_experts, model.num_experts_per_tok) if config.routing == "top-k" else None,
         runtime_bytes=process if gpu is None else gpu.context_bytes(),
         transfers_in_flight=config.transfers_in_flight,
-        shared_tokens=shared_tokens(config, gpu),
+        shared_tokens=shared_tokens(config, on_gpu=gpu is not None),
         step_graphs=gpu is not None and config.cuda_graphs != "off",
     )
 

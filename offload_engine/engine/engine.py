@@ -229,12 +229,13 @@ class Engine(EngineFacts):
 
     def resize(self, *, gpu_mem: int | str | None = None, expert_mem: int | str | None = None) -> MemoryPlan:
         """Change how much memory the expert cache has, between answers: shrinking evicts and gives the memory back to
-        the system, growing takes more; experts that fit stay. Returns the new plan.
+        the system, growing takes more; experts that fit stay. Returns the new plan. On a GPU one cache replaces the
+        other: if the larger of both budgets doesn't hold the two at once, experts come again from host memory or disk.
 
         The budgets are those of `EngineConfig`; None leaves one as it is, "none" lifts `expert_mem`. All other parts of
         the plan stay. Raises `MemoryBudgetError`, with nothing changed, for what the budget or the system doesn't hold;
         `UsageError` while the engine is busy, where nothing is asked for, or while an exception that is kept holds
-        memory of a slot; `DeviceError` on a GPU.
+        memory of a slot.
         """
         if gpu_mem is None and expert_mem is None:
             raise UsageError("resize needs a new size; pass gpu_mem, expert_mem or both")

@@ -1,6 +1,7 @@
 """What `dmoe tune` found a model to need on a device, kept for runs whose `gpu_mem` is "auto".
 
-A budget that a run falls back to, and options that never change an answer. So nothing here raises: findings that are
+A budget that a run falls back to, and options that never change an answer, but for `cpu_experts`, which does by
+rounding, and is named in the notice. So nothing here raises: findings that are
 missing, damaged, or can't be written are a run without them.
 """
 
@@ -28,7 +29,7 @@ FILE: Final = ".tuned.json"
 """Its name beside a checkpoint."""
 KIND: Final = "tuned"
 """Of files in the user's cache."""
-KNOBS: Final = ("eviction", "predictor", "prefetch_depth", "transfers_in_flight")
+KNOBS: Final = ("eviction", "predictor", "prefetch_depth", "transfers_in_flight", "cpu_experts")
 """Options that are tuned: fields of `EngineConfig`."""
 _MAX_BYTES = 1 << 20
 

@@ -250,11 +250,11 @@ def sharing_notice(config: EngineConfig, gpu: Gpu | None) -> str | None:
     return None
 
 
-def shared_tokens(config: EngineConfig, gpu: Gpu | None) -> int:
+def shared_tokens(config: EngineConfig, *, on_gpu: bool) -> int:
     """Tokens of the largest forward in which the CPU may take over experts: a denoising step that commits the blocks
     before it; 0 where it takes over none.
     """
-    if gpu is None or config.cpu_experts == "off" or config.host_mem is None:
+    if not on_gpu or config.cpu_experts == "off" or config.host_mem is None:
         return 0
     return 2 * config.batch_size * MIN_BLOCK
 
@@ -275,6 +275,7 @@ def share_with_cpu(
     shape = ForwardShape(setup.shared_tokens, choices, model.hidden_size, setup.itemsize)
     auto = config.cpu_experts == "auto"
     rates = measure_rates(driver, experts.store, experts.arena.slab(0), dtype) if auto else Rates.unknown()
+    transfers.times.wanted = auto
     experts.cpu = HostExperts(driver, host, experts.store, shape, config.cpu_experts, LearnedRates(rates))
 
 

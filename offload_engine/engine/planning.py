@@ -17,13 +17,19 @@ RUNTIME_STEP = 8 * 2**20
 
 
 def plan_for(
-    config: EngineConfig, model: ModelConfig, setup: Setup, gpu: Gpu | None = None, enough: int | None = None
+    config: EngineConfig,
+    model: ModelConfig,
+    setup: Setup,
+    gpu: Gpu | None = None,
+    enough: int | None = None,
+    held: MemoryPlan | None = None,
 ) -> MemoryPlan:
-    """Divide the budget, or what the machine has; `enough` are slots beyond which auto takes none. Raises
-    `MemoryBudgetError`.
+    """Divide the budget, or what the machine has; `enough` are slots beyond which auto takes none. `held`: the plan of
+    an engine that is there already; what it has on the host beside a GPU stays. Raises `MemoryBudgetError`.
     """
     reachable = gpu.reachable() if gpu is not None else psutil.Process().memory_info().rss + available_memory()
     budget = auto_budget(reachable, setup.device) if config.gpu_mem == "auto" else config.gpu_mem
+    host_mem = None if gpu is None else host_budget(config) if held is None else held.host_budget
 
     def plan(setup: Setup, budget: int = budget, context: int | None = config.max_context) -> MemoryPlan:
         return plan_memory(
@@ -32,7 +38,7 @@ def plan_for(
             budget,
             max_context=context,
             expert_mem=config.expert_mem,
-            host_mem=None if gpu is None else host_budget(config),
+            host_mem=host_mem,
             machine_limit=reachable,
         )
 
@@ -43,7 +49,7 @@ def plan_for(
         return plan(setup, whole.fixed + enough * whole.slab_bytes, whole.context)
 
     if gpu is not None:
-        return _held_by_host(plan_with_enough(setup))
+        return _held_by_host(plan_with_enough(setup)) if held is None else plan_with_enough(setup)
     try:
         return plan_with_enough(setup)
     except MemoryBudgetError as error:

@@ -16,7 +16,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from offload_engine.errors import DeviceError, EngineClosedError, MemoryBudgetError, UsageError
+from offload_engine.errors import EngineClosedError, InternalError, MemoryBudgetError, UsageError
 from offload_engine.experts.storage.layout import SLOT_ALIGNMENT, SlabLayout
 from offload_engine.model.moe import ExpertWeights
 
@@ -76,13 +76,10 @@ class Slots:
         """Become `slots` large, at least one; what the slots hold that remain stays. Nobody may hold on to a buffer or
         a matrix that was handed out.
 
-        Raises `DeviceError` where slots of this kind can't be resized, `MemoryBudgetError` when the system refuses the
-        memory, `UsageError` while somebody holds on to some; nothing has changed then.
+        Raises `MemoryBudgetError` when the system refuses the memory, `UsageError` while somebody holds on to some;
+        nothing has changed then.
         """
-        raise DeviceError(
-            f"the {self.slots} expert slots on the device are one allocation, which can't become {slots}; "
-            "close the engine and make another one"
-        )
+        raise InternalError(f"{type(self).__name__}: its {self.slots} slots can't become {slots} where they are")
 
     def close(self) -> None:
         """Let go of the memory; it is returned once no matrix handed out is left. Idempotent."""
@@ -96,12 +93,33 @@ class Slots:
 
 
 class DeviceArena(Slots):
-    """Slots in the memory of a device, allocated in one piece."""
+    """Slots in the memory of a device, in one piece, for the kernels find a slot by its number. The piece can't change
+    its size, but may be replaced (`experts.device.resizing`).
+    """
 
     def __init__(self, slots: int, slab_bytes: int, allocate: Callable[[int], Tensor]) -> None:
         """`allocate(nbytes)` gives device memory, uint8 [nbytes]."""
         super().__init__(slots, slab_bytes)
         self._tensor = allocate(self.nbytes)
+
+    @property
+    def has_memory(self) -> bool:
+        """Whether there is a piece; there is none once closed, and after `give_up`."""
+        return self._tensor is not None
+
+    def give_up(self) -> Tensor | None:
+        """The piece, which is the caller's now: there are no slots until it is replaced. None where there is none."""
+        given, self._tensor = self._tensor, None
+        self._views.clear()
+        return given
+
+    def replace(self, memory: Tensor) -> Tensor | None:
+        """Have slots in `memory`, uint8 of a whole number of slabs, from now on; returns the piece that was."""
+        if memory.numel() < self.slab_bytes or memory.numel() % self.slab_bytes:
+            raise InternalError(f"{memory.numel()} bytes for slots of {self.slab_bytes} bytes")
+        given = self.give_up()
+        self._tensor, self.slots = memory, memory.numel() // self.slab_bytes
+        return given
 
 
 class HostSlots(Slots):

@@ -57,9 +57,7 @@ def measure_rates(
         fetches = [partial(_fetch, driver, event, slot[:down], source[:down]) for source in sources]
         ups = [partial(_copy, driver, event, source[:token], slot[:token]) for source in sources]
         trip = median_seconds(fetches, clock) + median_seconds(ups, clock)
-        weights = [store.layout(key).weights(slab) for key, slab in zip(keys, sources, strict=True)]
-        few, many = (_cpu_seconds(weights, tokens, dtype, clock) for tokens in TOKENS)
-    expert, each = line_through(TOKENS, (few, many))
+        expert, each = _cpu_line(store, keys, sources, dtype, clock)
     return Rates(
         copy=copy,
         expert=expert,
@@ -69,6 +67,35 @@ def measure_rates(
         row=copy * row / store.slab_bytes,
         read=read,
     )
+
+
+def measure_cpu(
+    store: ExpertStore, dtype: torch.dtype, clock: Callable[[], float] = time.perf_counter
+) -> tuple[float, float]:
+    """Seconds of an expert of `store` on this CPU, computed in `dtype`, and of each of its tokens. Raises
+    `MemoryBudgetError`, `TransferError`.
+    """
+    keys = list(islice(store.keys(), SLABS))
+    slabs = SlotArena(len(keys), store.slab_bytes)
+    try:
+        slabs.wait_touched()
+        for place, key in enumerate(keys):
+            store.read(key, slabs.buffer(place))
+        return _cpu_line(store, keys, [slabs.slab(place) for place in range(len(keys))], dtype, clock)
+    finally:
+        slabs.close()
+
+
+def _cpu_line(
+    store: ExpertStore,
+    keys: Sequence[ExpertKey],
+    slabs: Sequence[Tensor],
+    dtype: torch.dtype,
+    clock: Callable[[], float],
+) -> tuple[float, float]:
+    weights = [store.layout(key).weights(slab) for key, slab in zip(keys, slabs, strict=True)]
+    few, many = (_cpu_seconds(weights, tokens, dtype, clock) for tokens in TOKENS)
+    return line_through(TOKENS, (few, many))
 
 
 def _cpu_seconds(

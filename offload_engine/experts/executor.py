@@ -27,7 +27,6 @@ from offload_engine.model.moe import (
     Decide,
     ExpertOutputs,
     ExpertSum,
-    ExpertTokens,
     ExpertWork,
     LayerOutputs,
     Preview,
@@ -38,10 +37,6 @@ SWEEP_WINDOW = 16
 """Experts that a sweep waits for at a time, in their order."""
 SWEEP_SHARE = 0.8
 """Share of a layer's experts that a sweep must have wanted for the next layer to be fetched as a whole."""
-
-
-def _add_one(total: ExpertSum, tokens: ExpertTokens, work: Sequence[ExpertWork]) -> None:
-    total.add(tokens, work[0].weights)
 
 
 class OffloadedExperts(Residency):
@@ -233,7 +228,7 @@ class OffloadedExperts(Residency):
                 for group in now:
                     while group.expert not in arrived:
                         arrived.update((compute.key.expert, compute) for compute in self._next_computes())
-                    self._launch([arrived[group.expert]], partial(_add_one, total, group))
+                    self._launch([arrived[group.expert]], partial(total.compute, group))
             self._half_done = False
         except BaseException as error:
             self._abandon(error)
@@ -288,19 +283,9 @@ class OffloadedExperts(Residency):
         """Wait until all memory of the slots is there. Raises `MemoryBudgetError` if the system did not give it."""
         self.arena.wait_touched()
 
-    def resize(self, slots: int) -> None:
-        """Have `slots` slots, at least one; not during a forward. Experts that still have a place stay.
-
-        Raises what the arena's `resize` raises; the cache then has the slots it had.
-        """
-        with self._changed:
-            self.scheduler.stop()
-        if self._half_done:
-            self._start_over()
-        self.idle()
-        self.wait_warm()
-        self.wait_for_slots()
-        self._works.clear()  # nobody may hold on to a slot
+    def resize(self, slots: int, room: int | None = None) -> None:  # noqa: ARG002
+        """Have so many slots, in `room` bytes, between forwards; raises as the arena's, with nothing changed."""
+        self._quieten()
         if slots > self.arena.slots:
             self.arena.resize(slots)
         self._half_done = True
@@ -316,6 +301,17 @@ class OffloadedExperts(Residency):
                 with self._changed:
                     self.scheduler.resize(self.arena.slots)
                 raise
+
+    def _quieten(self) -> None:
+        """Have nothing under way, and hold on to no slot."""
+        with self._changed:
+            self.scheduler.stop()
+        if self._half_done:
+            self._start_over()
+        self.idle()
+        self.wait_warm()
+        self.wait_for_slots()
+        self._works.clear()
 
     def close(self) -> None:
         """Join the driver's threads and free the slots. Idempotent."""

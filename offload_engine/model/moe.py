@@ -226,6 +226,10 @@ class ExpertSum:
         self.rows = rows
         self.sum = torch.zeros(hidden.shape, dtype=torch.float32, device=hidden.device)
 
+    def compute(self, tokens: ExpertTokens, work: Sequence[ExpertWork]) -> None:
+        """As `add`, of an expert that is the only one of a launch."""
+        self.add(tokens, work[0].weights)
+
     def add(self, tokens: ExpertTokens, weights: ExpertWeights) -> None:
         """Run one expert on its tokens."""
         for places in tokens.places.split(self.rows):

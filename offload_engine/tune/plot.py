@@ -23,6 +23,9 @@ def plot(points: Sequence[Point], best: Sequence[Point], path: Path) -> None:
         kept = mine[0].routing.kept
         label = name if kept is None else f"{name}, keeps {kept:.0%}"
         axes.plot([one.budget.nbytes / 1e9 for one in mine], _times(mine), ".-", linewidth=1, label=label)
+    shared = [point for point in points if point.cpu_experts != "off"]
+    if shared:
+        axes.plot([one.budget.nbytes / 1e9 for one in shared], _times(shared), "k+", label="misses shared with the CPU")
     axes.plot([one.budget.nbytes / 1e9 for one in best], _times(best), "ko", markersize=9, fillstyle="none")
     axes.set_yscale("log")
     axes.set_xlabel("fast memory, GB")

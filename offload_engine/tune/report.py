@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from offload_engine.config import format_bytes
+from offload_engine.experts.scheduling.sharing import ShareMode
 from offload_engine.simulate.run import Figures
 from offload_engine.tune.search import NEAR, Point
 from offload_engine.tune.trial import Knobs
@@ -33,6 +34,8 @@ class Found:
     """Those."""
     default: Figures
     """Of the same with the engine's default options."""
+    sharing: Mapping[ShareMode, Figures]
+    """Of the same by `cpu_experts`, where misses may be shared with a CPU, and else of that one."""
     context: int
     """Positions that the budgets leave room for."""
     source: str = ""
@@ -48,7 +51,12 @@ class Found:
             "points": [_numbers(point) | {"frontier": point in self.best} for point in self.points],
             "fastest": _numbers(self.fastest),
             "smallest": _numbers(self.smallest),
-            "chosen": _numbers(self.chosen) | {"knobs": asdict(self.knobs), "default": asdict(self.default)},
+            "chosen": _numbers(self.chosen)
+            | {
+                "knobs": asdict(self.knobs),
+                "default": asdict(self.default),
+                "by_cpu_experts": {str(mode): asdict(figures) for mode, figures in self.sharing.items()},
+            },
         }
 
 
@@ -61,7 +69,7 @@ def table(found: Found) -> str:
     ]
     for name in dict.fromkeys(point.routing.name for point in found.points):
         mine = [point for point in found.points if point.routing.name == name]
-        rows.append([name, _kept(mine[0]), *(_time(point, point in found.best) for point in mine)])
+        rows.append([name, _kept(mine[0]), *(_time(point, found) for point in mine)])
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = [
         "  ".join(
@@ -94,7 +102,8 @@ def config_text(found: Found, asked: dict[str, str | int], budget: int) -> str:
         kept = "An unknown share" if routing.kept is None else f"{routing.kept:.1%}"
         lines += [f"# {kept} of original routing's votes. That is not accuracy: dmoe eval measures it."]
         lines += [*_assignments(routing.settings), ""]
-    lines += ["# The best found by changing one at a time. None of them changes an answer."]
+    exception = "" if found.knobs.cpu_experts == "off" else ", but for cpu_experts, by rounding"
+    lines += [f"# The best found by changing one at a time. None of them changes an answer{exception}."]
     return "\n".join([*lines, *_assignments(asdict(found.knobs)), ""])
 
 
@@ -103,11 +112,27 @@ def _conclusions(found: Found) -> list[str]:
     return [
         f"{found.source}, with {_options(found.surveyed)}.",
         "* no other is as fast, as small and keeps as many votes.",
+        *(
+            ["c some missing experts are computed on the CPU, for that pays."]
+            if any(map(_shares, found.points))
+            else []
+        ),
         f"fastest   {_told(found.fastest)}",
         f"smallest  {_told(found.smallest)}; within {NEAR:.0%} of the best speed",
         f"chosen    {_told(found.chosen)}",
         f"          with {_options(found.knobs)}: {saved:.1%} less than with the defaults",
+        *_told_of_sharing(found),
     ]
+
+
+def _told_of_sharing(found: Found) -> list[str]:
+    if len(found.sharing) < 2:
+        return []
+    times = ", ".join(
+        f"{mode} {_ms(figures)}" + (f" ({figures.on_cpu:.1f} experts on the CPU)" if figures.on_cpu else "")
+        for mode, figures in found.sharing.items()
+    )
+    return [f"          cpu experts by choice: {times}"]
 
 
 def _told(point: Point) -> str:
@@ -120,7 +145,8 @@ def _told(point: Point) -> str:
 
 def _numbers(point: Point) -> dict[str, Any]:
     routing = {"routing": point.routing.name, "settings": point.routing.settings, "kept": point.routing.kept}
-    return routing | {"budget": point.budget.nbytes, "slots": point.budget.slots} | asdict(point.figures)
+    size = {"budget": point.budget.nbytes, "slots": point.budget.slots, "cpu_experts": point.cpu_experts}
+    return routing | size | asdict(point.figures)
 
 
 def _options(knobs: Knobs) -> str:
@@ -131,8 +157,13 @@ def _kept(point: Point) -> str:
     return "?" if point.routing.kept is None else f"{point.routing.kept:.3f}"
 
 
-def _time(point: Point, best: bool) -> str:
-    return f"{1000 * point.figures.step:.3g}{'*' if best else ' '}"
+def _time(point: Point, found: Found) -> str:
+    shared = "c" if _shares(point) else " " if any(map(_shares, found.points)) else ""
+    return f"{1000 * point.figures.step:.3g}{shared}{'*' if point in found.best else ' '}"
+
+
+def _shares(point: Point) -> bool:
+    return point.cpu_experts != "off"
 
 
 def _ms(figures: Figures) -> str:

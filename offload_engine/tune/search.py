@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from offload_engine.errors import UsageError
+from offload_engine.experts.scheduling.sharing import ShareMode
 from offload_engine.simulate.run import Figures
 from offload_engine.tune.routing import Routing
 from offload_engine.tune.trial import Knobs, Machine
@@ -16,7 +17,7 @@ CHOICES: dict[str, tuple[str | int, ...]] = {
     "prefetch_depth": (2, 1, 4, 0),
     "transfers_in_flight": (2, 1),
 }
-"""What is tried, the engine's default first."""
+"""What is tried, the engine's default first; and of `cpu_experts` what the machine allows (`Machine.sharing`)."""
 WORTH = 0.01
 """Share of the step time that a change has to save: less is noise of the one trace."""
 SHARES = (1.0, 0.8, 0.6, 0.4, 0.25, 0.12)
@@ -42,6 +43,8 @@ class Point:
     routing: Routing
     budget: Budget
     figures: Figures
+    cpu_experts: ShareMode = "off"
+    """How misses are shared with the CPU."""
 
 
 def budgets(fixed: int, slab_bytes: int, slots: int) -> list[Budget]:
@@ -53,8 +56,10 @@ def budgets(fixed: int, slab_bytes: int, slots: int) -> list[Budget]:
     return [Budget(fixed + count * slab_bytes, count) for count in sorted(counts, reverse=True)]
 
 
-def best_knobs(trial: Trial, start: Knobs) -> tuple[Knobs, Figures]:
-    """Change one option at a time for the better, until none of them helps any more (coordinate descent)."""
+def best_knobs(trial: Trial, start: Knobs, sharing: Sequence[ShareMode] = ()) -> tuple[Knobs, Figures]:
+    """Change one option at a time for the better, until none of them helps any more (coordinate descent). `sharing`:
+    what is tried of `cpu_experts`.
+    """
     tried: dict[Knobs, Figures] = {}
 
     def figures_of(knobs: Knobs) -> Figures:
@@ -65,12 +70,17 @@ def best_knobs(trial: Trial, start: Knobs) -> tuple[Knobs, Figures]:
     best, before = start, None
     while best != before:
         before = best
-        for name, choices in CHOICES.items():
+        for name, choices in (*CHOICES.items(), ("cpu_experts", sharing)):
             for choice in choices:
                 other = replace(best, **{name: choice})  # type: ignore[arg-type]
-                if figures_of(other).step < (1 - WORTH) * figures_of(best).step:
+                if pays(figures_of(other), figures_of(best)):
                     best = other
     return best, figures_of(best)
+
+
+def pays(other: Figures, figures: Figures) -> bool:
+    """Whether a change to `other` saves enough to be made."""
+    return other.step < (1 - WORTH) * figures.step
 
 
 def survey(
@@ -80,12 +90,19 @@ def survey(
     knobs: Knobs,
     advance: Callable[[int], None] = lambda _points: None,
 ) -> list[Point]:
-    """Every routing under every budget; `advance` is told how many more points are done."""
+    """Every routing under every budget, misses shared with the CPU where that pays; `advance` is told how many more
+    points are done.
+    """
     points = []
     for routing in routings:
         simulation = machine.run(routing.records)
         for size in sizes:
-            points.append(Point(routing, size, machine.play(simulation, knobs, size.slots)))
+            best: Point | None = None
+            for mode in machine.sharing:
+                figures = machine.play(simulation, replace(knobs, cpu_experts=mode), size.slots)
+                if best is None or pays(figures, best.figures):
+                    best = Point(routing, size, figures, mode)
+            points += [] if best is None else [best]
             advance(1)
     return points
 

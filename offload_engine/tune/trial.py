@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from offload_engine.experts.scheduling.sharing import ShareMode
 from offload_engine.simulate.forwards import forwards, sized
 from offload_engine.simulate.run import Figures, Setting, Simulation
 from offload_engine.simulate.timing import Timing
@@ -17,12 +18,15 @@ WARM_UP = 3
 
 @dataclass(frozen=True, slots=True)
 class Knobs:
-    """Options that change how experts move, and never an answer; fields of `EngineConfig`, by the same names."""
+    """Options that change how experts move, and never an answer, but for `cpu_experts`, by rounding; fields of
+    `EngineConfig`, by the same names.
+    """
 
     eviction: str = "next-use"
     predictor: str = "combined"
     prefetch_depth: int = 2
     transfers_in_flight: int = 2
+    cpu_experts: ShareMode = "off"
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +39,8 @@ class Machine:
     block_length: int
     host_slots: int | None
     """Of the host tier beside a GPU; None: there is none, or it holds every expert."""
+    sharing: Sequence[ShareMode] = ("off",)
+    """Ways to share misses with the CPU that may be chosen, the first unless another pays."""
 
     def run(self, records: Sequence[TraceRecord]) -> Simulation:
         """A simulation of `records`, which may be played in any number of settings."""
@@ -57,5 +63,6 @@ class Machine:
                 predictor=knobs.predictor,
                 depth=knobs.prefetch_depth,
                 in_flight=knobs.transfers_in_flight,
+                cpu_experts=knobs.cpu_experts,
             )
         )

@@ -131,3 +131,12 @@ def test_models_that_cannot_be_planned(tmp_path, monkeypatch):
         done = dmoe_command("plan", "--model", model, "--gpu-mem", "8GB")
         assert str(model) in complaint(done)
         assert done.exit_code == 3
+
+
+def test_what_sharing_with_the_cpu_takes_is_planned():
+    asked = ["--model", MINI, "--gpu-mem", "8GB", "--device", "cuda", "--host-mem", "20GB"]
+    off, auto = planned(*asked)["plan"], planned(*asked, "--cpu-experts", "auto")["plan"]
+    assert auto["staging"] > off["staging"]
+    assert auto["host_staging"] >= off["host_staging"] + off["slab_bytes"]
+    none = ["--model", MINI, "--gpu-mem", "8GB", "--device", "cuda", "--host-mem", "none", "--cpu-experts"]
+    assert planned(*none, "auto") == planned(*none, "off"), "there is nothing to compute from"

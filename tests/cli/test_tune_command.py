@@ -57,6 +57,25 @@ def test_a_recorded_trace_for_a_card_that_is_not_here(tmp_path, traces):
     assert (config["routing"], config["top_p"], config["hold_steps"]) == ("dmoe", 0.6, 1)
 
 
+def test_misses_are_shared_with_the_cpu_where_that_pays(tmp_path, traces):
+    asked = [traces["original"], *MINI, "--gpu", "rtx4060", "--gpu-mem", "6GB", "--max-context", "2048", *ONE_P]
+    found, config = tuned(tmp_path / "t.toml", *asked, "--host-mem", "33GB")
+    chosen = found["chosen"]
+    assert (config["cpu_experts"], chosen["cpu_experts"], chosen["knobs"]["cpu_experts"]) == ("auto", "auto", "auto")
+    times = {mode: figures["step"] for mode, figures in chosen["by_cpu_experts"].items()}
+    assert times["auto"] == chosen["step"] < 0.8 * times["off"]
+    assert {point["cpu_experts"] for point in found["points"]} <= {"off", "auto"}
+    assert all((point["on_cpu"] > 0) == (point["cpu_experts"] == "auto") for point in found["points"])
+
+    off, config = tuned(tmp_path / "t.toml", *asked, "--host-mem", "33GB", "--cpu-experts", "off")
+    assert config["cpu_experts"] == "off", "somebody has said so"
+    assert off["chosen"]["step"] == pytest.approx(times["off"], rel=0.01)
+    for elsewhere in (["--host-mem", "none"], ["--gpu", "cpu-disk", "--gpu-mem", "8GB"]):
+        found, config = tuned(tmp_path / "t.toml", *asked, *elsewhere)
+        assert config["cpu_experts"] == "off"
+        assert list(found["chosen"]["by_cpu_experts"]) == ["off"]
+
+
 def test_the_memory_of_a_card_is_its_budget_where_none_is_given(tmp_path, traces):
     found, config = tuned(tmp_path / "t.toml", traces["dmoe"], *MINI, "--gpu", "rtx3060")
     largest = max(point["budget"] for point in found["points"])

@@ -9,17 +9,19 @@ import pytest
 import torch
 
 from offload_engine.bench import bandwidth
-from offload_engine.bench.bandwidth import DeviceRates, measure_device
+from offload_engine.bench.bandwidth import DeviceRates, HostRates, measure_device, measure_host_experts
 from offload_engine.bench.spec import Bandwidth
 from offload_engine.config import EngineConfig
 from offload_engine.doctor import profile as module
 from offload_engine.doctor.profile import measure_profile, profile_of, profile_of_card, write_profile
 from offload_engine.errors import OffloadError
+from offload_engine.experts import calibration
 from offload_engine.simulate.profile import UNITS, Profile, load_profile
 
 GB = 10**9
 DISK = Bandwidth(slab_bytes=6_300_000, disk={1: 1.111e9, 2: 2.2222e9, 4: 2.1e9}, direct=True, dram=3e10, gemm=4e11)
 RATES = DeviceRates(memory=2.5e11, gemm=2e13, pinned=1.3e10, pageable=6e9)
+HOST = HostRates(reading=3.456e10, computing=4e11)
 
 
 def measured(profile: Profile) -> set[str]:
@@ -38,13 +40,17 @@ def test_a_machine_without_a_gpu(tmp_path: Path) -> None:
 
 
 def test_a_machine_with_a_gpu(tmp_path: Path) -> None:
-    profile = profile_of_card(DISK, RATES, "RTX 4060", 8 * GB, 32 * GB)
+    profile = profile_of_card(DISK, RATES, HOST, "RTX 4060", 8 * GB, 32 * GB)
     assert (profile.device, profile.memory.value) == ("cuda", 8 * GB)
     assert profile.link_bandwidth is not None
     assert profile.link_bandwidth.value == 1.3e10
     assert profile.host_memory is not None
     assert profile.host_memory.value == 32 * GB
     assert {"link_bandwidth", "pageable_bandwidth", "compute", "memory_bandwidth"} <= measured(profile)
+    assert {"host_bandwidth", "host_compute"} <= measured(profile)
+    assert profile.shares
+    assert profile.host_bandwidth is not None
+    assert profile.host_bandwidth.value == 3.46e10
     assert not {"launch", "link_latency", "layer"} & measured(profile)
     write_profile(tmp_path / "here.toml", profile)
     assert load_profile(str(tmp_path / "here.toml")) == profile
@@ -69,6 +75,14 @@ def test_a_device_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     assert all(rate > 0 for rate in measure_device(torch.device("cpu")))
 
 
+def test_experts_on_the_cpu_are_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the built-in model: 15,360 bytes, and twice as many operations per token as weights."""
+    assert all(0 < rate < 1e14 for rate in measure_host_experts(EngineConfig()))
+    seconds = {1: 2e-6, 32: 33e-6}
+    monkeypatch.setattr(calibration, "_cpu_seconds", lambda _weights, tokens, _dtype, _clock: seconds[tokens])
+    assert measure_host_experts(EngineConfig()) == pytest.approx((15360 / 2e-6, 15360 / 1e-6))
+
+
 @pytest.mark.parametrize(
     ("wanted", "there", "found"),
     [("auto", True, "cuda"), ("cuda:1", True, "cuda"), ("cpu", True, "cpu"), ("auto", False, "cpu")],
@@ -82,5 +96,6 @@ def test_the_gpu_is_measured_where_torch_can_use_one(
     card = SimpleNamespace(name="RTX 4060", total_memory=8 * GB)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _device: card)
     monkeypatch.setattr(module, "measure_device", lambda device: asked.append(device) or RATES)
+    monkeypatch.setattr(module, "measure_host_experts", lambda _config: HOST)
     assert measure_profile(EngineConfig(device=wanted)).device == found
     assert asked == ([torch.device(wanted if ":" in wanted else "cuda:0")] if found == "cuda" else [])

@@ -234,3 +234,13 @@ def test_a_card_without_room_is_a_budget_error(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _device: (1000, 8000))
     with pytest.raises(MemoryBudgetError, match=r"cuda:0 refused 4096 bytes for expert slots, 1000 being free"):
         driver.allocate(4096)
+
+
+def test_memory_goes_back_whoever_holds_a_view_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = Torch(monkeypatch, FakeRuntime())
+    driver, memory = CudaDriver(CUDA), torch.empty(3 * 4096, dtype=torch.uint8)
+    held, emptied = memory[4096:], []
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: emptied.append(held.untyped_storage().nbytes()))
+    driver.free(memory)
+    assert emptied == [0], "nothing of it is left by then"
+    assert seen.entered == [CUDA, None]

@@ -214,6 +214,28 @@ def test_layers_equal_the_oracle(checkpoint: Path, slots: int, eviction: str, cu
         experts.close()
 
 
+def test_layers_equal_themselves_at_every_size(checkpoint: Path, cuda: torch.device, kernels: str) -> None:
+    """And memory that is given up is the system's at once."""
+    layers = Layers(checkpoint, cuda)
+    resized, all_here = layers.offloaded(40, "lru"), layers.offloaded(96, "lru")
+    slab = resized.arena.slab_bytes
+    with torch.inference_mode():
+        for step, layer, hidden, decision in layers.steps(6):
+            if layer == 1:
+                slots = (7, 60, 96, 2, 41, 40)[step]
+                reserved, before = torch.cuda.memory_reserved(cuda), resized.arena.slots
+                resized.resize(slots, max(slots, before) * slab if step % 2 else None)
+                if slots < before:
+                    assert reserved - torch.cuda.memory_reserved(cuda) >= (before - slots) * slab - 2**22
+                for experts in (resized, all_here):
+                    experts.begin(ForwardInfo(Phase.DENOISE, 0, step))
+            found = [experts.run(layer, hidden, decision) for experts in (resized, all_here)]
+            assert torch.equal(*found)
+    for experts in (resized, all_here):
+        experts.idle()
+        experts.close()
+
+
 def test_layers_whose_misses_the_cpu_shares_agree_with_the_oracle(
     checkpoint: Path, cuda: torch.device, kernels: str
 ) -> None:

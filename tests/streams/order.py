@@ -30,6 +30,7 @@ class Fault(StrEnum):
     LEAK = "an event was not closed"
     CLOSED = "an event was closed while what it marks had not run"
     FREED = "host memory was unpinned while a copy was under way"
+    GIVEN_BACK = "slots were given back, but not after their last reader"
     STUCK = "the host waits for what can never run"
     LOST = "work was enqueued and never waited for"
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -93,7 +93,9 @@ class Misdeed(NamedTuple):
     plant: Callable[[DeviceExperts], None]
     left_out: str
     fault: Fault | None
-    """What it shows; None: the books disagree, and the run ends with an error that says so."""
+    """What it shows; None: see the table that it stands in."""
+    error: bool = False
+    """Whether it is, in a table of outputs that are not those of the oracle, an error as of `MISDEEDS`."""
 
 
 MISDEEDS = {
@@ -118,7 +120,7 @@ MISDEEDS = {
     "an entry is not cleared before its slot is overwritten": Misdeed(entry_is_not_cleared, "`SlotTable.clear`", None),
     "a row of the slot table is not sent": Misdeed(stale_row_is_not_sent, "`Exchange.send`", None),
 }
-"""By what is wrong then."""
+"""By what is wrong then. Without a fault the books disagree, and the run ends with an error that says so."""
 
 
 def activations_are_not_waited_for(experts: DeviceExperts) -> None:
@@ -182,6 +184,54 @@ SHARING = {
     "results are not copied up": Misdeed(results_are_not_copied_up, "`copy(compute)`", Fault.READ_EMPTY),
 }
 """The same of experts that the CPU computes. Without a fault, the outputs are not those of the oracle."""
+
+
+def resize_does_not_wait(experts: DeviceExperts) -> None:
+    experts.copies.settle = lambda: None  # type: ignore[method-assign]
+
+
+def what_stays_is_not_copied(experts: DeviceExperts) -> None:
+    """It is said to have been."""
+    experts.copies.carry = lambda slots, targets: experts.copies.driver.launch(  # type: ignore[method-assign]
+        Stream.COMPUTE, lambda: None, [experts.memory.slab(slot) for slot in slots], targets
+    )
+
+
+def what_stays_is_copied_too_early(experts: DeviceExperts) -> None:
+    transfers = experts.copies
+    carry, wait = transfers.carry, transfers._wait_for_copies
+
+    def early(slots: Sequence[int], targets: Sequence[Tensor]) -> None:
+        transfers._wait_for_copies = lambda _slots: None  # type: ignore[method-assign]
+        carry(slots, targets)
+        transfers._wait_for_copies = wait  # type: ignore[method-assign]
+
+    transfers.carry = early  # type: ignore[method-assign]
+
+
+def table_does_not_follow(experts: DeviceExperts) -> None:
+    """It has everything where it was."""
+    table, rename = experts.table, experts.table.rename
+
+    def stay(slots: int, _moves: Mapping[int, int]) -> None:
+        rename(slots, {slot: slot for slot in range(min(slots, table._slots))})
+
+    table.rename = stay  # type: ignore[method-assign]
+
+
+RESIZING = {
+    "slots are given back before their last reader": Misdeed(
+        resize_does_not_wait, "`CudaTransfers.settle`", Fault.GIVEN_BACK
+    ),
+    "experts that stay are copied before they are there": Misdeed(
+        what_stays_is_copied_too_early, "`event.before(compute)`", Fault.READ_UNORDERED
+    ),
+    "experts that stay are not copied": Misdeed(what_stays_is_not_copied, "`CudaTransfers.carry`", None),
+    "the slot table doesn't follow experts that move": Misdeed(
+        table_does_not_follow, "`SlotTable.rename`", None, error=True
+    ),
+}
+"""The same of another number of slots. Without a fault, the outputs are not those of the oracle."""
 
 
 class FaultyEvent(SimulatedEvent):

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from offload_engine.core import ExpertKey
+from offload_engine.errors import MemoryBudgetError
 from offload_engine.experts.storage.store import ExpertStore
 from offload_engine.experts.transfer.base import Stream
 from offload_engine.experts.transfer.driver import Event
@@ -104,6 +105,10 @@ class SimulatedDevice:
         self.executed = 0
         self.most_copies = 0
         """Copies enqueued on the copy stream and not executed at once."""
+        self.size = 2**40
+        """Bytes of device memory."""
+        self.allocated = self.most_allocated = 0
+        """Bytes of it in use, now and at most so far."""
         self.takes = 0.0, 0.0
         """Seconds of a copy and of a launch; the order in which they are executed is another matter."""
         self.now = 0.0
@@ -129,7 +134,23 @@ class SimulatedDevice:
     def allocate(self, nbytes: int) -> Tensor:
         memory = torch.full((nbytes + PAGE,), 0xFF, dtype=torch.uint8)  # NaN, whatever it is read as
         start = -memory.data_ptr() % PAGE  # where a slab lies decides how products with it are rounded
+        with self.lock:
+            if self.allocated + nbytes > self.size:
+                raise MemoryBudgetError(f"the simulated device refused {nbytes} bytes, {self.allocated} being in use")
+            self.allocated += nbytes
+            self.most_allocated = max(self.most_allocated, self.allocated)
         return memory[start : start + nbytes]
+
+    def free(self, memory: Tensor) -> None:
+        """Whoever still reads it finds NaN."""
+        begin, end = memory.data_ptr(), memory.data_ptr() + memory.numel()
+        with self.lock:
+            moment = self._host_moment()
+            for address in [one for one in self._memory if begin <= one < end]:
+                if self._memory.pop(address).write(moment) is not None:
+                    self.report(Fault.GIVEN_BACK)
+            self.allocated -= memory.numel()
+            memory.fill_(0xFF)
 
     def pin(self, memory: Tensor) -> str | None:
         assert memory.numel() % PAGE == memory.data_ptr() % PAGE == 0

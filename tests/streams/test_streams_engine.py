@@ -25,7 +25,7 @@ from offload_engine.kernels.cuda import CudaLibrary
 from tests.experts.test_executor import KINDS, Model
 from tests.kernels.cuda_emulation import emulate
 from tests.streams.engines import EmulatedOutputs, on_device
-from tests.streams.planted import MISDEEDS, PLANTED, SHARING, FaultyDevice
+from tests.streams.planted import MISDEEDS, PLANTED, RESIZING, SHARING, FaultyDevice
 from tests.streams.simulator import SimulatedDevice, StreamError
 
 ORDERS = st.lists(st.integers(0, 7), min_size=1, max_size=24)
@@ -294,11 +294,12 @@ def test_the_documents_table_names_every_planted_defect_and_what_it_shows() -> N
         if line.startswith("|")
     ]
     table = {row[0]: row[-1] for row in rows[2:]}
-    assert list(table) == [*PLANTED, *MISDEEDS, *SHARING]
+    assert list(table) == [*PLANTED, *MISDEEDS, *SHARING, *RESIZING]
     for name, misdeed in MISDEEDS.items():
         assert table[name] == (misdeed.fault or "an error: table and books disagree")
-    for name, misdeed in SHARING.items():
-        assert table[name] == (misdeed.fault or "the outputs are not those of the oracle")
+    for name, misdeed in (SHARING | RESIZING).items():
+        shown = "an error: table and books disagree" if misdeed.error else "the outputs are not those of the oracle"
+        assert table[name] == (misdeed.fault or shown)
     for name, planted in PLANTED.items():
         shown = "; ".join(planted.faults) or "the outputs are not those of the oracle"
         assert table[name] == shown

@@ -116,6 +116,29 @@ def test_the_cpu_takes_its_share_of_what_is_in_host_memory(model: Model, share: 
     device.check()
 
 
+@pytest.mark.parametrize("emulated", [False, True])
+def test_the_share_follows_a_link_that_gets_slower_and_faster(model: Model, emulated: bool) -> None:
+    device = SimulatedDevice()
+    experts = filled(device, model, 8, 100, "auto", predictor="none", emulated=emulated)
+    experts.copies.times.wanted = True
+    experts.cpu.rates.learn = lambda *_arguments: None  # the CPU stays as it is
+    shares, ids = {}, torch.arange(12)
+    expected = model.hidden(model.resident, "original", ids)
+    for copy in (1.0, 4.0, 0.25):
+        device.takes = copy, 0.0
+        for _ in range(4):
+            assert torch.equal(model.hidden(experts, "original", ids), expected)
+        before = experts.stats.snapshot()
+        assert torch.equal(model.hidden(experts, "original", ids), expected)
+        shares[copy] = experts.stats.since(before).cpu_share
+        assert experts.stats.copy_seconds == copy
+        assert experts.stats.cpu_expert_seconds == BALANCED.expert
+    assert shares[0.25] < shares[1.0] < shares[4.0]
+    experts.idle()
+    experts.close()
+    device.check()
+
+
 def test_what_is_only_on_disk_is_never_computed_by_the_cpu(model: Model) -> None:
     device = SimulatedDevice()
     experts = on_device(device, model.store, 8, host_slots=2, share=1.0, dtype=model.dtype, predictor="none")

@@ -46,7 +46,8 @@ class SimulatedGpu:
     def free(self) -> int:
         return self.size
 
-    def reset_peak(self) -> None: ...
+    def reset_peak(self) -> None:
+        self.driver.most_allocated = self.driver.allocated
 
     def peak(self) -> int:
         return 12345
@@ -64,8 +65,8 @@ def on_cpu() -> dict[str, list[int]]:
 
 def on_gpu(monkeypatch: pytest.MonkeyPatch, device: SimulatedDevice, **options: Any) -> Engine:
     size, emulated = options.pop("size", SimulatedGpu.size), options.pop("emulated", False)
-    opened = assembly.open_store
-    monkeypatch.setattr(assembly, "find_gpu", lambda _config: SimulatedGpu(device, size=size))
+    opened, gpu = assembly.open_store, options.pop("gpu", None) or SimulatedGpu(device, size=size)
+    monkeypatch.setattr(assembly, "find_gpu", lambda _config: gpu)
     monkeypatch.setattr(assembly, "open_store", lambda *given, **named: WatchedStore(opened(*given, **named), device))
     monkeypatch.setattr(placement, "HostExperts", WatchedHostExperts)
     monkeypatch.setattr(executor, "Exchange", lambda _driver: WatchedExchange(device))
@@ -146,6 +147,92 @@ def test_without_a_host_tier_the_cpu_computes_nothing_and_a_notice_says_so(monke
 def test_without_a_gpu_the_option_is_ignored_and_a_notice_says_so() -> None:
     with Engine.from_pretrained(gpu_mem="2GB", device="cpu", cpu_experts="auto") as engine:
         assert "cpu_experts is ignored: without a GPU the CPU computes every expert anyway" in engine.notices
+
+
+@settings(max_examples=8)
+@given(
+    order=st.lists(st.integers(0, 7), min_size=1, max_size=24),
+    host_mem=st.sampled_from(["none", "auto", 12_000_000]),
+    routing=st.sampled_from(["original", "dmoe"]),
+    emulated=st.booleans(),
+    cpu_experts=st.sampled_from(["off", 0.5]),
+    slots=st.lists(st.integers(2, 400), min_size=1, max_size=3),
+)
+def test_answers_are_those_of_the_cpu_before_and_after_a_resize(
+    on_cpu: dict[str, list[int]],
+    order: list[int],
+    host_mem: str | int,
+    routing: str,
+    emulated: bool,
+    cpu_experts: str | float,
+    slots: list[int],
+) -> None:
+    device = SimulatedDevice(order)
+    options = {"host_mem": host_mem, "routing": routing, "emulated": emulated, "cpu_experts": cpu_experts}
+    with pytest.MonkeyPatch.context() as patch, on_gpu(patch, device, **options) as engine:
+        first = engine.plan
+        assert engine.generate(PROMPT, PARAMS).token_ids == on_cpu[routing]
+        for number in slots:
+            plan = engine.resize(expert_mem=number * first.slab_bytes)
+            assert plan.slots == min(number, plan.all_experts) == sum(engine.occupancy()[:3])
+            assert (plan.fixed, plan.context, plan.host_slots) == (first.fixed, first.context, first.host_slots)
+            assert engine.stats.planned_peak_bytes == plan.total
+            assert device.most_allocated == device.allocated, "the peak is that of the new plan"
+            assert engine.generate(PROMPT, PARAMS).token_ids == on_cpu[routing]
+    device.check()
+
+
+def test_a_resize_takes_no_more_than_the_larger_budget(
+    monkeypatch: pytest.MonkeyPatch, on_cpu: dict[str, list[int]]
+) -> None:
+    device = SimulatedDevice([1, 0, 2])
+    with on_gpu(monkeypatch, device, routing="original", expert_mem="none", host_mem="auto") as engine:
+        slab, fixed, whole = engine.plan.slab_bytes, engine.plan.fixed, engine.plan.all_experts
+        beside = device.allocated - whole * slab
+        monkeypatch.setattr(SimulatedGpu, "reset_peak", lambda _gpu: None)
+        for slots, budget in ((whole // 2, fixed + whole * slab // 2), (whole, fixed + whole * slab), (9, None)):
+            before, room = engine.plan.slots, max(engine.plan.budget, budget or 0) - fixed
+            device.most_allocated = device.allocated
+            plan = engine.resize(gpu_mem=budget, expert_mem=None if budget else slots * slab)
+            assert plan.slots == slots
+            both = (before + slots) * slab
+            assert device.most_allocated == beside + (both if both <= room else max(before, slots) * slab)
+            assert engine.generate(PROMPT, PARAMS).token_ids == on_cpu["original"]
+    device.check()
+
+
+def test_a_resize_that_is_refused_changes_nothing_on_a_gpu(
+    monkeypatch: pytest.MonkeyPatch, on_cpu: dict[str, list[int]]
+) -> None:
+    device = SimulatedDevice([1, 0, 2])
+    with on_gpu(monkeypatch, device, routing="original") as engine:
+        plan, config, slab = engine.plan, engine.config, engine.plan.slab_bytes
+        for options in ({"gpu_mem": "5MB"}, {"expert_mem": slab}):
+            with pytest.raises(MemoryBudgetError, match=r"smallest budget|2 expert slots take"):
+                engine.resize(**options)  # type: ignore[arg-type]
+        device.size = device.allocated
+        with pytest.raises(MemoryBudgetError, match="refused"):
+            engine.resize(expert_mem=2 * plan.expert_slots)
+        assert engine.plan is plan
+        assert engine.config is config
+        assert sum(engine.occupancy()[:3]) == plan.slots
+        assert engine.generate(PROMPT, PARAMS).token_ids == on_cpu["original"]
+        monkeypatch.setattr(planning, "available_memory", lambda: 10**6)
+        assert engine.resize(expert_mem=plan.expert_slots // 2).slots == plan.slots // 2, "RAM is not asked for anew"
+    device.check()
+
+
+def test_recordings_outlive_a_resize(monkeypatch: pytest.MonkeyPatch) -> None:
+    device, params = SimulatedDevice([2, 0, 1]), SamplingParams(max_new_tokens=32, threshold=0.9999)
+    gpu = SimulatedGpu(device)
+    with on_gpu(monkeypatch, device, routing="original", gpu=gpu) as engine:
+        wanted = engine.generate(PROMPT, params).token_ids
+        replays = gpu.graphs.replays
+        assert replays > 0
+        engine.resize(expert_mem="1MB")
+        assert engine.generate(PROMPT, params).token_ids == wanted
+        assert gpu.graphs.replays > replays
+    device.check()
 
 
 def test_attention_is_replayed_unless_nobody_wants_it(

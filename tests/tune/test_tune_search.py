@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from offload_engine.cli.simulate import shape_of
 from offload_engine.config import EngineConfig, load_config
 from offload_engine.errors import UsageError
-from offload_engine.simulate.profile import load_profile
+from offload_engine.experts.scheduling.sharing import ShareMode
+from offload_engine.simulate.profile import Figure, load_profile
 from offload_engine.simulate.run import Figures
 from offload_engine.simulate.timing import Timing
 from offload_engine.trace import TraceRecord, read_trace
@@ -106,6 +107,39 @@ def test_what_is_tried_can_be_configured_and_begins_with_the_default() -> None:
             EngineConfig(**{name: choice})
 
 
+def test_sharing_with_the_cpu_is_tried_where_the_machine_allows_it() -> None:
+    def trial(knobs: Knobs) -> Figures:
+        return figures(1.0 if knobs.cpu_experts == "auto" else 2.0)
+
+    assert best_knobs(trial, Knobs())[0] == Knobs()
+    assert best_knobs(trial, Knobs(), ("off", "auto"))[0] == Knobs(cpu_experts="auto")
+    assert best_knobs(lambda _knobs: figures(1.0), Knobs(), ("off", "auto"))[0] == Knobs(), "only where it pays"
+
+
+def test_points_share_where_that_pays_and_nowhere_else() -> None:
+    _, read = read_trace(TRACE.with_name("llada2-mini-original.jsonl.gz"))
+    records = tuple(read)[: 19 * 6]
+    card = load_profile("rtx4060")
+    slow = Figure(value=1e8, unit="B/s", source="a test")
+    weak = card.model_copy(update={"host_bandwidth": slow, "host_compute": slow.model_copy(update={"unit": "FLOP/s"})})
+    shape, sizes = shape_of(mini(), EXPERT_BYTES), [Budget(1, 800)]
+    machine = Machine(Timing(shape, card), range(1, 20), 32, None, ("off", "auto"))
+    (part,) = search.survey([Routing("original", records, 1.0)], sizes, machine, Knobs())
+    assert part.cpu_experts == "auto"
+    assert part.figures.on_cpu > 10
+    beside = replace(machine, timing=Timing(shape, weak))
+    (copied,) = search.survey([Routing("original", records, 1.0)], sizes, beside, Knobs())
+    assert (copied.cpu_experts, copied.figures.on_cpu) == ("off", 0.0)
+    alone = replace(machine, sharing=("off",))
+    (without,) = search.survey([Routing("original", records, 1.0)], sizes, alone, Knobs())
+    assert without.figures == copied.figures
+    assert part.figures.step < 0.7 * without.figures.step
+    text = table(found([part], {"off": without.figures, "auto": part.figures}))
+    assert "c some missing experts are computed on the CPU, for that pays." in text
+    assert f"{1000 * part.figures.step:.3g}c" in text
+    assert f"auto {1000 * part.figures.step:.3g} ms ({part.figures.on_cpu:.1f} experts on the CPU)" in text
+
+
 def test_budgets_begin_with_the_whole_one() -> None:
     sizes = budgets(fixed=1000, slab_bytes=10, slots=100)
     assert sizes[0] == Budget(2000, 100)
@@ -153,7 +187,7 @@ def test_routing_is_left_as_recorded_unless_less_may_be_kept() -> None:
         acceptable(points[2:], 0.9, points[0].routing)
 
 
-def found(points: list[Point]) -> Found:
+def found(points: list[Point], sharing: dict[ShareMode, Figures] | None = None) -> Found:
     return Found(
         source='3 steps of a "model"',
         points=points,
@@ -164,6 +198,7 @@ def found(points: list[Point]) -> Found:
         chosen=points[0],
         knobs=Knobs(eviction="lru"),
         default=figures(4.0),
+        sharing=sharing or {"off": figures(3.0)},
         context=4096,
     )
 
@@ -195,11 +230,16 @@ def test_the_config_is_taken_and_says_what_was_found(tmp_path: Path) -> None:
         "predictor": "combined",
         "prefetch_depth": 2,
         "transfers_in_flight": 2,
+        "cpu_experts": "off",
     }
     assert "simulated" in text
     assert "dmoe in 2000 bytes" in text
     assert "70.0% of original routing's votes" in text
     assert "An unknown share" in config_text(found([point(1.0, 5, None)]), {}, 9)
+    assert "None of them changes an answer.\n" in text
+    shared = config_text(replace(found(points), knobs=Knobs(cpu_experts="auto")), {}, 9)
+    assert "None of them changes an answer, but for cpu_experts, by rounding.\n" in shared
+    assert 'cpu_experts = "auto"\n' in shared
 
 
 def test_a_picture(tmp_path: Path) -> None:

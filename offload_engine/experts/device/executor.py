@@ -9,12 +9,13 @@ import torch
 from torch import Tensor
 
 from offload_engine.core import ForwardInfo, Phase, RoutingDecision
-from offload_engine.experts.arena import Slots
+from offload_engine.experts.arena import DeviceArena
 from offload_engine.experts.cpu_experts import NO_ERRAND, Errand, HostExperts
 from offload_engine.experts.device.accounts import Account, Accounts, Told
 from offload_engine.experts.device.exchange import Exchange
 from offload_engine.experts.device.previews import Previews
 from offload_engine.experts.device.record import Missing, Record
+from offload_engine.experts.device.resizing import change_slots
 from offload_engine.experts.device.table import ABSENT, Row, SlotTable
 from offload_engine.experts.executor import OffloadedExperts
 from offload_engine.experts.grouped import SlotExperts, SlotOutputs
@@ -70,7 +71,7 @@ class DeviceExperts(OffloadedExperts):
     def __init__(
         self,
         store: ExpertStore,
-        arena: Slots,
+        arena: DeviceArena,
         transfers: CudaTransfers,
         scheduler: ExpertScheduler,
         predictor: ExpertPredictor,
@@ -84,6 +85,8 @@ class DeviceExperts(OffloadedExperts):
         self.accounts = Accounts([Exchange(transfers.driver) for _ in range(PLACES)])
         previewing = [Exchange(transfers.driver) for _ in range(PREVIEWED)]
         self.previews = Previews(previewing, self.slots.counts, transfers.driver.device)
+        self.memory = arena
+        self.copies = transfers
         self._landed = transfers.landed
         self._finished = torch.zeros(1, dtype=torch.int32, device=transfers.driver.device)
         self._offered: Account | None = None
@@ -160,6 +163,22 @@ class DeviceExperts(OffloadedExperts):
         if not self._half_done:
             self._catch_up(wait=True)
         super().idle(timeout)
+
+    def resize(self, slots: int, room: int | None = None) -> None:
+        """See `OffloadedExperts`. Where slots before and after don't fit in `room` together, or the device hasn't the
+        memory for both, experts that stay come again from where they came, in the background.
+
+        Raises `MemoryBudgetError` where the device refuses the memory; there are as many slots as before then.
+        """
+        self._quieten()
+        with self._changed:
+            self.slots.close()  # it looks at the memory anew when it is next asked
+            self._half_done = True
+            changed = change_slots(slots, room, self.memory, self.copies, self.scheduler, self.table)
+            self._half_done = False
+            self._carry_out(self.scheduler.warm(changed.displaced))
+        if changed.refusal is not None:
+            raise changed.refusal
 
     def close(self) -> None:
         """See `OffloadedExperts`."""
@@ -258,6 +277,8 @@ class DeviceExperts(OffloadedExperts):
         cpu, scheduler = self._shares(), self.scheduler
         if cpu is None:
             return NO_ERRAND
+        cpu.rates.observe(*self.copies.timed())
+        self.stats.copy_seconds, self.stats.cpu_expert_seconds = cpu.rates.now.copy, cpu.rates.now.expert
         return cpu.take(layer, scheduler.absent(layer, experts), hidden, decision, scheduler.copies_ahead)
 
     def _outputs(self, layer: int, hidden: Tensor, decision: RoutingDecision) -> LayerOutputs:

@@ -45,6 +45,17 @@ class SlotTable:
         self._holders: list[ExpertKey | None] = [None] * self._slots
         self._stale = set(self._experts)
 
+    def rename(self, slots: int, moves: Mapping[int, int]) -> None:
+        """There are `slots` slots now, and what was in a slot is in the one that `moves` names for it, if anywhere.
+        Every copy has landed.
+        """
+        held = {target: key for slot, target in moves.items() if (key := self._holders[slot]) is not None}
+        self._slots = slots
+        self.reset()
+        for slot, key in held.items():
+            self._holders[slot] = key
+            self._rows[key.layer][key.expert] = slot
+
     def fill(self, key: ExpertKey, slot: int) -> None:
         """The copy of `key` into `slot` is enqueued."""
         self._holders[slot] = key

@@ -1,9 +1,10 @@
-"""What a CPU expert and a copy take on this machine: measured once, then corrected by what the run itself takes."""
+"""What CPU experts, copies and reads take on this machine: measured once, then corrected by what the run takes."""
 
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 
 from offload_engine.experts.scheduling.sharing import Rates
@@ -19,9 +20,45 @@ OWN_PART = 1e-4
 """Of these, the part that the engine's own thread spends, so that everything else waits for it."""
 
 
+WINDOW = 16
+"""The last copies, or reads, whose median counts."""
+FEWEST = 4
+"""Of these, before which what was measured at the start counts."""
+STALE_LAYERS = 64
+"""Layers that the CPU had a share in, and nobody a copy for, after which copies are taken to be again what they were at
+the start; else a link that was slow once would never be tried again."""
+STALE_COPIES = 1024
+"""The same of CPU experts, by copies."""
+
+
+class Observed:
+    """What something takes by the median of the last times that it was done: one that was held up doesn't count, and
+    half of them say that it has become slower or faster.
+    """
+
+    def __init__(self, measured: float) -> None:
+        self._measured = measured
+        self._last: deque[float] = deque(maxlen=WINDOW)
+
+    @property
+    def seconds(self) -> float:
+        """As far as is known now."""
+        return statistics.median(self._last) if len(self._last) >= FEWEST else self._measured
+
+    def see(self, seconds: Iterable[float]) -> None:
+        """It took so long. Nothing is learned of what was never measured."""
+        if self._measured > 0:
+            least, most = FASTEST * self._measured, SLOWEST * self._measured
+            self._last.extend(min(max(one, least), most) for one in seconds)
+
+    def forget(self) -> None:
+        """Begin anew with what was measured."""
+        self._last.clear()
+
+
 class LearnedRates:
-    """`Rates` whose CPU part follows the run: caches, other programs and clocks make an expert slower than it was when
-    it was measured alone. The link's stays as measured, for the host is not told when a copy has run.
+    """`Rates` that follow the run: caches, other programs and clocks make an expert on the CPU slower than it was when
+    it was measured alone, and other traffic makes the link or the disk so. Calls must be serialised.
     """
 
     def __init__(self, measured: Rates) -> None:
@@ -30,6 +67,9 @@ class LearnedRates:
         """Seconds that CPU experts lately took, over those measured."""
         self.errand_pace = 1.0
         """The same of `Rates.trip`."""
+        self._copy, self._read = Observed(measured.copy), Observed(measured.read)
+        self._layers = self._copies = 0
+        """Layers since the last copy, and copies since the last layer."""
         self._rates = measured
 
     @property
@@ -44,8 +84,32 @@ class LearnedRates:
         measured = self.measured
         self.pace = _moved(self.pace, seconds, experts * measured.expert + tokens * measured.token)
         self.errand_pace = _moved(self.errand_pace, beside, measured.trip)
+        self._copies, self._layers = 0, self._layers + 1
+        if self._layers >= STALE_LAYERS:
+            self._layers = 0
+            self._copy.forget()
+            self._read.forget()
+        self._update()
+
+    def observe(self, copies: Sequence[float], reads: Sequence[float]) -> None:
+        """Copies and reads of one expert each took so many seconds, oldest first."""
+        if not copies and not reads:
+            return
+        self._copy.see(copies)
+        self._read.see(reads)
+        if copies:
+            self._layers, self._copies = 0, self._copies + len(copies)
+        if self._copies >= STALE_COPIES:
+            self._copies, self.pace, self.errand_pace = 0, 1.0, 1.0
+        self._update()
+
+    def _update(self) -> None:
+        measured, copy = self.measured, self._copy.seconds
         self._rates = replace(
             measured,
+            copy=copy,
+            row=measured.row * copy / measured.copy if measured.copy > 0 else measured.row,
+            read=self._read.seconds,
             expert=measured.expert * self.pace,
             token=measured.token * self.pace,
             trip=measured.trip * self.errand_pace,

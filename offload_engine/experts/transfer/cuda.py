@@ -18,6 +18,8 @@ import threading
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 
+from torch import Tensor
+
 from offload_engine.errors import InternalError
 from offload_engine.experts.arena import Slots
 from offload_engine.experts.storage.store import ExpertStore
@@ -28,6 +30,7 @@ from offload_engine.experts.transfer.marks import Mark, Marks
 from offload_engine.experts.transfer.pinned import HostSlab, pinned_buffers
 from offload_engine.experts.transfer.readers import ReaderThreads
 from offload_engine.experts.transfer.stalls import DeviceStalls
+from offload_engine.experts.transfer.times import CopyTimes, Times
 
 
 class CudaTransfers(ReaderThreads):
@@ -58,6 +61,7 @@ class CudaTransfers(ReaderThreads):
         """Guards the marks, and that what is enqueued is enqueued together with them."""
         self._marks = Marks(driver)
         self.stalls = DeviceStalls(driver)
+        self.times = CopyTimes(driver)
         self._copied: dict[int, Mark] = {}
         """By slot, the copy into it that the compute stream has not waited for yet."""
         self._used: dict[int, Mark] = {}
@@ -117,13 +121,7 @@ class CudaTransfers(ReaderThreads):
         if stream is not Stream.COMPUTE:
             raise InternalError(f"work was launched on the {stream} stream; wanted the compute stream")
         with self._books:
-            for slot in (*reads, *writes):
-                copied = self._copied.get(slot)
-                if copied is not None:
-                    if not copied.event.done():
-                        self.stalls.begin()
-                    copied.event.before(Stream.COMPUTE)
-                    self._marks.drop(self._copied.pop(slot))
+            self._wait_for_copies((*reads, *writes))
             self.stalls.end()
         try:
             self.driver.launch(
@@ -131,6 +129,34 @@ class CudaTransfers(ReaderThreads):
             )
         finally:  # a part of it may be enqueued whatever went wrong
             self._mark_used({*reads, *writes})
+
+    def carry(self, slots: Sequence[int], targets: Sequence[Tensor]) -> None:
+        """Enqueue on the compute stream that what each of `slots` holds is copied to device memory of its size, which
+        is no slot. `settle` is called before any of these slots is given to another expert.
+        """
+        sources = [self.arena.slab(slot) for slot in slots]
+
+        def carry() -> None:
+            for source, target in zip(sources, targets, strict=True):
+                target.copy_(source)
+
+        with self._books:
+            self._wait_for_copies(slots)
+            self.stalls.forget()
+            self.driver.launch(Stream.COMPUTE, carry, sources, targets)
+
+    def timed(self) -> Times:
+        """What copies and reads took since the last call, where `times` are wanted."""
+        with self._books:
+            return self.times.take()
+
+    def settle(self) -> None:
+        """Wait until everything enqueued has run, while nothing more is: no slot is read or written after that."""
+        self.driver.finish()
+        with self._books:
+            for book in (self._copied, self._used):
+                while book:
+                    self._marks.drop(book.popitem()[1])
 
     def landed(self, slot: int) -> bool:
         """Whether the last copy into `slot`, once it is enqueued, has run: launches that read it wait for nothing."""
@@ -158,6 +184,7 @@ class CudaTransfers(ReaderThreads):
         finally:
             self._marks.close()
             self.stalls.close()
+            self.times.close()
             while not self._passages.empty():
                 self._passages.get_nowait()
             self._staging.close()
@@ -170,7 +197,7 @@ class CudaTransfers(ReaderThreads):
             self._wait_for_copy(passage)
             held = None if self.host is None else self.host.hold(ticket.key)
             if self.host is None or held is None:
-                ticket.bytes_read = self.store.read(ticket.key, passage.data)
+                ticket.bytes_read = self._read(ticket, passage)
                 self._enqueue(passage, ticket.slot, passage)
             else:
                 self._bring_through(self.host, held, ticket, passage)
@@ -182,7 +209,7 @@ class CudaTransfers(ReaderThreads):
         try:
             if not filled:
                 self._wait_for_copy(held.slab)
-                ticket.bytes_read = self.store.read(ticket.key, held.slab.data)
+                ticket.bytes_read = self._read(ticket, held.slab)
                 filled = True
             if held.slab.pinned or not passage.pinned:
                 self._enqueue(held.slab, ticket.slot, passage, held.slab)
@@ -191,6 +218,10 @@ class CudaTransfers(ReaderThreads):
                 self._enqueue(passage, ticket.slot, passage)
         finally:
             host.release(ticket.key, held, filled=filled)
+
+    def _read(self, ticket: TransferTicket, slab: HostSlab) -> int:
+        with self.times.reading():
+            return self.store.read(ticket.key, slab.data)
 
     def _wait_for_copy(self, slab: HostSlab) -> None:
         """Until the copy that `slab` stands for has run."""
@@ -207,13 +238,25 @@ class CudaTransfers(ReaderThreads):
             if used is not None:
                 used.event.before(Stream.COPY)
                 self._marks.drop(used)
+            began = self.times.begin()
             self.driver.copy(Stream.COPY, source.tensor, self.arena.slab(slot))
+            self.times.end(began)
             mark = self._marks.record(Stream.COPY, holders=1 + len(marked))
             for slab in marked:
                 self._marks.drop(slab.copied)
                 slab.copied = mark
             self._marks.drop(self._copied.get(slot))
             self._copied[slot] = mark
+
+    def _wait_for_copies(self, slots: Sequence[int]) -> None:
+        """Have the compute stream wait for the copies into `slots` that it has not waited for."""
+        for slot in slots:
+            copied = self._copied.get(slot)
+            if copied is not None:
+                if not copied.event.done():
+                    self.stalls.begin()
+                copied.event.before(Stream.COMPUTE)
+                self._marks.drop(self._copied.pop(slot))
 
     def _mark_used(self, slots: Collection[int]) -> None:
         if not slots:

@@ -80,6 +80,12 @@ class CudaDriver:
                 "end what else uses the GPU, or ask for a smaller --gpu-mem or --expert-mem"
             ) from None
 
+    def free(self, memory: Tensor) -> None:
+        """See `StreamDriver`. It goes back whoever may hold a view of it still, such as the traceback of an error."""
+        memory.untyped_storage().resize_(0)
+        with torch.cuda.device(self._device):
+            torch.cuda.empty_cache()  # or torch would keep it, and cut what is asked for next out of it
+
     def pin(self, memory: Tensor) -> str | None:
         """See `StreamDriver`."""
         runtime = torch.cuda.cudart()

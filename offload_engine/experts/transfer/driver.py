@@ -53,6 +53,11 @@ class StreamDriver(Protocol):
     def allocate(self, nbytes: int) -> Tensor:
         """Device memory, uint8 [nbytes], that starts on a multiple of 256 at least. Raises `MemoryBudgetError`."""
 
+    def free(self, memory: Tensor) -> None:
+        """Give back what `allocate` gave, to other processes too, once the host has waited for all work that uses it.
+        Nobody may look at it any more.
+        """
+
     def pin(self, memory: Tensor) -> str | None:
         """Make host memory, whole pages, a source of asynchronous copies, each from within it; None, or why the system
         refused.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable
 from pathlib import Path
+from random import Random
 
 import pytest
 import torch
@@ -14,8 +15,12 @@ from hypothesis import strategies as st
 from offload_engine.experts.calibration import SLABS, measure_rates
 from offload_engine.experts.scheduling.cpu_rates import (
     FASTEST,
+    FEWEST,
     HANDOVER,
     SLOWEST,
+    STALE_COPIES,
+    STALE_LAYERS,
+    WINDOW,
     LearnedRates,
     line_through,
     median_seconds,
@@ -66,6 +71,55 @@ def test_the_first_of_several_is_not_counted() -> None:
     clock = iter([0.0, 9.0, 10.0, 11.0, 20.0, 23.0]).__next__
     assert median_seconds([lambda: None] * 3, clock) == 2.0
     assert median_seconds([lambda: None], iter([0.0, 4.0]).__next__) == 4.0
+
+
+@given(st.floats(0.2, 5.0), st.lists(st.sampled_from([0.0, 1e6]), max_size=7), st.randoms(use_true_random=False))
+def test_a_copy_takes_what_most_of_the_last_ones_took(pace: float, odd: list[float], chance: Random) -> None:
+    learned, before = LearnedRates(MEASURED), [0.3] * 40
+    last = [pace] * (WINDOW - len(odd)) + odd
+    chance.shuffle(last)
+    learned.observe(before, [3.0 * one for one in before])
+    learned.observe(last, [3.0 * one for one in last])
+    now = learned.now
+    assert (now.copy, now.row, now.read) == pytest.approx((pace, 0.125 * pace, 3.0 * pace))
+    assert (now.expert, now.token, now.trip) == (2.0, 0.5, 0.25)
+
+
+@given(st.lists(st.floats(0, 1e9), max_size=60))
+def test_what_copies_take_is_bounded_and_known_once_there_are_some(seconds: list[float]) -> None:
+    learned = LearnedRates(MEASURED)
+    for one in seconds:
+        learned.observe([one], [])
+    assert FASTEST <= learned.now.copy <= SLOWEST
+    assert len(seconds) >= FEWEST or learned.now == MEASURED
+
+
+def test_half_of_the_last_copies_make_a_link_slower() -> None:
+    learned = LearnedRates(MEASURED)
+    learned.observe([1.0] * WINDOW, [])
+    learned.observe([4.0] * (WINDOW // 2 - 1), [])
+    assert learned.now.copy == 1.0
+    learned.observe([4.0] * 2, [])
+    assert learned.now.copy == 4.0
+
+
+def test_a_link_that_nobody_uses_is_tried_again_and_so_is_the_cpu() -> None:
+    learned = LearnedRates(MEASURED)
+    learned.observe([8.0] * WINDOW, [9.0] * WINDOW)
+    for _ in range(STALE_LAYERS - 1):
+        learned.learn(1, 2, 6.0, 0.25)
+    assert (learned.now.copy, learned.now.read) == (8.0, 9.0)
+    assert learned.now.expert > 3.9
+    learned.learn(1, 2, 6.0, 0.25)
+    assert (learned.now.copy, learned.now.read) == (1.0, 3.0)
+    learned.observe([8.0] * STALE_COPIES, [])
+    assert (learned.now.copy, learned.now.expert) == (8.0, 2.0)
+
+
+def test_of_copies_that_were_never_measured_nothing_is_learned() -> None:
+    learned = LearnedRates(Rates.unknown())
+    learned.observe([1.0] * 20, [1.0] * 20)
+    assert learned.now == Rates.unknown()
 
 
 class Clock:
