@@ -76,18 +76,16 @@ class ExpertPredictor(ABC):
     def __init__(self) -> None:
         self.counts = PredictionCounts()
         self.info = ForwardInfo(Phase.PREFILL)
+        self.generating = False
+        """Whether the forward under way works on one block of an answer."""
         self.ahead = 0
         """Layers still to run before the one that is being predicted."""
         self._guessed: dict[int, set[int]] = {}
 
-    @property
-    def generating(self) -> bool:
-        """Whether the forward under way works on one block of an answer."""
-        return self.info.phase in GENERATING
-
     def begin(self, info: ForwardInfo) -> None:
         """A forward starts."""
         self.info = info
+        self.generating = info.phase in GENERATING
         self._guessed.clear()
         self._begin()
 
