@@ -9,6 +9,7 @@ from offload_engine.decode.lane import Lane
 from offload_engine.decode.state import DecodingState, Request
 from offload_engine.decode.turns import Turns
 from offload_engine.errors import EngineClosedError
+from offload_engine.memory.plan import prompt_tokens
 
 Told = tuple[int, DecodingState]
 """A request's number and its state, the same object every time."""
@@ -85,7 +86,8 @@ class Batch:
         for lane in entering:
             by_kind.setdefault(lane.kind, []).append(lane)
         for lanes in by_kind.values():
-            yield from packed(lanes, lambda lane: len(lane.missing), self._decoder.caches[0].context)
+            most = prompt_tokens(self._decoder.caches[0].context, len(self._decoder.caches))
+            yield from packed(lanes, lambda lane: len(lane.missing), most)
 
     def _attempt(self, lanes: Sequence[Lane], work: Callable[[Sequence[Lane]], None]) -> None:
         """Do `work` for all `lanes`; if that fails, one at a time. Who fails alone has its error."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from typing import Final
 
 from offload_engine.config import format_bytes
 from offload_engine.memory.footprint import DeviceKind, round_up
@@ -59,6 +60,17 @@ class Setup:
     def step_tokens(self) -> int:
         """Tokens of the largest denoising step: a block of every sequence, and the finished one before it."""
         return self.sequences * self.block * (2 if self.fused_commit else 1)
+
+
+PROMPTS_TOGETHER: Final = 2048
+"""Tokens of several prompts that may go through the layers together, though the context of each is less."""
+
+
+def prompt_tokens(context: int, sequences: int) -> int:
+    """Tokens that go through a prefill's layers together, at most: one long prompt, or the prompts of a batch, so that
+    each layer's experts are read once for all of them.
+    """
+    return max(context, min(sequences * context, PROMPTS_TOGETHER))
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,7 @@ from offload_engine.config import format_bytes
 from offload_engine.errors import ConfigError, MemoryBudgetError
 from offload_engine.memory import footprint
 from offload_engine.memory.footprint import Forward, round_up
-from offload_engine.memory.plan import RUNTIME_BYTES, MemoryPlan, Setup
+from offload_engine.memory.plan import RUNTIME_BYTES, MemoryPlan, Setup, prompt_tokens
 from offload_engine.memory.reasons import reasons_of
 
 if TYPE_CHECKING:
@@ -147,8 +147,9 @@ def _without_slots(config: ModelConfig, setup: Setup, context: int, budget: int)
         context = config.max_position_embeddings
     item, cuda = setup.itemsize, setup.device == "cuda"
     positions = round_up(context, setup.block)
-    tokens = max(min(positions, setup.chunk), min(setup.sequences * positions, setup.step_tokens))
-    prompt = positions if positions > setup.chunk else 0
+    prompts = prompt_tokens(positions, setup.sequences)
+    tokens = max(min(prompts, setup.chunk), min(setup.sequences * positions, setup.step_tokens))
+    prompt = prompts if prompts > setup.chunk else 0
     forward = _forward(config, setup, tokens, positions, setup.block, prompt)
     step = _forward(config, setup, setup.block, positions, setup.block, prompt=0)
     graphs = footprint.step_graph_bytes(config, step) if setup.step_graphs else 0

@@ -17,6 +17,7 @@ from offload_engine.decode.block_diffusion import BlockDiffusionDecoder
 from offload_engine.decode.kv_cache import PrefixCache
 from offload_engine.decode.state import DecodingState, Request
 from offload_engine.errors import ModelError
+from offload_engine.memory import plan
 from offload_engine.metrics import EngineStats
 from offload_engine.model.attention import MaskedSequence, block_causal_mask
 from offload_engine.model.config import ModelConfig
@@ -321,7 +322,11 @@ def test_a_lane_that_falls_free_is_taken_by_the_next_prompt_at_once() -> None:
     assert stats.forwards == {Phase.PREFILL: 2, Phase.DENOISE: 4}, "the first two prompts are prefilled together"
 
 
-def test_prompts_are_prefilled_together_as_far_as_one_long_prompt_may_go() -> None:
+@pytest.mark.parametrize(("room", "prefills"), [(64, 2), (2048, 1)])
+def test_prompts_are_prefilled_together_as_far_as_the_plan_has_room(
+    room: int, prefills: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(plan, "PROMPTS_TOGETHER", room)
     script, stats = Script(), EngineStats()
     decoder = decoder_of(script, stats, lanes=4, context=64, chunk=24)
     params = SamplingParams(block_length=8, max_new_tokens=1)
@@ -329,8 +334,9 @@ def test_prompts_are_prefilled_together_as_far_as_one_long_prompt_may_go() -> No
     for _ in decode_all(decoder, [Request(prompt, params) for prompt in prompts]):
         pass
     prefilled = [ids for phase, _, ids in script.forwards if phase is Phase.PREFILL]
-    assert prefilled == [[1] * 24, [1] * 8 + [2] * 16, [3] * 8, [4] * 24, [4] * 16]
-    assert stats.forwards[Phase.PREFILL] == 2
+    apart = [[1] * 24, [1] * 8 + [2] * 16, [3] * 8, [4] * 24, [4] * 16]
+    assert prefilled == (apart if prefills == 2 else [*apart[:2], [3] * 8, *apart[3:]])
+    assert stats.forwards[Phase.PREFILL] == prefills
 
 
 def test_the_head_is_read_once_for_what_fits_together() -> None:

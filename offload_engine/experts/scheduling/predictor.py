@@ -28,8 +28,10 @@ class Kind(NamedTuple):
     """Made in a block's first step."""
     ahead: int
     """Layers before the one predicted."""
-    halves: tuple[int, ...]
-    """By source: 1 where the expert is in the better half of what it named, 2 in the worse, 0 where in neither."""
+    halves: int
+    """A digit to base 3 by source, the first one's lowest: 1 where the expert is in the better half of what the source
+    named, 2 in the worse, 0 where in neither.
+    """
 
 
 MEMORY = 4096
@@ -267,8 +269,8 @@ class Combined(ExpertPredictor):
         """Each keeps counts of its own."""
         self.wants_preview = any(source.wants_preview for source in sources)
         self.least = least
-        self._kinds: dict[int, dict[tuple[int, Kind], None]] = {}
-        """By layer: (expert, kind) of every guess that a source made in this forward."""
+        self._guesses: dict[int, dict[Kind, set[int]]] = {}
+        """By layer and kind: the experts that a source named in this forward."""
         self._records: dict[Kind, list[float]] = {}
         """By kind: how many came true, and how many there were."""
 
@@ -283,22 +285,30 @@ class Combined(ExpertPredictor):
         return (true + 2.0) / (all_ + 3.0)
 
     def _begin(self) -> None:
-        self._kinds.clear()
+        self._guesses.clear()
         for source in self.sources:
             source.begin(self.info)
 
     def _predict(self, layer: int) -> Prediction:
         opening = self.info.phase is Phase.DENOISE and self.info.step == 0
-        named: dict[int, list[int]] = {}
-        for place, source in enumerate(self.sources):
+        halves: dict[int, int] = {}
+        """By expert, as in `Kind`."""
+        digit = 1
+        for source in self.sources:
             said = source.predict(layer, self.ahead)
             for rank, (expert, _score) in enumerate(said):
-                named.setdefault(expert, [0] * len(self.sources))[place] = 1 if 2 * rank < len(said) else 2
-        kinds = {expert: Kind(opening, self.ahead, tuple(halves)) for expert, halves in named.items()}
-        self._kinds.setdefault(layer, {}).update(dict.fromkeys(kinds.items()))
-        chances = {kind: self.chance(kind) for kind in set(kinds.values())}
-        guesses = [(expert, chances[kind]) for expert, kind in kinds.items() if chances[kind] >= self.least]
-        return sorted(guesses, key=lambda guess: guess[1], reverse=True)
+                halves[expert] = halves.get(expert, 0) + (digit if 2 * rank < len(said) else 2 * digit)
+            digit *= 3
+        alike: dict[int, list[int]] = {}
+        for expert, code in halves.items():
+            alike.setdefault(code, []).append(expert)
+        guesses, chances = self._guesses.setdefault(layer, {}), {}
+        for code, guessed in alike.items():
+            kind = Kind(opening, self.ahead, code)
+            guesses.setdefault(kind, set()).update(guessed)
+            chances[code] = self.chance(kind)
+        named = [(expert, chances[code]) for expert, code in halves.items() if chances[code] >= self.least]
+        return sorted(named, key=lambda guess: guess[1], reverse=True)
 
     def observe(
         self, layer: int, experts: Sequence[int], scores: Sequence[float], learned: Chosen | None = None
@@ -307,16 +317,14 @@ class Combined(ExpertPredictor):
         super().observe(layer, experts, scores, learned)
         for source in self.sources:
             source.observe(layer, experts, scores, learned)
-        kinds = self._kinds.get(layer)
-        if kinds and self.generating:
-            chosen = set(experts)
-            for expert, kind in kinds:
-                self._learn(kind, expert in chosen)
+        if self.generating:
+            for kind, guessed in self._guesses.get(layer, {}).items():
+                self._learn(kind, len(guessed.intersection(experts)), len(guessed))
 
-    def _learn(self, kind: Kind, true: bool) -> None:
+    def _learn(self, kind: Kind, true: int, all_: int) -> None:
         record = self._records.setdefault(kind, [0.0, 0.0])
         record[0] += true
-        record[1] += 1
+        record[1] += all_
         if record[1] >= MEMORY:
             record[0] /= 2
             record[1] /= 2

@@ -27,6 +27,7 @@ def prefetch_order(guesses: Iterable[tuple[int, Prediction]]) -> list[ExpertKey]
     ranked: list[tuple[float, ExpertKey]] = []
     for distance, (layer, prediction) in enumerate(guesses):
         best = max((score for _expert, score in prediction), default=0.0) or 1.0
-        ranked += [(PATIENCE**distance * score / best, ExpertKey(layer, expert)) for expert, score in prediction]
+        worth = PATIENCE**distance / best
+        ranked += [(worth * score, ExpertKey(layer, expert)) for expert, score in prediction]
     ranked.sort(key=lambda guess: guess[0], reverse=True)
     return [key for _worth, key in ranked]
