@@ -299,15 +299,16 @@ class MoEBlock(nn.Module):
 
     def forward(self, hidden: Tensor, block_ids: Tensor, policy: Route, experts: ExpertExecutor) -> Tensor:
         """[.., H] -> [.., H]; `block_ids` [T] with T the product of the leading dimensions."""
-        rows = hidden.flatten(0, -2)
-        return self.routed(rows, self.gate(rows), block_ids, policy, experts).view_as(hidden)
+        return self.routed(hidden, self.gate(hidden.flatten(0, -2)), block_ids, policy, experts)
 
     def routed(
         self, hidden: Tensor, logits: Tensor, block_ids: Tensor, policy: Route, experts: ExpertExecutor
     ) -> Tensor:
-        """As `forward`, once the router has spoken: `logits` [T, E] of `hidden` [T, H]."""
-        decision = experts.route(self.layer, hidden, partial(self.decide, logits, block_ids, policy))
-        return self.with_shared(experts.run(self.layer, hidden, decision), hidden)
+        """As `forward`, once the router has spoken: `logits` [T, E]."""
+        rows = hidden.flatten(0, -2)
+        decision = experts.route(self.layer, rows, partial(self.decide, logits, block_ids, policy))
+        # in shape before the sum: the residual stream is added to it in place, which FSDP does not survive on a view
+        return self.with_shared(experts.run(self.layer, rows, decision).view_as(hidden), hidden)
 
     def with_shared(self, routed: Tensor, hidden: Tensor) -> Tensor:
         """The routed experts' output and the shared ones' of `hidden`, both [.., H], together."""
