@@ -68,7 +68,8 @@ class Engine(EngineFacts):
         self._access = Access()
         self.activity = ExpertActivity(parts.experts, parts.source.config.num_experts)
         """Where experts are and which are used, for whoever watches."""
-        self._observed = ObservedExperts(parts.experts, [self._count_unique, self._tell_prefill, self.activity])
+        told = (self._count_unique, self._tell_prefill, self.activity)
+        self._observed = ObservedExperts(parts.experts, told, parts.experts.layers[-1])
         source, plan = parts.source, parts.plan
         self._decoder = BlockDiffusionDecoder(
             model=parts.model,

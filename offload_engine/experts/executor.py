@@ -15,6 +15,7 @@ from offload_engine.errors import InternalError, OffloadError, TransferError
 from offload_engine.experts.arena import Slots
 from offload_engine.experts.cpu_experts import NO_ERRAND, Errand
 from offload_engine.experts.hot_set import HotSet
+from offload_engine.experts.lessons import Lessons
 from offload_engine.experts.ranked import Standing, ranked_experts, standing
 from offload_engine.experts.residency import Residency
 from offload_engine.experts.scheduling.predictor import ExpertPredictor
@@ -67,6 +68,7 @@ class OffloadedExperts(Residency):
         self.prefetch_depth = prefetch_depth
         self.hot = HotSet() if hot is None else hot
         """What was used most, so far and in earlier runs; prefills, which use nearly everything, left out."""
+        self._lessons = Lessons(predictor, self.hot, self._last_layer)
         self._arrival = threading.Condition(self._changed)
         self._ready: deque[Compute] = deque()
         self._works: dict[int, tuple[ExpertKey, ExpertWork]] = {}
@@ -87,9 +89,7 @@ class OffloadedExperts(Residency):
             self._start_over()
         self._info = info
         self._sweeping = False
-        self.predictor.begin(info)
-        if self.predictor.generating:
-            self.hot.begin()
+        self._lessons.begin(info)
         with self._changed:
             self.scheduler.begin(info)
 
@@ -162,11 +162,9 @@ class OffloadedExperts(Residency):
         return outputs.combine()
 
     def _heard(self, layer: int, decision: RoutingDecision) -> Standing:
-        """Tell predictor and hot set of a layer's decision."""
+        """What a layer's decision says, which is noted."""
         heard = standing(decision, self._info)
-        self.predictor.observe(layer, heard.ranked.experts, heard.ranked.scores, heard.learned)
-        if self.predictor.generating:
-            self.hot.use(layer, heard.learned.experts)
+        self._lessons.note(layer, heard)
         return heard
 
     def _note_moved(self, moved: int, wanted: int) -> None:

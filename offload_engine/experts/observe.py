@@ -12,6 +12,7 @@ from offload_engine.core import ForwardInfo, Phase, RoutingDecision
 from offload_engine.errors import TraceError, TraceWriteError
 from offload_engine.experts.device.executor import DeviceExperts
 from offload_engine.experts.ranked import standing
+from offload_engine.experts.scheduling.predictor import GENERATING
 from offload_engine.model.moe import Decide, ExpertExecutor, Preview
 from offload_engine.routing.base import by_block
 from offload_engine.trace import TraceHeader, TraceWriter
@@ -23,17 +24,21 @@ block, as if each had a forward of its own.
 
 
 class ObservedExperts:
-    """An `ExpertExecutor` that has another one run, and tells watchers of each decision: before it runs, or where that
-    would mean to wait for a device, when it is known, before the forward's last layer has run.
+    """An `ExpertExecutor` that has another one run, and tells watchers of each decision: before it runs; or where that
+    would mean to wait for a device, when it is known, before the forward's last layer has run; or, in a forward over
+    blocks of an answer, of all together before `last_layer` runs, which costs less than one by one.
     """
 
-    def __init__(self, experts: ExpertExecutor, watchers: Sequence[Watcher]) -> None:
+    def __init__(self, experts: ExpertExecutor, watchers: Sequence[Watcher], last_layer: int | None = None) -> None:
         self.experts = experts
         self.watchers = list(watchers)
+        self.last_layer = last_layer
         self._info = ForwardInfo(Phase.SCORE)
+        self._untold: list[tuple[int, RoutingDecision]] = []
 
     def begin(self, info: ForwardInfo) -> None:
         """See `ExpertExecutor`."""
+        self._tell_all()  # of a forward that broke off
         self.experts.begin(info)  # which may yet tell of the forward before
         self._info = info
 
@@ -50,13 +55,21 @@ class ObservedExperts:
         if isinstance(self.experts, DeviceExperts):
             told = partial(self._tell, layer) if self.watchers else None
             return self.experts.run(layer, hidden, decision, told)
-        self._tell(layer, decision)
+        self._untold.append((layer, decision))
+        if self.last_layer in (None, layer) or self._info.phase not in GENERATING:
+            self._tell_all()
         return self.experts.run(layer, hidden, decision)
 
     def sweep(self, layer: int, hidden: Tensor, decision: RoutingDecision, rows: int) -> Tensor:
         """See `ExpertExecutor`."""
-        self._tell(layer, decision)
+        self._untold.append((layer, decision))
+        self._tell_all()
         return self.experts.sweep(layer, hidden, decision, rows)
+
+    def _tell_all(self) -> None:
+        untold, self._untold = self._untold, []
+        for layer, decision in untold:
+            self._tell(layer, decision)
 
     def _tell(self, layer: int, decision: RoutingDecision) -> None:
         if self.watchers:
