@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import secrets
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
@@ -72,14 +73,14 @@ class Lane:
         Raises `ModelError`, with nothing taken, where the model was sure of nothing.
         """
         state, params = self.state, self.request.params
-        if not bool(proposal.confidence.isfinite().all()):
+        tokens, sure = proposal.tokens.tolist(), proposal.confidence.tolist()
+        if not all(map(math.isfinite, sure)):
             raise ModelError(
                 f"the model's logits are not finite in block {state.block}, step {state.step}: its weights are "
                 "damaged, or its dtype overflows; check the checkpoint, or try dtype float32"
             )
-        chosen = accept(proposal.confidence, self.schedule[state.step], params.threshold)
-        proposed = zip(places, proposal.tokens.tolist(), proposal.confidence.tolist(), chosen.tolist(), strict=True)
-        state.accepted = tuple((place, token, sure) for place, token, sure, yes in proposed if yes)
+        chosen = accept(sure, self.schedule[state.step], params.threshold)
+        state.accepted = tuple((places[row], tokens[row], sure[row]) for row in chosen)
         for place, token, _sure in state.accepted:
             state.ids[place] = token
         state.step += 1

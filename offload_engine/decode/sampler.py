@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -55,15 +57,16 @@ def _draw(logits: Tensor, params: SamplingParams, generator: torch.Generator | N
     return ranked.indices.gather(1, places).squeeze(-1)
 
 
-def accept(confidence: Tensor, minimum: int, threshold: float) -> Tensor:
-    """Which of `n` masked positions to unmask, [n] bool: all above `threshold`, or, if those are fewer than `minimum`,
-    the `minimum` most confident (ties to the lower position).
+def accept(confidence: Sequence[float], minimum: int, threshold: float) -> list[int]:
+    """Which of `n` masked positions to unmask, by `confidence` [n], float32 numbers: all above `threshold`, also in
+    float32, or, if those are fewer than `minimum`, the `minimum` most confident (ties to the lower position). Rising.
     """
-    above = confidence > threshold
-    if int(above.sum()) >= minimum:
+    limit = ctypes.c_float(threshold).value
+    above = [place for place, sure in enumerate(confidence) if sure > limit]
+    if len(above) >= minimum:
         return above
-    best = confidence.sort(descending=True, stable=True).indices[:minimum]
-    return torch.zeros_like(above).index_fill_(0, best, True)
+    ranked = sorted(range(len(confidence)), key=confidence.__getitem__, reverse=True)  # stable in reverse, too
+    return sorted(ranked[:minimum])
 
 
 def unmask_schedule(block_length: int, steps: int) -> list[int]:

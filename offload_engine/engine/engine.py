@@ -35,6 +35,7 @@ from offload_engine.engine.options import EngineOptions
 from offload_engine.errors import UsageError
 from offload_engine.experts.activity import ExpertActivity
 from offload_engine.experts.observe import ObservedExperts, TraceRecorder
+from offload_engine.experts.ranked import ranked_experts
 from offload_engine.memory import MemoryPlan, score_bytes
 from offload_engine.memory.refusal import refusals
 from offload_engine.metrics import EngineStats, measure_peak
@@ -373,11 +374,10 @@ class Engine(EngineFacts):
 
     def _count_unique(self, info: ForwardInfo, layer: int, decision: RoutingDecision) -> None:
         if info.phase is Phase.DENOISE:
-            distinct = set(decision.experts.flatten().tolist())
-            distinct.discard(-1)
+            distinct = ranked_experts(decision).experts
             self.stats.count_unique(layer, len(distinct))
             if self._decoder.grouping is not None:
-                self._decoder.grouping.saw(info.blocks[0].lane, layer, distinct)
+                self._decoder.grouping.saw(info.blocks[0].lane, layer, set(distinct))
 
     def _tell_prefill(self, info: ForwardInfo, layer: int, _decision: RoutingDecision) -> None:
         over = info.phase is not Phase.PREFILL

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from offload_engine.errors import EngineClosedError, InternalError, MemoryBudgetError, UsageError
-from offload_engine.experts.storage.layout import SLOT_ALIGNMENT, SlabLayout
+from offload_engine.experts.storage.layout import SLOT_ALIGNMENT, SlabExpert, SlabLayout
 from offload_engine.model.moe import ExpertWeights
 
 POPULATE_WRITE = 23
@@ -68,6 +68,10 @@ class Slots:
         if kept is None or kept[0] is not layout:  # making views anew for every use costs 3 % of a step
             kept = self._views[slot] = (layout, layout.weights(self.slab(slot)))
         return kept[1]
+
+    def expert(self, slot: int, layout: SlabLayout) -> SlabExpert:
+        """The expert in `slot`, to be looked at only when it is computed."""
+        return SlabExpert(layout, self.whole(), self._start(slot))
 
     def wait_touched(self) -> None:
         """Wait until the memory is there. Raises `MemoryBudgetError` when the system did not give all of it."""

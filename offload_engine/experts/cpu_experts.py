@@ -23,14 +23,14 @@ from offload_engine.errors import InternalError, OffloadError
 from offload_engine.experts.arena import SlotArena
 from offload_engine.experts.scheduling.cpu_rates import LearnedRates
 from offload_engine.experts.scheduling.sharing import Missing, ShareMode, choose
-from offload_engine.experts.storage.layout import SlabLayout
+from offload_engine.experts.storage.layout import SlabExpert
 from offload_engine.experts.storage.store import ExpertStore
 from offload_engine.experts.transfer.base import Stream
 from offload_engine.experts.transfer.driver import StreamDriver
 from offload_engine.experts.transfer.host_tier import HostTier
 from offload_engine.experts.transfer.worker import Job, Worker
 from offload_engine.memory.footprint import shared_activation_bytes, shared_result_bytes
-from offload_engine.model.moe import ExpertOutputs, ExpertWeights, ExpertWork, LayerOutputs
+from offload_engine.model.moe import ExpertOutputs, ExpertWork, LayerOutputs
 
 PLACE_BYTES = torch.int64.itemsize
 
@@ -160,8 +160,6 @@ class HostExperts:
         self.mode = mode
         self.rates = rates
         self.clock = clock
-        self._views: dict[int, tuple[SlabLayout, ExpertWeights]] = {}
-        """By address of a slab, what was last looked at in it."""
         self._spare = SlotArena(1, store.slab_bytes)
         """For what has left the tier between the decision and its use."""
         self._buffers = SlotArena(1, shape.down + shape.up)
@@ -248,7 +246,6 @@ class HostExperts:
     def _free(self) -> None:
         if self._pinned:
             self.driver.unpin(self._buffers.whole())
-        self._views.clear()
         self._buffers.close()
         self._spare.close()
 
@@ -263,9 +260,7 @@ class HostExperts:
         keys = [ExpertKey(layer, expert) for expert in experts]
         found = {key: held for key in keys if (held := self.host.find(key)) is not None}
         try:
-            outputs.compute(
-                [ExpertWork(key.expert, self._weights(key, held.slab.tensor)) for key, held in found.items()]
-            )
+            outputs.compute([self._work(key, held.slab.tensor) for key, held in found.items()])
         finally:
             for key, held in found.items():
                 self.host.release(key, held, filled=True)
@@ -273,15 +268,11 @@ class HostExperts:
         for key in keys:
             if key not in found:
                 read += self.store.read(key, self._spare.buffer(0))
-                outputs.compute([ExpertWork(key.expert, self._weights(key, self._spare.slab(0)))])
+                outputs.compute([self._work(key, self._spare.slab(0))])
         return read
 
-    def _weights(self, key: ExpertKey, slab: Tensor) -> ExpertWeights:
-        layout = self.store.layout(key)
-        kept = self._views.get(slab.data_ptr())
-        if kept is None or kept[0] is not layout:
-            kept = self._views[slab.data_ptr()] = (layout, layout.weights(slab))
-        return kept[1]
+    def _work(self, key: ExpertKey, slab: Tensor) -> ExpertWork:
+        return ExpertWork(key.expert, SlabExpert(self.store.layout(key), slab))
 
 
 def _pack(hidden: Tensor, target: Tensor) -> None:

@@ -19,7 +19,7 @@ from offload_engine.experts.ranked import Standing, ranked_experts, standing
 from offload_engine.experts.residency import Residency
 from offload_engine.experts.resizing import REFUSALS, change_slots
 from offload_engine.experts.scheduling.predictor import ExpertPredictor
-from offload_engine.experts.scheduling.prefetch import PREDICTION_SHARE, RECENT_RUNS, prefetch_order
+from offload_engine.experts.scheduling.prefetch import HOST_PREVIEWS, PREDICTION_SHARE, RECENT_RUNS, prefetch_order
 from offload_engine.experts.scheduling.scheduler import LAUNCH_EXPERTS, Command, Compute, ExpertScheduler, Load
 from offload_engine.experts.storage.store import ExpertStore
 from offload_engine.experts.transfer.base import Stream, TransferBackend, TransferTicket
@@ -123,10 +123,10 @@ class OffloadedExperts(Residency):
         return self._guess(layer, coming)
 
     def _offer(self, layer: int, coming: Sequence[int], preview: Preview) -> bool:  # noqa: ARG002
-        """Show the predictor the previews of the `coming` layers, the first of them `layer`. False: it will be shown
-        them, and then asked, later.
+        """Show the predictor previews of the `coming` layers, the first of them `layer`. False: it will be shown them
+        later, and then asked.
         """
-        for ahead in coming:
+        for ahead in coming[:HOST_PREVIEWS]:
             self.predictor.offer(ahead, *ranked_experts(preview(ahead)))
         return True
 
@@ -255,9 +255,9 @@ class OffloadedExperts(Residency):
             self._carry_out(self.scheduler.computed(*[compute.key for compute in computes]))
 
     def _work(self, compute: Compute) -> ExpertWork:
-        """An expert that has just come to its slot, as views of it; making them for every use costs 1 % of a step."""
+        """An expert that has just come to its slot."""
         key, slot = compute
-        work = ExpertWork(key.expert, self.arena.weights(slot, self.store.layout(key)), slot)
+        work = ExpertWork(key.expert, self.arena.expert(slot, self.store.layout(key)), slot)
         self._works[slot] = key, work
         return work
 

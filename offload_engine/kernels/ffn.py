@@ -50,7 +50,7 @@ class Expert:
     """Addresses of values and scales of gate, up and down, as the kernels read them; 0 for none."""
     learning: bool
     """Whether a matrix wants a gradient, which the kernels don't give."""
-    held: tuple[Matrix, ...]
+    held: object
     """So that the memory stays."""
 
     @staticmethod
@@ -61,6 +61,11 @@ class Expert:
         pointers = (0 if part is None else part.data_ptr() for matrix in matrices for part in matrix)
         learning = any(tensor.requires_grad for tensor in _tensors(matrices))
         return Expert(shape, struct.pack("6P", *pointers), learning, matrices)
+
+    def moved(self, by: int, held: object) -> Expert:
+        """One that lies `by` bytes further on and is the same otherwise, in memory that `held` keeps; unchecked."""
+        pointers = struct.unpack("6P", self.pointers)
+        return Expert(self.shape, struct.pack("6P", *[at + by if at else 0 for at in pointers]), self.learning, held)
 
 
 def serves(hidden: Tensor, *experts: Expert) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property, partial
 from typing import NamedTuple, Protocol
 
@@ -16,6 +16,16 @@ from offload_engine.model.config import ModelConfig
 from offload_engine.model.layers import SwiGLU
 from offload_engine.model.quantized import Matrix, QuantizedMatrix, in_dtype
 from offload_engine.routing.base import Route
+
+
+class Weights(Protocol):
+    """One expert's matrices, gate, up and down, as they are stored."""
+
+    @property
+    def kernel_expert(self) -> kernels.Expert | None:
+        """The same as our kernels take it, or None where they don't."""
+
+    def __iter__(self) -> Iterator[Matrix]: ...
 
 
 class _Matrices(NamedTuple):
@@ -88,7 +98,7 @@ class ExpertWork(NamedTuple):
     """An expert of the layer to be run."""
 
     expert: int
-    weights: ExpertWeights
+    weights: Weights
     slot: int = -1
     """Where the weights lie, if that is in a slot of the expert cache."""
 
@@ -110,7 +120,7 @@ def padded_rows(rows: int, dtype: torch.dtype) -> int:
     return -(-rows // step) * step
 
 
-def expert_ffn(hidden: Tensor, weights: ExpertWeights) -> Tensor:
+def expert_ffn(hidden: Tensor, weights: Weights) -> Tensor:
     """One expert on its tokens: down(silu(gate(x)) * up(x)), [n, H] -> [n, H], in `hidden`'s dtype.
 
     In bf16 on the CPU by our kernel, if it is there, from whatever the weights are stored as; otherwise by torch, with
@@ -130,7 +140,7 @@ def expert_ffn(hidden: Tensor, weights: ExpertWeights) -> Tensor:
     return F.linear(F.silu(F.linear(hidden, gate)) * F.linear(hidden, up), down)[:rows]
 
 
-def _for_kernel(hidden: Tensor, weights: ExpertWeights) -> kernels.Expert | None:
+def _for_kernel(hidden: Tensor, weights: Weights) -> kernels.Expert | None:
     """The expert as our kernels take it, if they are to compute it on `hidden`: in bf16, and on the CPU."""
     if hidden.dtype != torch.bfloat16 or hidden.device.type != "cpu":
         return None
@@ -230,7 +240,7 @@ class ExpertSum:
         """As `add`, of an expert that is the only one of a launch."""
         self.add(tokens, work[0].weights)
 
-    def add(self, tokens: ExpertTokens, weights: ExpertWeights) -> None:
+    def add(self, tokens: ExpertTokens, weights: Weights) -> None:
         """Run one expert on its tokens."""
         for places in tokens.places.split(self.rows):
             rows = places.div(self.choices, rounding_mode="floor")
@@ -241,7 +251,7 @@ class ExpertSum:
 class ResidentExperts:
     """Runs experts whose weights are all in memory: the oracle of every offloaded run."""
 
-    def __init__(self, weights: Callable[[int, int], ExpertWeights]) -> None:
+    def __init__(self, weights: Callable[[int, int], Weights]) -> None:
         """`weights(layer, expert)` gives an expert's matrices."""
         self.weights = weights
 

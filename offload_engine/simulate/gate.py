@@ -25,6 +25,8 @@ class Gate:
 
     num_experts: int
     accuracy: float = ACCURACY
+    reach: int | None = None
+    """Layers ahead that are previewed, of those that are guessed; None: all."""
 
     def preview(self, number: int, run: LayerRun, distance: int) -> Chosen:
         """What forward `number` is shown of `run`, `distance` layers ahead: distinct experts, falling score."""

@@ -250,7 +250,7 @@ class Replay:
         if self.gate is None or not self.predictor.wants_preview or self._moved_share < PREDICTION_SHARE:
             return
         runs = {run.layer: run for run in forward.layers}
-        for distance, layer in enumerate(layers):
+        for distance, layer in enumerate(layers[: self.gate.reach]):
             if layer in runs:
                 self._pass(self.costs.preview(forward))
                 self.predictor.offer(layer, *self.gate.preview(self._number, runs[layer], distance))

@@ -13,6 +13,7 @@ from offload_engine.errors import UsageError
 from offload_engine.experts.scheduling.cache import ExpertCache
 from offload_engine.experts.scheduling.eviction import LRU, make_eviction
 from offload_engine.experts.scheduling.predictor import ExpertPredictor, Oracle, make_predictor
+from offload_engine.experts.scheduling.prefetch import HOST_PREVIEWS
 from offload_engine.experts.scheduling.scheduler import LAUNCH_EXPERTS, ExpertScheduler
 from offload_engine.experts.scheduling.sharing import ShareMode
 from offload_engine.simulate.belady import belady_misses
@@ -200,7 +201,8 @@ class Simulation:
         cache = ExpertCache(setting.slots, make_eviction(setting.eviction))
         gate = None
         if setting.gate_accuracy is not None:
-            gate = Gate(self.timing.shape.num_experts, setting.gate_accuracy)
+            reach = HOST_PREVIEWS if self.timing.profile.device == "cpu" else None
+            gate = Gate(self.timing.shape.num_experts, setting.gate_accuracy, reach)
         replay = Replay(
             ExpertScheduler(cache, setting.in_flight),
             predictor,

@@ -79,12 +79,20 @@ def test_draws_follow_the_softmax() -> None:
 
 
 def test_accepts_all_above_the_threshold_or_the_most_confident() -> None:
-    confidence = torch.tensor([0.2, 0.9, 0.5, 0.96, 0.9])
-    assert accept(confidence, 1, 0.95).tolist() == [False, False, False, True, False]
-    assert accept(confidence, 1, 0.85).tolist() == [False, True, False, True, True]
-    assert accept(confidence, 2, 0.95).tolist() == [False, True, False, True, False], "a tie goes to the lower position"
-    assert accept(confidence, 9, 0.95).all()
-    assert accept(confidence, 0, 1.0).sum() == 0
+    confidence = torch.tensor([0.2, 0.9, 0.5, 0.96, 0.9]).tolist()
+    assert accept(confidence, 1, 0.95) == [3]
+    assert accept(confidence, 1, 0.85) == [1, 3, 4]
+    assert accept(confidence, 2, 0.95) == [1, 3], "a tie goes to the lower position"
+    assert accept(confidence, 9, 0.95) == [0, 1, 2, 3, 4]
+    assert accept(confidence, 0, 1.0) == []
+
+
+@given(st.lists(st.floats(0, 1, width=32), max_size=8), st.integers(0, 9), st.floats(0, 1))
+def test_acceptance_compares_as_torch_does(confidence: list[float], minimum: int, threshold: float) -> None:
+    rows = torch.tensor(confidence, dtype=torch.float32)
+    above = (rows > threshold).nonzero().flatten().tolist()
+    best = rows.sort(descending=True, stable=True).indices[:minimum].sort().values.tolist()
+    assert accept(confidence, minimum, threshold) == (above if len(above) >= minimum else best)
 
 
 @given(st.integers(1, 128), st.integers(1, 200))

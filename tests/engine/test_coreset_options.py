@@ -142,7 +142,7 @@ def test_a_layer_routes_once_and_is_otherwise_only_previewed(checkpoint: Path, m
     options = {"hold_steps": 2, "predictor": "cross-layer-gate", "prefetch_depth": 2, "fused_commit": False}
     _ids, _stats, seen = answer(checkpoint, **options)
     assert asked[False] == [(info, layer) for info, layer, _decision in seen]
-    assert len(asked[True]) > len(asked[False]), "each layer is looked at from itself and from the one before"
+    assert asked[True] == asked[False], "where the host computes, each layer is looked at from itself alone"
 
 
 def test_favouring_residents_moves_fewer_bytes(

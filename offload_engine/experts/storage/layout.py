@@ -7,13 +7,16 @@ slabs have one layout, chosen for the reader.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from offload_engine import kernels
 from offload_engine.model.moe import ExpertWeights
 from offload_engine.model.quantized import ExpertFormat, Matrix, QuantizedMatrix
 from offload_engine.model.weights import ExpertSpans, FileSpan
@@ -48,7 +51,7 @@ class MatrixPlace(NamedTuple):
     """Columns that share a scale, two values per byte; 0: a row does, one value per byte."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class SlabLayout:
     """Where an expert's matrices are once its slab is filled."""
 
@@ -67,6 +70,15 @@ class SlabLayout:
             return ExpertWeights(*[_part(typed, place.offset, place.rows, place.columns) for place in self.places])
         return ExpertWeights(*[self._quantized(slab, place) for place in self.places])
 
+    @cached_property
+    def example(self) -> tuple[kernels.Expert | None, int]:
+        """An expert in a slab of host memory as our kernels take it, if they do, and the slab's address. The memory is
+        gone: the expert is there to be `moved`, for to check one takes longer than to compute some.
+        """
+        slab = torch.empty(self.nbytes, dtype=torch.uint8)
+        expert = self.weights(slab).kernel_expert
+        return None if expert is None else expert.moved(0, None), slab.data_ptr()
+
     @property
     def places(self) -> tuple[MatrixPlace, MatrixPlace, MatrixPlace]:
         """Gate, up, down."""
@@ -80,6 +92,34 @@ class SlabLayout:
             return QuantizedMatrix(_view(slab, place.offset, torch.int8, rows, columns), scales)
         scales = _view(slab, place.scales, torch.bfloat16, rows, columns // place.group)
         return QuantizedMatrix(_view(slab, place.offset, torch.uint8, rows, columns // 2), scales)
+
+
+class SlabExpert:
+    """`Weights` in a slab, looked at when somebody asks. Our kernels want addresses; matrices, which only torch wants,
+    take longer to make than an expert to be claimed, and one that has come from the disk is new to its slot.
+    """
+
+    def __init__(self, layout: SlabLayout, memory: Tensor, start: int = 0) -> None:
+        """The slab begins at byte `start` of `memory`, contiguous uint8."""
+        self.layout = layout
+        self.memory = memory
+        self.start = start
+
+    @cached_property
+    def matrices(self) -> ExpertWeights:
+        """Views; nothing is copied."""
+        return self.layout.weights(self.memory[self.start : self.start + self.layout.nbytes])
+
+    @cached_property
+    def kernel_expert(self) -> kernels.Expert | None:
+        """See `Weights`."""
+        example, address = self.layout.example
+        if example is None or not self.memory.is_cpu:
+            return None
+        return example.moved(self.memory.data_ptr() + self.start - address, self.memory)
+
+    def __iter__(self) -> Iterator[Matrix]:
+        return iter(self.matrices)
 
 
 def _view(slab: Tensor, offset: int, dtype: torch.dtype, rows: int, columns: int) -> Tensor:

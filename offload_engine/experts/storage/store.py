@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
+from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
 
@@ -69,7 +70,11 @@ class SafetensorsStore:
 
     def __init__(self, config: ModelConfig, checkpoint: Checkpoint, direct: bool = True) -> None:
         """`direct=False` never tries direct I/O."""
-        self._plans = {key: plan_reads(spans) for key, spans in all_expert_spans(config, checkpoint).items()}
+        layouts: dict[SlabLayout, SlabLayout] = {}  # equal ones made one: each finds out its `example` by itself
+        self._plans: dict[ExpertKey, ReadPlan] = {}
+        for key, spans in all_expert_spans(config, checkpoint).items():
+            plan = plan_reads(spans)
+            self._plans[key] = replace(plan, layout=layouts.setdefault(plan.layout, plan.layout))
         self._format = ExpertFormat(_one_dtype(self._plans, checkpoint))
         self._slab_bytes = max((plan.layout.nbytes for plan in self._plans.values()), default=SLOT_ALIGNMENT)
         paths = sorted({window.path for plan in self._plans.values() for window in plan.windows})
