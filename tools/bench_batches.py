@@ -14,15 +14,16 @@ import json
 import multiprocessing
 import random
 import statistics
-import sys
 import time
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
+from itertools import product
 
 import click
 
 from offload_engine.cli.errors import ReportingCommand
+from offload_engine.cli.progress import RUNS, Progress
 from offload_engine.config import EngineConfig
 from offload_engine.core import Phase, SamplingParams
 from offload_engine.decode.state import never
@@ -174,11 +175,10 @@ def main(
     """See the module."""
     context = (prompt_tokens // BLOCK + blocks + 1) * BLOCK
     params = SamplingParams(max_new_tokens=blocks * BLOCK, steps=steps, threshold=1.0)
-    rows = []
-    for number in range(1, rounds + 1):
-        row = []
-        for size in batches:
-            print(f"round {number} of {rounds}: batches of {size}", file=sys.stderr, flush=True)
+    rows: list[list[Measured]] = [[] for _ in range(rounds)]
+    with Progress("passes", rounds * len(batches), RUNS, every=0, still=True) as progress:
+        for number, size in product(range(rounds), batches):
+            progress.show(progress.done, f"round {number + 1} of {rounds}, batches of {size}")
             config = EngineConfig.build(
                 None, model=model, gpu_mem=gpu_mem, expert_mem=expert_mem, routing=routing, max_context=context,
                 batch_size=size, lanes_together=lanes_together, threads=threads, hot_set="off",
@@ -188,8 +188,8 @@ def main(
                 samples(part[0], count, params) if sampled else [(prompt, params) for prompt in part]
                 for part in (drawn[count:], drawn[:count])
             ]
-            row.append(measure_apart(config, *passes))
-        rows.append(row)
+            rows[number].append(measure_apart(config, *passes))
+            progress.done += 1
     print(json.dumps([[asdict(one) for one in row] for row in rows]) if as_json else table(rows))
 
 

@@ -17,7 +17,7 @@ from offload_engine.bench.rounds import planned, refusal, run_rounds
 from offload_engine.bench.spec import Run
 from offload_engine.cli.errors import FAILED, INTERRUPTED
 from offload_engine.cli.loading import loading_progress
-from offload_engine.cli.progress import Progress, Unit, duration
+from offload_engine.cli.progress import RUNS, Progress
 from offload_engine.cli.terminal import Output, note
 from offload_engine.engine.assembly import BUILT_IN
 from offload_engine.errors import CheckpointError, OffloadError
@@ -26,8 +26,6 @@ from offload_engine.model.hub import resolve_model
 
 CHECKPOINTS = Path("checkpoints")
 """Where `--preset` looks."""
-RUNS = Unit(str, lambda rate: f"{duration(1 / rate)} each")
-"""Of a contender."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,8 +71,7 @@ def run_benchmark(request: Request, wanted: Wanted) -> int:
             progress.show(0)
             for run in run_rounds(lineup.tasks, request.rounds, limit, _weight_files(folders), note):
                 runs.append(run)
-                progress.total = planned(lineup.tasks, request.rounds, runs)
-                progress.show(len(runs))
+                progress.show_of(len(runs), planned(lineup.tasks, request.rounds, runs))
     except (KeyboardInterrupt, OffloadError) as error:
         ended = error
     if isinstance(ended, OffloadError) and not runs:

@@ -34,6 +34,8 @@ class Unit(NamedTuple):
 BYTES = Unit(format_bytes, lambda rate: f"{format_bytes(round(rate))}/s")
 PIECES = Unit(str, lambda rate: f"{rate:.1f}/s" if rate >= 1 else f"{rate:.2g}/s")
 TOKENS = Unit(lambda count: f"{count} tokens", lambda rate: f"{rate:.0f} tokens/s")
+RUNS = Unit(str, lambda rate: f"{duration(1 / rate)} each")
+"""Pieces that take long."""
 
 
 def duration(seconds: float) -> str:
@@ -92,6 +94,11 @@ class Progress:
     def advance(self, count: int) -> None:
         """So much more is done now."""
         self.show(self.done + count, self._remark)
+
+    def show_of(self, done: int, total: int) -> None:
+        """So much is done now of what has come to be so much in all."""
+        self.total = total
+        self.show(done, self._remark)
 
     def line(self) -> str:
         """How things stand, in one line; speed and time left as soon as they are known."""

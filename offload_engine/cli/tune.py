@@ -22,6 +22,7 @@ from offload_engine.experts.scheduling.sharing import ShareMode
 from offload_engine.files import write_aside
 from offload_engine.memory import MemoryPlan, auto_budget
 from offload_engine.simulate.profile import Profile, load_profile
+from offload_engine.simulate.run import Figures
 from offload_engine.simulate.timing import Timing
 from offload_engine.trace import TraceHeader, TraceRecord, read_trace
 from offload_engine.tune import search
@@ -103,7 +104,9 @@ def _recorded(config: EngineConfig, traces: Sequence[Path]) -> Recorded:
         **{name: value for name, value in config.model_dump(exclude_unset=True).items() if name not in MEMORY_OPTIONS}
     )
     with tempfile.TemporaryDirectory(prefix="dmoe-tune-") as directory:
-        return _read(record(here, Path(directory)))
+        with Progress("recording, denoising steps", 0, PIECES) as progress:
+            traces = record(here, Path(directory), progress.show_of)
+        return _read(traces)
 
 
 def _read(traces: Sequence[Path]) -> Recorded:
@@ -189,7 +192,7 @@ def _search(
     sizes = search.budgets(plan.fixed, plan.slab_bytes, plan.slots)
     note(f"replaying {len(routings)} ways to route under {len(sizes)} budgets")
     start = Knobs(cpu_experts=machine.sharing[0])
-    surveyed, _ = search.best_knobs(machine.trial(routings[0].records, plan.slots), start, machine.sharing)
+    surveyed, _ = _best_knobs("trying options", machine.trial(routings[0].records, plan.slots), start, machine)
     with Progress("replaying", len(routings) * len(sizes), PIECES) as progress:
         points = search.survey(routings, sizes, machine, surveyed, progress.advance)
     acceptable = search.acceptable(points, least_kept, routings[0])
@@ -198,7 +201,7 @@ def _search(
     chosen = smallest if frugal else fastest
     trial = machine.trial(chosen.routing.records, chosen.budget.slots)
     start = replace(surveyed, cpu_experts=machine.sharing[0])  # here it has to pay once more
-    knobs, figures = search.best_knobs(trial, start, machine.sharing)
+    knobs, figures = _best_knobs("trying options once more", trial, start, machine)
     return Found(
         points=points,
         best=search.frontier(points),
@@ -211,6 +214,11 @@ def _search(
         sharing={mode: trial(replace(knobs, cpu_experts=mode)) for mode in machine.sharing},
         context=plan.context,
     )
+
+
+def _best_knobs(doing: str, trial: search.Trial, start: Knobs, machine: Machine) -> tuple[Knobs, Figures]:
+    with Progress(doing, 0, PIECES) as progress:
+        return search.best_knobs(trial, start, machine.sharing, progress.show_of)
 
 
 def _told(recorded: Recorded, profile: Profile) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -10,6 +11,7 @@ from offload_engine.engine import assembly
 from offload_engine.engine.assembly import Parts, choose_policy
 from offload_engine.engine.planning import plan_for
 from offload_engine.errors import UsageError
+from offload_engine.memory import MemoryPlan
 from offload_engine.metrics import EngineStats, reset_peak
 from offload_engine.routing import RoutingPolicy, SituatedCoreset
 
@@ -20,24 +22,44 @@ def changed(config: EngineConfig, **options: Any) -> EngineConfig:
     return EngineConfig(**config.model_dump(exclude_unset=True) | given)
 
 
-def resize(config: EngineConfig, parts: Parts, stats: EngineStats) -> Parts:
-    """Give the expert cache of `parts` the slots that the budgets of `config` come to, and tell `stats`.
+def resize(
+    wanted: EngineConfig,
+    config: EngineConfig,
+    parts: Parts,
+    stats: EngineStats,
+    adopt: Callable[[EngineConfig, Parts], None],
+) -> None:
+    """Give the expert cache of `parts` the slots that the budgets of `wanted` come to, where it had those of `config`.
 
-    Everything else is as it was planned. While the slots on a GPU are replaced, they take no more than the larger of
-    both budgets leaves them. Raises `MemoryBudgetError`, with nothing changed, where a budget doesn't hold the plan or
-    the system refuses the memory.
+    `adopt` is told what is in force: `wanted` and parts with the new plan, or once more what there was, where the cache
+    still has its slots; `stats` are told as well, whatever is raised. Everything else is as it was planned. While the
+    slots on a GPU are replaced, they take no more than the larger of both budgets leaves them. Raises
+    `MemoryBudgetError`, with nothing changed, where a budget doesn't hold the plan or the system refuses the memory;
+    `UsageError` while somebody holds on to some of it.
     """
     before = parts.plan
-    wanted = config.model_copy(update={"max_context": before.context})
-    plan = plan_for(wanted, parts.source.config, parts.setup, parts.gpu, held=before)
-    if plan.slots != before.slots:
-        parts.experts.resize(plan.slots, max(plan.budget, before.budget) - plan.fixed)
-        if assembly.keeps_hot_set(config) and not parts.experts.scheduler.warming:
-            parts.experts.warm_up()
-        _reset_peak(parts, shrinks=plan.slots < before.slots)
+    settings = wanted.model_copy(update={"max_context": before.context})
+    plan = plan_for(settings, parts.source.config, parts.setup, parts.gpu, held=before)
+    changed_parts = replace(parts, plan=plan)
+    try:
+        adopt(wanted, changed_parts)  # ahead: between the change and this, an interrupt might come
+        if plan.slots != before.slots:
+            parts.experts.resize(plan.slots, max(plan.budget, before.budget) - plan.fixed)
+            if assembly.keeps_hot_set(wanted) and not parts.experts.scheduler.warming:
+                parts.experts.warm_up()
+            _reset_peak(parts, shrinks=plan.slots < before.slots)
+        tell_plan(stats, plan)
+    except BaseException:
+        done = parts.experts.arena.slots == plan.slots
+        adopt(wanted if done else config, changed_parts if done else parts)
+        tell_plan(stats, plan if done else before)
+        raise
+
+
+def tell_plan(stats: EngineStats, plan: MemoryPlan) -> None:
+    """Have `stats` say what is planned."""
     stats.planned_peak_bytes, stats.limit_bytes = plan.total, plan.budget
     stats.slots, stats.slots_per_layer = plan.slots, plan.slots_per_layer
-    return replace(parts, plan=plan)
 
 
 def _reset_peak(parts: Parts, *, shrinks: bool) -> None:

@@ -26,13 +26,13 @@ from offload_engine.decode.scoring import LayerRouting, check_room, score
 from offload_engine.decode.session import Session
 from offload_engine.decode.state import DecodingState, never
 from offload_engine.decode.threads import compute_threads
-from offload_engine.engine.adjusting import changed, reroute, resize
+from offload_engine.engine.adjusting import changed, reroute, resize, tell_plan
 from offload_engine.engine.assembly import Parts, assemble, keep_hot_set
 from offload_engine.engine.dropping import dropped
 from offload_engine.engine.extending import Custom
 from offload_engine.engine.facts import EngineFacts
 from offload_engine.engine.options import EngineOptions
-from offload_engine.errors import TokenizerError, UsageError
+from offload_engine.errors import UsageError
 from offload_engine.experts.activity import ExpertActivity
 from offload_engine.experts.observe import ObservedExperts, TraceRecorder
 from offload_engine.experts.ranked import ranked_experts
@@ -91,8 +91,7 @@ class Engine(EngineFacts):
             if plan.sequences == 1
             else Grouping(lambda: stats.slots_per_layer, config.lanes_together, source.config.num_experts),
         )
-        stats.planned_peak_bytes, stats.limit_bytes = plan.total, plan.budget
-        stats.slots, stats.slots_per_layer = plan.slots, plan.slots_per_layer
+        tell_plan(stats, plan)
         self._dropped = weakref.finalize(self, dropped, source.name, parts, self._decoder.caches)
         self._dropped.atexit = False  # the process gives everything back by itself
         parts.experts.warm_up()  # last, so that it takes nothing from what the engine still needs
@@ -237,15 +236,17 @@ class Engine(EngineFacts):
         The budgets are those of `EngineConfig`; None leaves one as it is, "none" lifts `expert_mem`. All other parts of
         the plan stay. Raises `MemoryBudgetError`, with nothing changed, for what the budget or the system doesn't hold;
         `UsageError` while the engine is busy, where nothing is asked for, or while an exception that is kept holds
-        memory of a slot.
+        memory of a slot. After an interrupt the plan is the old one or the new one, whichever the cache then has.
         """
         if gpu_mem is None and expert_mem is None:
             raise UsageError("resize needs a new size; pass gpu_mem, expert_mem or both")
         with self._access.call(), self._access.work():
             config = changed(self.config, gpu_mem=gpu_mem, expert_mem=expert_mem)
-            self._parts = resize(config, self._parts, self.stats)
-            self.config = config
+            resize(config, self.config, self._parts, self.stats, self._adopt)
         return self.plan
+
+    def _adopt(self, config: EngineConfig, parts: Parts) -> None:
+        self.config, self._parts = config, parts
 
     def set_routing(
         self, routing: str, *, top_p: float | None = None, min_experts: int | None = None
@@ -313,12 +314,7 @@ class Engine(EngineFacts):
         return encoded(prompt, self.tokenizer, self.model_config.vocab_size, raw=raw)
 
     def _check_fits(self, ids: Sequence[int], params: SamplingParams) -> None:
-        for kind, token in (("mask", self.mask_token_id), ("eos", self.eos_token_id)):
-            if token is None:
-                raise TokenizerError(
-                    f"{self._parts.source.directory}: neither a tokenizer nor config.json says which token is the "
-                    f"{kind}; pass {kind}_token_id"
-                )
+        self._require_special_tokens()
         if params.stop and self.tokenizer is None:
             raise UsageError("stop strings need a tokenizer, and this checkpoint has none")
         room = self._decoder.positions(params.block_length)

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from offload_engine.engine.assembly import Parts
+from offload_engine.errors import TokenizerError
 from offload_engine.experts.scheduling.cache import Occupancy
 from offload_engine.memory import MemoryPlan
 from offload_engine.model.config import ModelConfig
@@ -75,6 +76,15 @@ class EngineFacts:
     def occupancy(self) -> Occupancy:
         """How many expert slots are free, loading and resident just now. May be called from any thread."""
         return self._parts.experts.occupancy()
+
+    def _require_special_tokens(self) -> None:
+        """Raises `TokenizerError` where one that decoding needs is unknown."""
+        for kind, token in (("mask", self.mask_token_id), ("eos", self.eos_token_id)):
+            if token is None:
+                raise TokenizerError(
+                    f"{self.directory}: neither a tokenizer nor config.json says which token is the {kind}; "
+                    f"pass {kind}_token_id"
+                )
 
     def _trace_header(self, block_length: int) -> TraceHeader:
         """What a trace of this engine's routing says of itself."""

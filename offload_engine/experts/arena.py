@@ -85,6 +85,11 @@ class Slots:
         """
         raise InternalError(f"{type(self).__name__}: its {self.slots} slots can't become {slots} where they are")
 
+    def mend(self) -> None:
+        """Make good what an interrupt of `resize` has left half done; `slots` is then how many there are. What is in
+        them is lost where that was so.
+        """
+
     def close(self) -> None:
         """Let go of the memory; it is returned once no matrix handed out is left. Idempotent."""
         self._views.clear()
@@ -135,11 +140,14 @@ class HostSlots(Slots):
     def __init__(self, slots: int, slab_bytes: int) -> None:
         """`slab_bytes` is a multiple of `SLOT_ALIGNMENT`."""
         super().__init__(slots, slab_bytes)
+        self._mapping: mmap.mmap | None = _map(slots, slab_bytes)
+        """None once closed."""
         self._bytes: memoryview | None = None
-        self._hand_out(_map(slots, slab_bytes))
+        self._hand_out(self._mapping)
 
     def _hand_out(self, mapping: mmap.mmap) -> None:
         # An open memoryview keeps the mapping alive: the memory goes back when the last view of it does, never earlier.
+        self.slots = len(mapping) // self.slab_bytes
         self._bytes = memoryview(mapping)
         self._tensor = torch.frombuffer(self._bytes, dtype=torch.uint8)
 
@@ -158,7 +166,7 @@ class HostSlots(Slots):
     def close(self) -> None:
         """Let go of the memory; it is returned once no buffer or matrix handed out is left. Idempotent."""
         super().close()
-        self._bytes = None
+        self._bytes = self._mapping = None
 
 
 class SlotArena(HostSlots):
@@ -175,6 +183,8 @@ class SlotArena(HostSlots):
         """Keeps `close`, which may come from any thread, from a mapping that is being resized."""
         self._refused = 0
         """Bytes that the system did not give when asked."""
+        self._half_done = False
+        """Whether the mapping's size is being changed, or something stopped that half way."""
         self._toucher = self._touch_from(0)
 
     def _touch_from(self, touched: int) -> threading.Thread:
@@ -213,16 +223,15 @@ class SlotArena(HostSlots):
     def _remap(self, slots: int) -> None:
         """Have the kernel change the mapping's size; it moves page tables, not bytes."""
         with self._remapping:
-            if self._bytes is None:
+            if self._mapping is None:
                 raise EngineClosedError("the slots of the expert cache were resized after they were closed")
-            mapping = cast("mmap.mmap", self._bytes.obj)
             kept = min(slots, self.slots) * self.slab_bytes
             self._views.clear()
-            looked_at = weakref.ref(self._bytes)  # every tensor in the mapping holds it
+            looked_at = weakref.ref(cast("memoryview", self._bytes))  # every tensor in the mapping holds it
+            self._half_done = True
             self._tensor = self._bytes = None
             try:
-                _resize(mapping, slots * self.slab_bytes, looked_at)
-                self.slots = slots
+                _resize(self._mapping, slots * self.slab_bytes, looked_at)
             except BufferError:
                 raise UsageError(
                     f"{self.slots} expert slots can't become {slots}: something outside the engine still holds memory "
@@ -235,8 +244,18 @@ class SlotArena(HostSlots):
                 ) from None
             finally:
                 self._refused = 0
-                self._hand_out(mapping)
+                self._hand_out(self._mapping)
                 self._toucher = self._touch_from(kept)
+                self._half_done = False
+
+    def mend(self) -> None:
+        """See `Slots`. Pages that had not been touched are from now on."""
+        with self._remapping:
+            if self._half_done and self._mapping is not None:
+                if self._tensor is None:
+                    self._hand_out(self._mapping)
+                self._toucher = self._touch_from(0)
+                self._half_done = False
 
     def close(self) -> None:
         """See `HostSlots`."""

@@ -18,6 +18,7 @@ from offload_engine.experts.hot_set import HotSet
 from offload_engine.experts.lessons import Lessons
 from offload_engine.experts.ranked import Standing, ranked_experts, standing
 from offload_engine.experts.residency import Residency
+from offload_engine.experts.resizing import REFUSALS, change_slots
 from offload_engine.experts.scheduling.predictor import ExpertPredictor
 from offload_engine.experts.scheduling.prefetch import HOST_PREVIEWS, PREDICTION_SHARE, RECENT_RUNS, prefetch_order
 from offload_engine.experts.scheduling.scheduler import LAUNCH_EXPERTS, Command, Compute, ExpertScheduler, Load
@@ -282,23 +283,20 @@ class OffloadedExperts(Residency):
         self.arena.wait_touched()
 
     def resize(self, slots: int, room: int | None = None) -> None:  # noqa: ARG002
-        """Have so many slots, in `room` bytes, between forwards; raises as the arena's, with nothing changed."""
+        """Have so many slots, in `room` bytes, between forwards; raises as the arena's, with nothing changed. After an
+        interrupt there are as many as before or so many, as `arena.slots` says, and what was in them may be gone.
+        """
         self._quieten()
-        if slots > self.arena.slots:
-            self.arena.resize(slots)
         self._half_done = True
-        with self._changed:
-            moves = self.scheduler.resize(slots)
-        for source, target in moves:
-            self.arena.slab(target).copy_(self.arena.slab(source))
+        try:
+            change_slots(slots, self.arena, self.scheduler, self._changed)
+        except REFUSALS:
+            self._half_done = False
+            raise
+        except BaseException:
+            self._start_over()
+            raise
         self._half_done = False
-        if slots < self.arena.slots:
-            try:
-                self.arena.resize(slots)
-            except BaseException:
-                with self._changed:
-                    self.scheduler.resize(self.arena.slots)
-                raise
 
     def _quieten(self) -> None:
         """Have nothing under way, and hold on to no slot."""
@@ -353,6 +351,9 @@ class OffloadedExperts(Residency):
         with self._changed:
             begun = [ticket for ticket in self.transfers.withdraw() if not ticket.reported]
             self.scheduler.reset({ticket.key: ticket.slot for ticket in begun})
+            self.arena.mend()
+            if self.scheduler.cache.slots != self.arena.slots:
+                self.scheduler.resize(self.arena.slots)
             self._ready.clear()
             self._failure = None
             self._half_done = False

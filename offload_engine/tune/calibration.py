@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from offload_engine.config import EngineConfig
@@ -22,26 +22,36 @@ PROMPT_TOKENS = 64
 ORIGINAL = "original"
 
 
-def record(config: EngineConfig, directory: Path) -> list[Path]:
+def record(
+    config: EngineConfig, directory: Path, told: Callable[[int, int], None] = lambda _done, _total: None
+) -> list[Path]:
     """Traces of a few answers under original routing and, if it is another, under the routing of `config`.
 
-    Raises what loading and running a model raises.
+    `told` hears after each step how many are recorded, and how many it will be about in all. Raises what loading and
+    running a model raises.
     """
     own = choose_policy(config, find_source(config).config)[0].name
-    return [_record(config, routing, directory) for routing in dict.fromkeys((ORIGINAL, own))]
+    routings = list(dict.fromkeys((ORIGINAL, own)))
+    paths, before = [], 0
+    for left, routing in zip(reversed(range(len(routings))), routings, strict=True):
+        path, steps = directory / f"{routing}.jsonl", 0
+        for steps in _record(config, routing, path):
+            told(before + steps, before + max(steps, STEPS) + left * STEPS)
+        before += steps
+        paths.append(path)
+    return paths
 
 
-def _record(config: EngineConfig, routing: str, directory: Path) -> Path:
-    path = directory / f"{routing}.jsonl"
+def _record(config: EngineConfig, routing: str, path: Path) -> Iterator[int]:
+    """The steps recorded so far, as they are taken."""
     values = config.model_dump(exclude_unset=True) | {"routing": routing, "hot_set": "off", "tuned": "off"}
     with Engine.from_pretrained(config=EngineConfig(**values)) as engine:
         engine.record_trace(path)
-        steps = 0
         for prompt in _prompts(engine):
-            steps += engine.generate(prompt, SamplingParams(max_new_tokens=NEW_TOKENS)).stats.denoise_steps
-            if steps >= STEPS:
-                break
-    return path
+            for _event in engine.stream(prompt, SamplingParams(max_new_tokens=NEW_TOKENS)):
+                yield engine.stats.denoise_steps
+            if engine.stats.denoise_steps >= STEPS:
+                return
 
 
 def _prompts(engine: Engine) -> Iterator[str | list[int]]:

@@ -56,10 +56,18 @@ def budgets(fixed: int, slab_bytes: int, slots: int) -> list[Budget]:
     return [Budget(fixed + count * slab_bytes, count) for count in sorted(counts, reverse=True)]
 
 
-def best_knobs(trial: Trial, start: Knobs, sharing: Sequence[ShareMode] = ()) -> tuple[Knobs, Figures]:
+def best_knobs(
+    trial: Trial,
+    start: Knobs,
+    sharing: Sequence[ShareMode] = (),
+    told: Callable[[int, int], None] = lambda _tried, _total: None,
+) -> tuple[Knobs, Figures]:
     """Change one option at a time for the better, until none of them helps any more (coordinate descent). `sharing`:
-    what is tried of `cpu_experts`.
+    what is tried of `cpu_experts`. `told` hears how many choices were tried, and how many there are to try as far as is
+    known: what helps has all of them tried once more.
     """
+    options = {**CHOICES, "cpu_experts": tuple(sharing)}
+    every = [(name, choice) for name, choices in options.items() for choice in choices]
     tried: dict[Knobs, Figures] = {}
 
     def figures_of(knobs: Knobs) -> Figures:
@@ -67,14 +75,14 @@ def best_knobs(trial: Trial, start: Knobs, sharing: Sequence[ShareMode] = ()) ->
             tried[knobs] = trial(knobs)
         return tried[knobs]
 
-    best, before = start, None
+    best, before, passed = start, None, 0
     while best != before:
-        before = best
-        for name, choices in (*CHOICES.items(), ("cpu_experts", sharing)):
-            for choice in choices:
-                other = replace(best, **{name: choice})  # type: ignore[arg-type]
-                if pays(figures_of(other), figures_of(best)):
-                    best = other
+        before, passed = best, passed + 1
+        for number, (name, choice) in enumerate(every, start=1):
+            other = replace(best, **{name: choice})  # type: ignore[arg-type]
+            if pays(figures_of(other), figures_of(best)):
+                best = other
+            told((passed - 1) * len(every) + number, (passed + (best != before)) * len(every))
     return best, figures_of(best)
 
 

@@ -10,7 +10,7 @@ import pytest
 from offload_engine import Engine, SamplingParams
 from offload_engine.cli import progress
 from offload_engine.cli.loading import prefill_progress
-from offload_engine.cli.progress import PIECES, TOKENS, Progress, duration
+from offload_engine.cli.progress import PIECES, RUNS, TOKENS, Progress, duration
 
 
 @pytest.fixture
@@ -98,7 +98,21 @@ def test_a_still_bar_is_drawn_when_told_and_by_no_thread(live, capsys):
 
 def test_a_total_may_be_corrected_on_the_way(live, capsys):
     with Progress("runs", 4, PIECES) as shown:
-        shown.show(1)
-        shown.total = 2
-        shown.show(1)
-    assert "runs: 1 of 2" in capsys.readouterr().err
+        shown.show(1, "all well")
+        shown.show_of(1, 2)
+    assert "runs: 1 of 2, all well" in capsys.readouterr().err
+
+
+def test_what_takes_long_is_told_by_the_piece(clock, capsys):
+    with Progress("runs", 4, RUNS, every=0, still=True) as shown:
+        shown.show(0)
+        for done in range(1, 5):
+            clock[0] += 90
+            shown.show(done)
+        assert shown.line() == "runs: 4 of 4, 1:30 each, 0 s left"
+    assert capsys.readouterr().err.splitlines() == [
+        "runs: 0 of 4",
+        "runs: 1 of 4, 1:30 each, 4:30 left",
+        "runs: 2 of 4, 1:30 each, 3:00 left",
+        "runs: 3 of 4, 1:30 each, 1:30 left",
+    ]

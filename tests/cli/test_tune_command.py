@@ -1,14 +1,20 @@
 from __future__ import annotations
 
 import gzip
+import itertools
 import json
+import re
 import shutil
+from types import SimpleNamespace
 
 import pytest
 
-from offload_engine.config import load_config
+from offload_engine.cli import progress
+from offload_engine.config import EngineConfig, load_config
 from offload_engine.engine.learned import recall_tuning
+from offload_engine.trace import read_trace
 from offload_engine.tune import calibration, search
+from offload_engine.tune.routing import steps_of
 from tests.cli.command_line import FAST, ROOT, complaint, dmoe_command, dmoe_run
 
 TRACES = ROOT / "tests" / "data" / "traces"
@@ -106,6 +112,30 @@ def test_a_short_run_serves_where_no_trace_is_given_and_the_config_runs(speaking
     assert picture.stat().st_size > 1000
     ran = dmoe_run("--config", out, "--max-new-tokens", "16", "-p", "hello")
     assert ran.exit_code == 0, ran.stderr
+
+
+def test_everything_that_takes_long_tells_rate_and_time_left(speaking, tmp_path, monkeypatch):
+    looks = itertools.count(0.0, 6.0)  # at each look at the clock a line is due
+    monkeypatch.setattr(progress, "time", SimpleNamespace(monotonic=lambda: next(looks)))
+    asked = ["--model", speaking, *FAST, "--gpu", "cpu-disk", *ONE_P]
+    done = dmoe_command("tune", *asked, "--out", tmp_path / "t.toml")
+    assert done.exit_code == 0, done.stderr
+    rate_and_rest = r"\d+ of \d+, [\d.]+/s, [\d:]+( s)? left$"
+    for doing in ("recording, denoising steps", "trying options", "replaying", "trying options once more"):
+        assert re.search(rf"^{doing}: {rate_and_rest}", done.stderr, re.MULTILINE), (doing, done.stderr)
+
+
+def test_how_many_steps_are_recorded_is_told_as_they_are_taken(speaking, tmp_path):
+    told = []
+    config = EngineConfig.build(None, model=str(speaking), gpu_mem="4GB", max_context=256, routing="dmoe")
+    traces = calibration.record(config, tmp_path, lambda *now: told.append(now))
+    assert [trace.name for trace in traces] == ["original.jsonl", "dmoe.jsonl"]
+    recorded = [steps_of(tuple(read_trace(trace)[1])) for trace in traces]
+    assert told[-1] == (sum(recorded), sum(recorded)), "all of them in the end"
+    assert (recorded[0], recorded[0] + calibration.STEPS) in told
+    assert {done for done, _total in told} == set(range(1, sum(recorded) + 1))
+    assert all(done <= total for done, total in told)
+    assert [done for done, _total in told] == sorted(done for done, _total in told)
 
 
 def test_without_a_tokenizer_prompts_are_random_and_this_machine_is_measured(mute, tmp_path, monkeypatch):

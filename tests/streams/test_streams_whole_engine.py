@@ -15,8 +15,10 @@ from offload_engine.engine import assembly, placement, planning
 from offload_engine.errors import DeviceError, MemoryBudgetError
 from offload_engine.experts.device import executor
 from offload_engine.experts.transfer import pinned
+from tests.interrupts import Interrupt
 from tests.model.graph_recorder import FakeRecorder
 from tests.streams.engines import EmulatedSlots, WatchedExchange, WatchedHostExperts
+from tests.streams.order import Fault
 from tests.streams.simulator import SimulatedDevice, WatchedStore
 
 PROMPT = "Anna has 37 apples. Tom gives her 58 more. How many apples does Anna have now?"
@@ -220,6 +222,37 @@ def test_a_resize_that_is_refused_changes_nothing_on_a_gpu(
         monkeypatch.setattr(planning, "available_memory", lambda: 10**6)
         assert engine.resize(expert_mem=plan.expert_slots // 2).slots == plan.slots // 2, "RAM is not asked for anew"
     device.check()
+
+
+@pytest.mark.parametrize("first", [9, 40])
+def test_an_interrupt_of_a_resize_leaves_plan_and_slots_in_agreement(
+    monkeypatch: pytest.MonkeyPatch, on_cpu: dict[str, list[int]], first: int
+) -> None:
+    device = SimulatedDevice([1, 0, 2])
+    found, at = set(), 3
+    with on_gpu(monkeypatch, device, routing="original", emulated=True, predictor="none") as engine:
+        slab, experts = engine.plan.slab_bytes, engine._parts.experts
+        while True:
+            engine.resize(expert_mem=first * slab)
+            engine.logits(PROMPT)
+            interrupt = Interrupt(lambda path: path.endswith(("adjusting.py", "resizing.py", "device/executor.py")), at)
+            try:
+                with interrupt.armed():
+                    engine.resize(expert_mem=(49 - first) * slab)
+            except KeyboardInterrupt:
+                found.add(experts.arena.slots)
+            else:
+                break
+            assert engine.plan.slots == experts.arena.slots == sum(engine.occupancy()[:3]) == engine.stats.slots
+            assert engine.config.expert_mem == engine.plan.expert_slots
+            assert engine.stats.planned_peak_bytes == engine.plan.total
+            at += 2
+            if at % 8 == 1:
+                assert engine.generate(PROMPT, PARAMS).token_ids == on_cpu["original"]
+        assert found == {9, 40}
+        assert engine.plan.slots == 49 - first
+        assert engine.generate(PROMPT, PARAMS).token_ids == on_cpu["original"]
+    assert set(device.faults) <= {Fault.LEAK}
 
 
 def test_recordings_outlive_a_resize(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,6 +29,9 @@ class Machine:
         self.opened: list[str] = []
         self.answered: list[str] = []
 
+    def works(self) -> None:
+        """Whenever something is measured."""
+
     @contextmanager
     def engine(self, _study: Study, role: Role, **options: Any) -> Iterator[Any]:
         assert self.open == [], "two engines at once"
@@ -47,6 +51,7 @@ def turns(
     machine, measured = Machine(room), []
 
     def measure(engine: Any, setting: str) -> int:
+        machine.works()
         measured.append((engine.config.model, setting))
         return len(measured)
 
@@ -68,7 +73,21 @@ def test_every_setting_once_a_round_on_its_own_model_alone(
     for number in range(QUICK.rounds):
         assert sorted(setting for _, setting in measured[3 * number : 3 * number + 3]) == sorted(SETTINGS)
     assert len(machine.answered) == 2 * QUICK.rounds * QUICK.prompts, "not warmed up"
-    assert f"test: round {QUICK.rounds} of {QUICK.rounds}" in capsys.readouterr().err
+    assert f"test: 6 of 6, round {QUICK.rounds} of {QUICK.rounds}" in capsys.readouterr().err
+
+
+def test_how_long_the_rest_takes_is_told(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    now = [100.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(Machine, "works", lambda _machine: now.__setitem__(0, now[0] + 4.0))
+    turns(monkeypatch, tmp_path, {"base": [ALL], "distilled": [ALL]})
+    assert capsys.readouterr().err.splitlines() == [
+        "  test: 2 of 6, round 1 of 2, 4 s each, 16 s left",
+        "  test: 4 of 6, round 2 of 2, 4 s each, 8 s left",
+        "  test: 6 of 6, round 2 of 2, 4 s each, 0 s left",
+    ]
 
 
 def test_one_engine_serves_both_where_there_is_no_base(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from click.testing import CliRunner
 
+from offload_engine.config import EngineConfig
 from offload_engine.core import SamplingParams
 from offload_engine.engine.engine import Engine
 from tests.checkpoints import tiny_config, write_checkpoint
+from tools import bench_batches
 from tools.bench_batches import Measured, answer, main, samples, table
 
 
@@ -56,6 +60,26 @@ def test_samples_are_of_one_prompt_and_differ(small: Path) -> None:
     ran = CliRunner().invoke(main, ["--model", str(small), *size, "--steps", "2"])
     assert ran.exit_code == 0, ran.output
     assert "| 2 | " in ran.stdout
+
+
+def test_every_batch_size_tells_how_long_the_rest_takes(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [100.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+
+    def takes_a_minute(config: EngineConfig, *_passes: Any) -> Measured:
+        now[0] += 60
+        return Measured(config.batch_size, 100, 7, 60.0, 10**9, 0.5, 9, 0.25, 1.75)
+
+    monkeypatch.setattr(bench_batches, "measure_apart", takes_a_minute)
+    ran = CliRunner().invoke(main, ["--model", str(small), "--gpu-mem", "2GB", "--batches", "1,4", "--rounds", "2"])
+    assert ran.exit_code == 0, ran.output
+    assert ran.stderr.splitlines() == [
+        "passes: 0 of 4, round 1 of 2, batches of 1",
+        "passes: 1 of 4, round 1 of 2, batches of 4, 1:00 each, 3:00 left",
+        "passes: 2 of 4, round 2 of 2, batches of 1, 1:00 each, 2:00 left",
+        "passes: 3 of 4, round 2 of 2, batches of 4, 1:00 each, 1:00 left",
+    ]
+    assert len(ran.stdout.splitlines()) == 4
 
 
 @pytest.mark.parametrize("batches", ["x", "1,,2", "0", "-1"])

@@ -100,6 +100,22 @@ def test_no_setting_is_tried_twice() -> None:
     assert len(asked) == len(set(asked))
 
 
+def test_how_far_a_search_is_grows_with_what_helps() -> None:
+    told: list[tuple[int, int]] = []
+    best_knobs(lambda _knobs: figures(1.0), Knobs(), ("off", "auto"), lambda *now: told.append(now))
+    choices = sum(map(len, search.CHOICES.values())) + 2
+    assert told == [(number, choices) for number in range(1, choices + 1)], "nothing helped"
+
+    told.clear()
+    better = search.CHOICES["eviction"][1]
+    best_knobs(
+        lambda knobs: figures(1.0 if knobs.eviction == better else 2.0), Knobs(), told=lambda *now: told.append(now)
+    )
+    choices -= 2
+    assert told[:2] == [(1, choices), (2, 2 * choices)], "once more from the other option on"
+    assert told[2:] == [(number, 2 * choices) for number in range(3, 2 * choices + 1)]
+
+
 def test_what_is_tried_can_be_configured_and_begins_with_the_default() -> None:
     for name, choices in search.CHOICES.items():
         assert choices[0] == EngineConfig.model_fields[name].default == getattr(Knobs(), name)

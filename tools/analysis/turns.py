@@ -7,11 +7,12 @@ models and settings come in an order shuffled anew in every round, and are compa
 from __future__ import annotations
 
 import random
-import sys
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
+from offload_engine.cli.progress import RUNS, Progress
+from offload_engine.cli.terminal import note
 from offload_engine.engine.engine import Engine
 from offload_engine.errors import OffloadError
 from tools.analysis.study import Role, Study
@@ -43,16 +44,18 @@ def take_turns(
     slots, cache = _equal_caches(study, cache)
     rng, rounds = random.Random(0), study.effort.rounds
     found: dict[Setting, list[Result]] = {setting: [] for setting in settings}
-    for number in range(1, rounds + 1):
-        for role in rng.sample(study.roles, len(study.roles)):
-            mine = [setting for setting in settings if study.played_by(role_of(setting)) == role]
-            with study.open(role, routing="original", **cache[role]) as engine:
-                _require(engine, slots)
-                for prompt in study.prompts(study.effort.prompts):  # warms up caches, allocator and clock rate
-                    engine.generate(prompt, study.sampling())
-                for setting in rng.sample(mine, len(mine)):
-                    found[setting].append(measure(engine, setting))
-        print(f"  {what}: round {number} of {rounds}", file=sys.stderr, flush=True)
+    with Progress(f"  {what}", rounds * len(settings), RUNS, still=True) as progress:
+        for number in range(1, rounds + 1):
+            for role in rng.sample(study.roles, len(study.roles)):
+                mine = [setting for setting in settings if study.played_by(role_of(setting)) == role]
+                with study.open(role, routing="original", **cache[role]) as engine:
+                    _require(engine, slots)
+                    for prompt in study.prompts(study.effort.prompts):  # warms up caches, allocator and clock rate
+                        engine.generate(prompt, study.sampling())
+                    for setting in rng.sample(mine, len(mine)):
+                        found[setting].append(measure(engine, setting))
+                        progress.show(progress.done + 1, f"round {number} of {rounds}")
+    note(progress.line())
     return Turns(slots, found)
 
 

@@ -359,7 +359,7 @@ class DeviceExperts(OffloadedExperts):
             self.accounts.forget()
             self._offered = None
             self.previews.drop()
-            self.table.reset()
+            self.table.rename(self.arena.slots, {})
             super()._start_over()
 
     def _carry_out(self, commands: Sequence[Command]) -> None:

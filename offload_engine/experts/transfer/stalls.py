@@ -7,12 +7,12 @@ while the device is busy, or hand it work that then stands still behind one: the
 from __future__ import annotations
 
 import time
-from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 from offload_engine.experts.transfer.base import Stream
 from offload_engine.experts.transfer.driver import Event, StreamDriver
+from offload_engine.experts.transfer.spans import Spans
 
 
 class HostStalls:
@@ -45,59 +45,34 @@ class DeviceStalls:
     """
 
     def __init__(self, driver: StreamDriver) -> None:
-        self._driver = driver
+        self._spans = Spans(driver, Stream.COMPUTE)
         self._open: Event | None = None
-        self._ended: deque[tuple[Event, Event]] = deque()
-        """Stalls whose length is not known yet, oldest first."""
         self._untold = 0.0
-        self._free: list[Event] = []
-        self._all: list[Event] = []
 
     def begin(self) -> None:
         """Nothing more is enqueued until a copy is. Said again before the end, it changes nothing."""
         if self._open is None:
-            self._open = self._mark()
+            self._open = self._spans.mark()
 
     def end(self) -> None:
         """What is enqueued next waits for no copy any more, but for those that are enqueued already."""
         if self._open is not None:
             began, self._open = self._open, None
-            self._ended.append((began, self._mark()))
-            self._untold += self._over()
+            self._spans.end(began)
+            self._untold += sum(self._spans.over())
 
     def forget(self) -> None:
         """What was waited for doesn't come: what has begun was no stall."""
         if self._open is not None:
-            self._free.append(self._open)
+            self._spans.drop(self._open)
             self._open = None
 
     def seconds(self) -> float:
         """Of the stalls that are over on the device and have not been told of."""
-        total, self._untold = self._untold + self._over(), 0.0
+        total, self._untold = self._untold + sum(self._spans.over()), 0.0
         return total
 
     def close(self) -> None:
         """Give all events back, once the device is idle. Idempotent."""
-        self._ended.clear()
-        self._free.clear()
         self._open = None
-        while self._all:
-            self._all.pop().close()
-
-    def _over(self) -> float:
-        """Seconds of the stalls that the device has got past; their events are free again."""
-        total = 0.0
-        while self._ended and self._ended[0][1].done():
-            began, ended = self._ended.popleft()
-            total += ended.seconds_since(began)
-            self._free += (began, ended)
-        return total
-
-    def _mark(self) -> Event:
-        if not self._free:
-            event = self._driver.event(timed=True)
-            self._all.append(event)
-            self._free.append(event)
-        event = self._free.pop()
-        event.record(Stream.COMPUTE)
-        return event
+        self._spans.close()

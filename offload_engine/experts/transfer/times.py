@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 from offload_engine.experts.transfer.base import Stream
 from offload_engine.experts.transfer.driver import Event, StreamDriver
+from offload_engine.experts.transfer.spans import Spans
 
 PENDING = 8
 """Copies that are timed at once, at most; others go by untimed."""
@@ -33,11 +34,8 @@ class CopyTimes:
     def __init__(self, driver: StreamDriver, clock: Callable[[], float] = time.perf_counter) -> None:
         self.wanted = False
         self.clock = clock
-        self._driver = driver
         self._lock = threading.Lock()
-        self._under_way: deque[tuple[Event, Event]] = deque()
-        self._free: list[Event] = []
-        self._all: list[Event] = []
+        self._spans = Spans(driver, Stream.COPY)
         self._copies: deque[float] = deque(maxlen=KEPT)
         self._reads: deque[float] = deque(maxlen=KEPT)
         self._reading = 0
@@ -47,12 +45,12 @@ class CopyTimes:
         if not self.wanted:
             return None
         self._collect()
-        return None if len(self._under_way) >= PENDING else self._mark()
+        return None if len(self._spans) >= PENDING else self._spans.mark()
 
     def end(self, began: Event | None) -> None:
         """It is enqueued."""
         if began is not None:
-            self._under_way.append((began, self._mark()))
+            self._spans.end(began)
 
     @contextmanager
     def reading(self) -> Iterator[None]:
@@ -80,22 +78,7 @@ class CopyTimes:
 
     def close(self) -> None:
         """Give all events back, once the device is idle. Idempotent."""
-        self._under_way.clear()
-        self._free.clear()
-        while self._all:
-            self._all.pop().close()
+        self._spans.close()
 
     def _collect(self) -> None:
-        while self._under_way and self._under_way[0][1].done():
-            began, ended = self._under_way.popleft()
-            self._copies.append(ended.seconds_since(began))
-            self._free += (began, ended)
-
-    def _mark(self) -> Event:
-        if not self._free:
-            event = self._driver.event(timed=True)
-            self._all.append(event)
-            self._free.append(event)
-        event = self._free.pop()
-        event.record(Stream.COPY)
-        return event
+        self._copies += self._spans.over()
