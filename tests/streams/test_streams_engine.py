@@ -150,7 +150,8 @@ def test_with_the_kernel_and_without_it_the_same_is_fetched(
             if not fused:
                 patch.setattr(record.Record, "pieces", without_lookup)
             device = SimulatedDevice()
-            experts = on_device(device, model.store, 40, predictor="none", emulated=True)
+            # One copy at a time: which of two comes first decides what is evicted.
+            experts = on_device(device, model.store, 40, predictor="none", emulated=True, in_flight=1, threads=1)
             told = asked[fused] = []
             ask = experts.scheduler.ask
             patch.setattr(
