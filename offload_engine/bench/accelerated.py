@@ -16,7 +16,7 @@ from offload_engine.errors import CheckpointError
 from offload_engine.model.checkpoint import Checkpoint
 from offload_engine.model.config import ModelConfig
 from offload_engine.model.layers import SwiGLU
-from offload_engine.model.moe import Decide, Preview, tokens_by_expert
+from offload_engine.model.moe import Beside, Decide, Preview, nothing, tokens_by_expert
 from offload_engine.model.weights import MATRICES, split_name
 
 
@@ -51,7 +51,7 @@ class AccelerateExperts:
         """See `ExpertExecutor`."""
         return decide()
 
-    def run(self, layer: int, hidden: Tensor, decision: RoutingDecision) -> Tensor:
+    def run(self, layer: int, hidden: Tensor, decision: RoutingDecision, beside: Beside = nothing) -> Tensor:  # noqa: ARG002
         """See `ExpertExecutor`."""
         return self.sweep(layer, hidden, decision, hidden.shape[0]).to(hidden.dtype)
 

@@ -21,7 +21,7 @@ from offload_engine.experts.transfer.base import Stream, TransferTicket
 from offload_engine.metrics import EngineStats
 from offload_engine.model import llada2
 from offload_engine.model.llada2 import LLaDA2Model
-from offload_engine.model.moe import Decide, ExpertExecutor, ExpertOutputs, MoEBlock, Preview
+from offload_engine.model.moe import Beside, Decide, ExpertExecutor, ExpertOutputs, MoEBlock, Preview, nothing
 
 Callback = Callable[..., Any]
 
@@ -135,21 +135,21 @@ class _TimedExperts:
     def route(self, layer: int, hidden: Tensor, decide: Decide) -> RoutingDecision:
         return self.experts.route(layer, hidden, decide)
 
-    def run(self, layer: int, hidden: Tensor, decision: RoutingDecision) -> Tensor:
-        return self._watched(self.experts.run, layer, hidden, decision)
+    def run(self, layer: int, hidden: Tensor, decision: RoutingDecision, beside: Beside = nothing) -> Tensor:
+        return self._watched(self.experts.run, layer, hidden, decision, beside)
 
     def sweep(self, layer: int, hidden: Tensor, decision: RoutingDecision, rows: int) -> Tensor:
         return self._watched(self.experts.sweep, layer, hidden, decision, rows)
 
     def _watched(
-        self, run: Callable[..., Tensor], layer: int, hidden: Tensor, decision: RoutingDecision, *rows: int
+        self, run: Callable[..., Tensor], layer: int, hidden: Tensor, decision: RoutingDecision, last: int | Beside
     ) -> Tensor:
-        began = time.perf_counter()
-        out = run(layer, hidden, decision, *rows)
+        began, counted = time.perf_counter(), self.probe.total
+        out = run(layer, hidden, decision, last)
         ended = time.perf_counter()
         self.probe.runs.append((LayerRun(layer, began, ended, ()), decision.experts))
         if self.whole:
-            self.probe.add("experts", ended - began)
+            self.probe.add("experts", ended - began - (self.probe.total - counted))
         return out
 
 
@@ -162,6 +162,7 @@ def probing(engine: Engine, *, offloaded: bool) -> Iterator[Probe]:
             stack.enter_context(_patched(module, "forward", _timed(component, probe)))  # a hook takes longer
         stack.enter_context(_patched(BlockDiffusionDecoder, "_propose", _timed("head", probe)))
         stack.enter_context(_patched(MoEBlock, "decide", _timed("routing", probe)))
+        stack.enter_context(_patched(MoEBlock, "shared", _timed("dense", probe)))
         stack.enter_context(_patched(MoEBlock, "with_shared", _timed("dense", probe)))
         stack.enter_context(_patched(llada2, "residual_sum", _timed("dense", probe)))
         stack.enter_context(_patched(llada2, "rotary_angles", _timed("attention", probe)))

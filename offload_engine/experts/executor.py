@@ -26,12 +26,14 @@ from offload_engine.experts.storage.store import ExpertStore
 from offload_engine.experts.transfer.base import Stream, TransferBackend, TransferTicket
 from offload_engine.metrics import EngineStats
 from offload_engine.model.moe import (
+    Beside,
     Decide,
     ExpertOutputs,
     ExpertSum,
     ExpertWork,
     LayerOutputs,
     Preview,
+    nothing,
     tokens_by_expert,
 )
 
@@ -99,15 +101,14 @@ class OffloadedExperts(Residency):
 
         Where the layer before swept through nearly all of its experts, so will this one.
         """
-        if self._sweeping and self.prefetch_depth:
-            predicted = self._keys_of_layer[layer][: self.scheduler.cache.probation_limit]
-        else:
-            predicted = self._predicted(layer, preview)
+        sweep = self._keys_of_layer[layer] if self._sweeping and self.prefetch_depth else []
+        predicted = sweep[: self.scheduler.cache.probation_limit] if sweep else self._predicted(layer, preview)
         if not predicted:
             return
         self._half_done = True
         try:
             with self._changed:
+                self.scheduler.expect(sweep)  # lest its first experts push out its last ones
                 self._carry_out(self.scheduler.predict(predicted))
             self._half_done = False
         except BaseException as error:
@@ -141,7 +142,7 @@ class OffloadedExperts(Residency):
         """See `ExpertExecutor`."""
         return decide()
 
-    def run(self, layer: int, hidden: Tensor, decision: RoutingDecision) -> Tensor:
+    def run(self, layer: int, hidden: Tensor, decision: RoutingDecision, beside: Beside = nothing) -> Tensor:
         """See `ExpertExecutor`."""
         ranked, _learned, outlook = self._heard(layer, decision)
         outputs = self._outputs(layer, hidden, decision)
@@ -154,7 +155,7 @@ class OffloadedExperts(Residency):
                 self._carry_out(self.scheduler.want(layer, ranked.experts, ranked.scores, outlook, errand.experts))
                 self.stats.expert_requests += len(ranked.experts)
                 self._note_moved(counters.moved - moved, len(ranked.experts))
-            self._finish(len(ranked.experts), errand, outputs)
+            self._finish(len(ranked.experts), errand, outputs, beside)
             self._half_done = False
         except BaseException as error:
             self._abandon(error)
@@ -172,10 +173,13 @@ class OffloadedExperts(Residency):
         """Of the experts `wanted` by a layer, so many were `moved`, as `SchedulerCounters` counts them."""
         self._moved_share += (moved / max(1, wanted) - self._moved_share) / RECENT_RUNS
 
-    def _finish(self, wanted: int, errand: Errand, outputs: LayerOutputs) -> None:
+    def _finish(self, wanted: int, errand: Errand, outputs: LayerOutputs, beside: Beside) -> None:
         """Compute the experts `wanted`, of which those of `errand` come from elsewhere, as they are there."""
         missing = wanted - len(errand.experts)
         while missing:
+            if not self._ready:
+                beside()
+                beside = nothing
             computes = self._next_computes()
             self._launch(computes, outputs.compute)
             missing -= len(computes)

@@ -30,7 +30,7 @@ class Lessons:
     def note(self, layer: int, said: Standing) -> None:
         """`layer` has decided."""
         self._noted.append((layer, said))
-        if layer == self.last_layer:
+        if layer == self.last_layer or self.predictor.within_forward:
             self._tell()
 
     def _tell(self) -> None:

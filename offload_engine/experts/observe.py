@@ -13,7 +13,7 @@ from offload_engine.errors import TraceError, TraceWriteError
 from offload_engine.experts.device.executor import DeviceExperts
 from offload_engine.experts.ranked import standing
 from offload_engine.experts.scheduling.predictor import GENERATING
-from offload_engine.model.moe import Decide, ExpertExecutor, Preview
+from offload_engine.model.moe import Beside, Decide, ExpertExecutor, Preview, nothing
 from offload_engine.routing.base import by_block
 from offload_engine.trace import TraceHeader, TraceWriter
 
@@ -50,15 +50,15 @@ class ObservedExperts:
         """See `ExpertExecutor`."""
         return self.experts.route(layer, hidden, decide)
 
-    def run(self, layer: int, hidden: Tensor, decision: RoutingDecision) -> Tensor:
+    def run(self, layer: int, hidden: Tensor, decision: RoutingDecision, beside: Beside = nothing) -> Tensor:
         """See `ExpertExecutor`."""
         if isinstance(self.experts, DeviceExperts):
             told = partial(self._tell, layer) if self.watchers else None
-            return self.experts.run(layer, hidden, decision, told)
+            return self.experts.run(layer, hidden, decision, beside, told)
         self._untold.append((layer, decision))
         if self.last_layer in (None, layer) or self._info.phase not in GENERATING:
             self._tell_all()
-        return self.experts.run(layer, hidden, decision)
+        return self.experts.run(layer, hidden, decision, beside)
 
     def sweep(self, layer: int, hidden: Tensor, decision: RoutingDecision, rows: int) -> Tensor:
         """See `ExpertExecutor`."""

@@ -50,6 +50,14 @@ class ExpertWeights(_Matrices):
 Decide = Callable[[], RoutingDecision]
 """Has a layer's router decide."""
 
+Beside = Callable[[], None]
+"""What a layer computes beside its routed experts, and independently of them."""
+
+
+def nothing() -> None:
+    """A `Beside` of a layer that has no such thing, or has it no more."""
+
+
 Preview = Callable[[int], RoutingDecision]
 """How a given MoE layer would route if nothing between here and there changed the residual stream."""
 
@@ -73,10 +81,11 @@ class ExpertExecutor(Protocol):
         may be looked up where the experts chosen are (`RoutingDecision.lookup`).
         """
 
-    def run(self, layer: int, hidden: Tensor, decision: RoutingDecision) -> Tensor:
+    def run(self, layer: int, hidden: Tensor, decision: RoutingDecision, beside: Beside = nothing) -> Tensor:
         """The weighted sum over each token's experts, [T, H] in `hidden`'s dtype.
 
         The sum is accumulated in float32 over k in the decision's order, whatever order experts are computed in.
+        `beside` may be called, once: by whoever would otherwise wait for experts.
         """
 
     def sweep(self, layer: int, hidden: Tensor, decision: RoutingDecision, rows: int) -> Tensor:
@@ -265,8 +274,8 @@ class ResidentExperts:
         """See `ExpertExecutor`: there is nothing to look up."""
         return decide()
 
-    def run(self, layer: int, hidden: Tensor, decision: RoutingDecision) -> Tensor:
-        """See `ExpertExecutor`."""
+    def run(self, layer: int, hidden: Tensor, decision: RoutingDecision, beside: Beside = nothing) -> Tensor:  # noqa: ARG002
+        """See `ExpertExecutor`: there is nothing to wait for."""
         outputs = ExpertOutputs(hidden, decision)
         used = decision.experts.unique().tolist()
         outputs.compute([ExpertWork(expert, self.weights(layer, expert)) for expert in used if expert >= 0])
@@ -317,16 +326,28 @@ class MoEBlock(nn.Module):
         """As `forward`, once the router has spoken: `logits` [T, E]."""
         rows = hidden.flatten(0, -2)
         decision = experts.route(self.layer, rows, partial(self.decide, logits, block_ids, policy))
+        shared: list[Tensor] = []
+        out = experts.run(self.layer, rows, decision, partial(self._share, hidden, shared))
         # in shape before the sum: the residual stream is added to it in place, which FSDP does not survive on a view
-        return self.with_shared(experts.run(self.layer, rows, decision).view_as(hidden), hidden)
+        return self.with_shared(out.view_as(hidden), hidden, *shared)
 
-    def with_shared(self, routed: Tensor, hidden: Tensor) -> Tensor:
-        """The routed experts' output and the shared ones' of `hidden`, both [.., H], together."""
-        shared_experts = self.shared_experts
-        if shared_experts is None:
+    def _share(self, hidden: Tensor, shared: list[Tensor]) -> None:
+        if self.shared_experts is not None:
+            shared.append(self.shared(hidden))
+
+    def shared(self, hidden: Tensor) -> Tensor:
+        """The shared experts' output, [.., H] as `hidden`. There are some."""
+        assert self.shared_experts is not None
+        out: Tensor = self.shared_experts(hidden)
+        return out
+
+    def with_shared(self, routed: Tensor, hidden: Tensor, shared: Tensor | None = None) -> Tensor:
+        """The routed experts' output and the shared ones' of `hidden`, both [.., H], together. `shared` is the latter,
+        where it has been computed; it is overwritten.
+        """
+        if self.shared_experts is None:
             return routed
-        shared: Tensor = shared_experts(hidden)
-        return shared.add_(routed)
+        return (self.shared(hidden) if shared is None else shared).add_(routed)
 
     def route(self, hidden: Tensor, block_ids: Tensor, policy: Route) -> RoutingDecision:
         """Where `hidden` [.., H], normed, goes."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pytest
@@ -225,6 +226,31 @@ def test_an_offloaded_prefill_equals_a_resident_one_bit_for_bit(
         assert stats.loads >= stats.misses
     finally:
         experts.close()
+
+
+def test_what_a_layer_computes_beside_its_experts_is_computed_before_it_waits(model: Model) -> None:
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(4, model.config.hidden_size, generator=generator).to(model.dtype)
+    decision = RoutingDecision(torch.tensor([[0, 1], [2, 3], [0, 4], [5, 1]]), torch.full((4, 2), 0.5))
+    experts = model.offloaded(slots=20)
+    heard: list[tuple[bool, int]] = []
+    waiting, beside = experts.transfers.waiting, lambda: heard.append((False, experts.scheduler.counters.misses))
+
+    def waited() -> AbstractContextManager[None]:
+        heard.append((True, 0))
+        return waiting()
+
+    experts.transfers.waiting = waited  # type: ignore[method-assign]
+    with torch.inference_mode():
+        expected = model.resident.run(1, hidden, decision)
+        experts.begin(ForwardInfo(Phase.SCORE))
+        assert torch.equal(experts.run(1, hidden, decision, beside), expected)
+        assert heard[0] == (False, 6), "once all that is missing was asked for"
+        assert all(waits for waits, _misses in heard[1:]), "once"
+        heard.clear()
+        assert torch.equal(experts.run(1, hidden, decision, beside), expected)
+    assert heard == [], "there is nothing to wait for"
+    experts.close()
 
 
 def test_prefill_in_pieces_agrees_with_one_piece(model: Model) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from offload_engine.core import ForwardInfo, Phase, RoutingDecision, SamplingParams
 from offload_engine.engine.engine import Engine
-from offload_engine.model.moe import Decide, ExpertExecutor, MoEBlock, Preview
+from offload_engine.model.moe import Beside, Decide, ExpertExecutor, MoEBlock, Preview, nothing
 from tools.analysis import seam
 
 Clock = Callable[[], float]
@@ -67,8 +67,8 @@ class _TimedExperts:
     def route(self, layer: int, hidden: Tensor, decide: Decide) -> RoutingDecision:
         return self.experts.route(layer, hidden, decide)
 
-    def run(self, layer: int, hidden: Tensor, decision: RoutingDecision) -> Tensor:
-        out = self.experts.run(layer, hidden, decision)
+    def run(self, layer: int, hidden: Tensor, decision: RoutingDecision, beside: Beside = nothing) -> Tensor:  # noqa: ARG002
+        out = self.experts.run(layer, hidden, decision)  # what is beside them is no time of theirs
         self.probe.routed = decision
         return out
 

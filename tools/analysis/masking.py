@@ -20,7 +20,7 @@ from offload_engine.core import ForwardInfo, Phase, RoutingDecision
 from offload_engine.engine.engine import Engine
 from offload_engine.model.attention import MaskedSequence, block_causal_mask
 from offload_engine.model.llada2 import Forward
-from offload_engine.model.moe import Decide, ExpertExecutor, Preview
+from offload_engine.model.moe import Beside, Decide, ExpertExecutor, Preview, nothing
 from tools.analysis import seam
 
 NOISE = (0.3, 0.8)
@@ -90,14 +90,14 @@ class _LeavingOut:
     def route(self, layer: int, hidden: Tensor, decide: Decide) -> RoutingDecision:
         return self.experts.route(layer, hidden, decide)
 
-    def run(self, layer: int, hidden: Tensor, decision: RoutingDecision) -> Tensor:
+    def run(self, layer: int, hidden: Tensor, decision: RoutingDecision, beside: Beside = nothing) -> Tensor:
         self.decisions[layer] = decision
         weights = decision.weights.clone()
         for row, case in enumerate(self.cases):
             if case is not None and case.layer == layer:
                 places = torch.tensor(case.tokens) + row * self.length
                 weights[places] = weights[places].masked_fill(decision.experts[places] == case.expert, 0.0)
-        return self.experts.run(layer, hidden, replace(decision, weights=weights))
+        return self.experts.run(layer, hidden, replace(decision, weights=weights), beside)
 
     def sweep(self, layer: int, hidden: Tensor, decision: RoutingDecision, rows: int) -> Tensor:
         raise NotImplementedError("what is scored goes through the layers at once")

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from offload_engine.core import ForwardInfo, RoutingDecision
 from offload_engine.model.config import ModelConfig
-from offload_engine.model.moe import Decide, ExpertWeights, Preview
+from offload_engine.model.moe import Beside, Decide, ExpertWeights, Preview, nothing
 
 BUCKETS = (8, 8, 16, 32, 64, 64, 64)
 """Experts per batched product, busiest first; the last size repeats. More buckets mean less padding and more calls."""
@@ -256,7 +256,7 @@ class TrainableExperts(nn.Module):
         """See `ExpertExecutor`."""
         return decide()
 
-    def run(self, layer: int, hidden: Tensor, decision: RoutingDecision) -> Tensor:
+    def run(self, layer: int, hidden: Tensor, decision: RoutingDecision, beside: Beside = nothing) -> Tensor:  # noqa: ARG002
         """See `ExpertExecutor`."""
         out: Tensor = self.layers[str(layer)](hidden, decision.experts, decision.weights)
         return out

@@ -27,7 +27,7 @@ from offload_engine.experts.transfer.base import Stream, TransferTicket
 from offload_engine.experts.transfer.cuda import CudaTransfers
 from offload_engine.kernels import cuda_selection
 from offload_engine.metrics import EngineStats
-from offload_engine.model.moe import Decide, ExpertOutputs, LayerOutputs, Preview
+from offload_engine.model.moe import Beside, Decide, ExpertOutputs, LayerOutputs, Preview, nothing
 
 PLACES: Final = 4
 """Layers that may have been enqueued without the books having heard of them."""
@@ -129,7 +129,14 @@ class DeviceExperts(OffloadedExperts):
             self._abandon(error)
             raise
 
-    def run(self, layer: int, hidden: Tensor, decision: RoutingDecision, told: Told | None = None) -> Tensor:
+    def run(
+        self,
+        layer: int,
+        hidden: Tensor,
+        decision: RoutingDecision,
+        beside: Beside = nothing,
+        told: Told | None = None,
+    ) -> Tensor:
         """See `ExpertExecutor`. `told` is called when the books hear of the layer, in the order of the layers, before
         the last one has run: with the decision, its experts and scores on the host.
         """
@@ -139,13 +146,13 @@ class DeviceExperts(OffloadedExperts):
             if outputs is None:
                 known = self._read_all(layer, hidden, decision, told)
             else:
-                self._run_ahead(layer, hidden, decision, outputs, told)
+                self._run_ahead(layer, hidden, decision, outputs, beside, told)
                 self._half_done = False
         except BaseException as error:
             self._abandon(error)
             raise
         if outputs is None:
-            return super().run(layer, hidden, known)
+            return super().run(layer, hidden, known, beside)
         self.transfers.synchronize()
         out = outputs.combine()
         if layer == self._last_layer:
@@ -203,7 +210,13 @@ class DeviceExperts(OffloadedExperts):
         return known
 
     def _run_ahead(
-        self, layer: int, hidden: Tensor, decision: RoutingDecision, outputs: SlotOutputs, told: Told | None
+        self,
+        layer: int,
+        hidden: Tensor,
+        decision: RoutingDecision,
+        outputs: SlotOutputs,
+        beside: Beside,
+        told: Told | None,
     ) -> None:
         """Enqueue what can be, wait for what is missing, and have that fetched and computed."""
         cpu = self._shares()
@@ -219,7 +232,7 @@ class DeviceExperts(OffloadedExperts):
         if account.record.front:
             missing = account.missing()
             if missing.experts:
-                self._fetch(account, missing, hidden, outputs)
+                self._fetch(account, missing, hidden, outputs, beside)
 
     def _show(self, layer: int) -> Account:
         """See that the device has the layer's row, and that no slot in it is given away."""
@@ -254,7 +267,7 @@ class DeviceExperts(OffloadedExperts):
     def _may_miss(self, row: Row) -> bool:
         return bool((row == ABSENT).any())
 
-    def _fetch(self, account: Account, missing: Missing, hidden: Tensor, outputs: SlotOutputs) -> None:
+    def _fetch(self, account: Account, missing: Missing, hidden: Tensor, outputs: SlotOutputs, beside: Beside) -> None:
         """Have what is missing fetched, or computed elsewhere; tell the books meanwhile; compute it."""
         self._settle_landed(before=account)  # all of them, for the compute stream is in order: victims are chosen now
         errand = NO_ERRAND
@@ -264,8 +277,9 @@ class DeviceExperts(OffloadedExperts):
             moved = self.scheduler.counters.moved
             self._carry_out(self.scheduler.ask(account.layer, *missing, errand.experts))
             account.moved = self.scheduler.counters.moved - moved
+        beside()  # ahead of what the compute stream has to wait for
         self._settle_all()
-        self._finish(len(missing.experts), errand, outputs)
+        self._finish(len(missing.experts), errand, outputs, nothing)
 
     def _shares(self) -> HostExperts | None:
         """What computes experts of this forward on the CPU; of one that only scores nothing does, for what that says

@@ -67,13 +67,17 @@ class ExpertPredictor(ABC):
     """Guesses a layer's experts and keeps count of how well it does.
 
     Called in this order in every forward: `begin` once, then per MoE layer any number of `offer` and `predict`, which
-    may reach ahead to later layers, and `observe` when the layer has routed.
+    may reach ahead to later layers, and `observe`, layer after layer, at the latest when the forward's last has routed.
     """
 
     name: str
     """The predictor's name in configs and on the command line."""
     wants_preview = False
     """Whether it lives on `offer`; where False, the caller may save itself the previews."""
+    within_forward = False
+    """Whether what a layer chose tells it of later layers of the same forward. It then hears of each as soon as the
+    host knows, which costs some time; else of all together.
+    """
 
     def __init__(self) -> None:
         self.counts = PredictionCounts()
@@ -268,6 +272,7 @@ class Combined(ExpertPredictor):
         self.sources = list(sources)
         """Each keeps counts of its own."""
         self.wants_preview = any(source.wants_preview for source in sources)
+        self.within_forward = any(source.within_forward for source in sources)
         self.least = least
         self._guesses: dict[int, dict[Kind, set[int]]] = {}
         """By layer and kind: the experts that a source named in this forward."""

@@ -16,6 +16,7 @@ from offload_engine.experts.device.record import Record
 from offload_engine.experts.device.table import ABSENT, UNUSED
 from offload_engine.experts.observe import ObservedExperts
 from offload_engine.experts.ranked import ranked_experts
+from offload_engine.model.moe import Beside, nothing
 from tests.experts.test_executor import Faulty, Model
 from tests.streams.engines import EmulatedOutputs, WatchedExchange, on_device
 from tests.streams.simulator import SimulatedDevice, SimulatedEvent
@@ -79,9 +80,11 @@ def test_watchers_hear_of_decisions_on_the_host_before_the_forward_is_over(
     def watch(info: ForwardInfo, layer: int, decision: RoutingDecision) -> None:
         told.append((info.step, layer, decision))
 
-    def noting(layer: int, hidden: Tensor, decision: RoutingDecision, told: Told | None = None) -> Tensor:
+    def noting(
+        layer: int, hidden: Tensor, decision: RoutingDecision, beside: Beside = nothing, told: Told | None = None
+    ) -> Tensor:
         ran.append(decision)
-        return run(layer, hidden, decision, told)
+        return run(layer, hidden, decision, beside, told)
 
     experts.run = noting  # type: ignore[method-assign]
     observed = ObservedExperts(experts, [watch])
@@ -174,10 +177,10 @@ def unwanted_expert(model: Model, experts: DeviceExperts) -> int:
     seen: list[Tensor] = []
     run = model.resident.run
 
-    def noting(layer: int, hidden: Tensor, decision: RoutingDecision) -> Tensor:
+    def noting(layer: int, hidden: Tensor, decision: RoutingDecision, beside: Beside = nothing) -> Tensor:
         if layer == 1:
             seen.append(decision.experts.unique())
-        return run(layer, hidden, decision)
+        return run(layer, hidden, decision, beside)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(model.resident, "run", noting)

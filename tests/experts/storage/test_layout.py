@@ -4,13 +4,25 @@ from __future__ import annotations
 
 import itertools
 from pathlib import Path
+from typing import cast
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import Tensor
 
-from offload_engine.experts.storage.layout import SLOT_ALIGNMENT, ReadPlan, align_down, align_up, plan_reads
+from offload_engine import kernels
+from offload_engine.experts.storage.layout import (
+    SLOT_ALIGNMENT,
+    ReadPlan,
+    SlabExpert,
+    align_down,
+    align_up,
+    packed_layout,
+    plan_reads,
+)
+from offload_engine.model.quantized import ExpertFormat, Matrix, QuantizedMatrix
 from offload_engine.model.weights import ExpertSpans, FileSpan
 
 ONE, TWO = Path("one.safetensors"), Path("two.safetensors")
@@ -138,6 +150,42 @@ def test_views_share_the_slabs_memory() -> None:
     weights.up[1, 2] = 1.0
     assert slab[24 + 20 : 24 + 24].view(torch.float32).item() == 1.0
     assert int(slab.count_nonzero()) == 2
+
+
+@pytest.mark.parametrize("kind", ["bf16", "int8", "int4"])
+def test_an_expert_in_its_slab_is_the_one_its_views_show(kind: str) -> None:
+    if kernels.status().variant is None:
+        pytest.skip(kernels.status().reason)
+    form = {
+        "bf16": ExpertFormat(torch.bfloat16),
+        "int8": ExpertFormat(torch.bfloat16, 8),
+        "int4": ExpertFormat(torch.bfloat16, 4, 16),
+    }[kind]
+    layout, _payload = packed_layout(form, hidden=64, width=32)
+    start = 2 * layout.nbytes
+    memory = torch.zeros(start + layout.nbytes, dtype=torch.uint8)
+    found, wanted = SlabExpert(layout, memory, start), layout.weights(memory[start:])
+    assert found.kernel_expert is not None
+    assert wanted.kernel_expert is not None
+    assert found.kernel_expert.pointers == wanted.kernel_expert.pointers
+    assert found.kernel_expert.shape == wanted.kernel_expert.shape
+    assert found.kernel_expert is found.kernel_expert, "kept"
+    assert [same_memory(one, other) for one, other in zip(found, wanted, strict=True)] == [True] * 3
+
+
+def test_an_expert_that_the_kernels_do_not_take_has_its_views() -> None:
+    spans = ExpertSpans(*(FileSpan(ONE, i * 24, 24) for i in range(3)), torch.float32, intermediate=2, hidden=3)
+    layout = plan_reads(spans).layout
+    expert = SlabExpert(layout, torch.zeros(layout.nbytes, dtype=torch.uint8))
+    assert expert.kernel_expert is None
+    assert [cast("Tensor", matrix).shape for matrix in expert] == [(2, 3), (2, 3), (3, 2)]
+
+
+def same_memory(one: Matrix, other: Matrix) -> bool:
+    if isinstance(one, QuantizedMatrix) and isinstance(other, QuantizedMatrix):
+        return same_memory(one.values, other.values) and same_memory(one.scales, other.scales)
+    first, second = cast("Tensor", one), cast("Tensor", other)
+    return first.data_ptr() == second.data_ptr() and first.shape == second.shape
 
 
 @pytest.mark.parametrize(("offset", "down", "up"), [(0, 0, 0), (1, 0, 4096), (4095, 0, 4096), (4096, 4096, 4096)])
