@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -75,6 +77,16 @@ class PrefixCache:
         self.ids += ids
 
 
+class _LayerSpan(NamedTuple):
+    """What a forward reads and writes of one layer."""
+
+    keys: Tensor
+    """[T, kv_heads, d], where its own go; so are the values."""
+    values: Tensor
+    seen: list[tuple[Tensor, Tensor]]
+    """Keys and values [S, kv_heads, d] that each of its blocks attends to, and some behind them."""
+
+
 class Span:
     """Consecutive positions of one sequence, in whole blocks; a `KeyValues` for one forward over them.
 
@@ -100,19 +112,35 @@ class Span:
         """Something will be left here, by `attend` or by a replay of what it did."""
         self.cache.written = max(self.cache.written, self.start + self.tokens)
 
+    @cached_property
+    def _ends(self) -> list[int]:
+        """Where what each block sees ends."""
+        behind = self.start + self.tokens
+        return [min(first + self.block_length, behind) for first in range(self.start, behind, self.block_length)]
+
+    @cached_property
+    def _layers(self) -> list[_LayerSpan]:
+        """By layer. Cut out for all layers together: one by one it takes longer than to copy what goes there."""
+        keys, values, behind = self.cache.keys, self.cache.values, self.start + self.tokens
+        seen: list[list[tuple[Tensor, Tensor]]] = [[] for _layer in keys]
+        for end in self._ends:
+            positions = padded_positions(end, self.cache.context)
+            pairs = zip(keys[:, :positions].unbind(), values[:, :positions].unbind(), strict=True)
+            for blocks, pair in zip(seen, pairs, strict=True):
+                blocks.append(pair)
+        own = keys[:, self.start : behind].unbind(), values[:, self.start : behind].unbind()
+        return list(map(_LayerSpan, *own, seen))
+
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """See `KeyValues`; here without leading dimensions: [T, heads, d]."""
         self.claim()
-        keys, values = self.cache.keys[layer], self.cache.values[layer]
-        keys[self.start : self.start + self.tokens] = key
-        values[self.start : self.start + self.tokens] = value
-        outputs = []
-        for first in range(0, self.tokens, self.block_length):
-            rows = query[first : first + self.block_length]
-            end = self.start + first + rows.shape[0]
-            padded = padded_positions(end, keys.shape[0])
-            outputs.append(prefix_attention(rows, keys[:padded], values[:padded], end))
-        return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+        keys, values, seen = self._layers[layer]
+        keys.copy_(key)
+        values.copy_(value)
+        if len(seen) == 1:
+            return prefix_attention(query, *seen[0], self._ends[0])
+        blocks = zip(query.split(self.block_length), seen, self._ends, strict=True)
+        return torch.cat([prefix_attention(rows, *both, end) for rows, both, end in blocks])
 
 
 class SideBySide:

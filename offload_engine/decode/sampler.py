@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from offload_engine import kernels
 from offload_engine.core import SamplingParams
 
 
@@ -26,10 +27,13 @@ class Proposal(NamedTuple):
 def propose(logits: Tensor, mask_token_id: int, params: SamplingParams, generator: torch.Generator | None) -> Proposal:
     """A token and its confidence for each row of `logits` [n, vocab] float32, which is overwritten.
 
-    Greedy at temperature 0 (ties to the lower id); otherwise drawn with `generator`.
+    Greedy at temperature 0 (ties to the lower id), in float32 on the CPU by our kernel, if it is there; otherwise drawn
+    with `generator`. A confidence that is not finite says that nothing can be chosen or drawn from its row.
     """
+    if params.temperature == 0 and kernels.serves_likeliest(logits):
+        return Proposal(*kernels.likeliest(logits, mask_token_id))
     normaliser = logits.logsumexp(dim=-1)
-    if not bool(normaliser.isfinite().all()):  # nothing can be drawn from this; the caller sees it by the confidence
+    if not bool(normaliser.isfinite().all()):
         return Proposal(
             logits.new_zeros(len(logits), dtype=torch.int64), normaliser.new_full((len(logits),), torch.nan)
         )

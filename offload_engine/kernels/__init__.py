@@ -3,8 +3,8 @@ and can run.
 
 `expert_ffn` computes one expert, `experts_ffn` several at once, and `weighted_sum` adds up what they gave; `fits` and
 `serves` say whether they would take such weights. `linear` is a layer of its own, `rms_norm` a norm, `turn_heads` the
-norm and rotary embedding of queries and keys, `router_logits` a router and `attention` the queries of a block, each if
-its `serves_` says so. `status` says what is in use and why.
+norm and rotary embedding of queries and keys, `router_logits` a router, `attention` the queries of a block and
+`likeliest` a token for each position, each if its `serves_` says so. `status` says what is in use and why.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from offload_engine.kernels.attention import attention, serves_attention
 from offload_engine.kernels.dense import linear, serves_linear
 from offload_engine.kernels.ffn import Expert, Matrix, expert_ffn, experts_ffn, fits, serves, weighted_sum
 from offload_engine.kernels.library import KernelStatus, status
+from offload_engine.kernels.likeliest import likeliest, serves_likeliest
 from offload_engine.kernels.norms import rms_norm, serves_heads, serves_norm, turn_heads
 from offload_engine.kernels.router import router_logits, serves_router
 
@@ -24,12 +25,14 @@ __all__ = [
     "expert_ffn",
     "experts_ffn",
     "fits",
+    "likeliest",
     "linear",
     "rms_norm",
     "router_logits",
     "serves",
     "serves_attention",
     "serves_heads",
+    "serves_likeliest",
     "serves_linear",
     "serves_norm",
     "serves_router",

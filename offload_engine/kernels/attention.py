@@ -15,7 +15,7 @@ def serves_attention(query: Tensor, key: Tensor, value: Tensor) -> bool:
     tensors = (query, key, value)
     if status().variant is None or not (key.is_contiguous() and value.is_contiguous()):
         return False
-    if any(tensor.dtype != torch.bfloat16 or tensor.device.type != "cpu" for tensor in tensors):
+    if any(tensor.dtype != torch.bfloat16 or not tensor.is_cpu for tensor in tensors):
         return False
     return not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors))
 
@@ -68,9 +68,9 @@ def _check(query: Tensor, key: Tensor, value: Tensor, seen: int) -> None:
         raise ValueError(f"key is {_told(key)}, value {_told(value)}, wanted one shape, its heads a divisor of {heads}")
     if not 0 < seen <= positions:
         raise ValueError(f"{seen} positions are to be seen, wanted 1 to {positions}")
-    devices = {tensor.device.type for tensor in (query, key, value)}
-    if devices != {"cpu"}:
-        raise ValueError(f"tensors are on {', '.join(sorted(devices))}, wanted all on the CPU")
+    if not (query.is_cpu and key.is_cpu and value.is_cpu):
+        devices = sorted({tensor.device.type for tensor in (query, key, value)})
+        raise ValueError(f"tensors are on {', '.join(devices)}, wanted all on the CPU")
 
 
 def _told(tensor: Tensor) -> str:

@@ -16,11 +16,11 @@ def serves_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool
     """Whether `linear` computes these: there is a kernel, all are bf16 on the CPU, the weights contiguous, and nobody
     wants a gradient. Shapes are not looked at.
     """
+    if status().variant is None or not weight.is_contiguous() or not (_plain(x) and _plain(weight)):
+        return False
+    if bias is not None and not _plain(bias):
+        return False
     tensors = (x, weight) if bias is None else (x, weight, bias)
-    if status().variant is None or not weight.is_contiguous():
-        return False
-    if any(tensor.dtype != torch.bfloat16 or tensor.device.type != "cpu" for tensor in tensors):
-        return False
     return not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors))
 
 
@@ -68,9 +68,13 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -
         raise ValueError(f"bias is {_told(bias)}, wanted contiguous bfloat16 [{outputs}]")
     if dtype not in _OUTPUTS:
         raise ValueError(f"output in {dtype}, wanted {' or '.join(map(str, _OUTPUTS))}")
-    devices = {tensor.device.type for tensor in (x, weight, bias) if tensor is not None}
-    if devices != {"cpu"}:
-        raise ValueError(f"tensors are on {', '.join(sorted(devices))}, wanted all on the CPU")
+    if not (x.is_cpu and weight.is_cpu and (bias is None or bias.is_cpu)):
+        devices = sorted({tensor.device.type for tensor in (x, weight, bias) if tensor is not None})
+        raise ValueError(f"tensors are on {', '.join(devices)}, wanted all on the CPU")
+
+
+def _plain(tensor: Tensor) -> bool:
+    return tensor.dtype == torch.bfloat16 and tensor.is_cpu
 
 
 def _told(tensor: Tensor) -> str:

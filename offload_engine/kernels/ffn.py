@@ -33,7 +33,7 @@ class Matrix(NamedTuple):
 def fits(*matrices: Matrix) -> bool:
     """Whether these weights are on the CPU, contiguous, and of dtypes the kernels know. Shapes are not looked at."""
     return all(matrix.values.dtype in _KINDS for matrix in matrices) and all(
-        tensor.is_contiguous() and tensor.device.type == "cpu" for tensor in _tensors(matrices)
+        tensor.is_contiguous() and tensor.is_cpu for tensor in _tensors(matrices)
     )
 
 
@@ -72,7 +72,7 @@ def serves(hidden: Tensor, *experts: Expert) -> bool:
     """Whether `experts_ffn` computes these: there is a kernel, `hidden` is bf16 or float32 on the CPU, and nobody wants
     a gradient.
     """
-    if hidden.device.type != "cpu" or hidden.dtype not in (torch.bfloat16, torch.float32) or status().variant is None:
+    if not hidden.is_cpu or hidden.dtype not in (torch.bfloat16, torch.float32) or status().variant is None:
         return False
     return not (torch.is_grad_enabled() and (hidden.requires_grad or any(expert.learning for expert in experts)))
 
@@ -142,7 +142,7 @@ def weighted_sum(outputs: Tensor, experts: Tensor, weights: Tensor, *, kernel: K
     if experts.shape != (tokens, choices) or weights.shape != experts.shape:
         raise ValueError(f"experts are {_told(experts)}, weights {_told(weights)}, wanted both [{tokens}, {choices}]")
     for tensor, dtype in wanted:
-        if tensor.dtype != dtype or not tensor.is_contiguous() or tensor.device.type != "cpu":
+        if tensor.dtype != dtype or not tensor.is_contiguous() or not tensor.is_cpu:
             raise ValueError(f"{_told(tensor)} on {tensor.device}, wanted contiguous {dtype} on the CPU")
     out = torch.empty(tokens, width, dtype=outputs.dtype)
     library.weighted_sum(number, (tokens, choices, width), *(tensor.data_ptr() for tensor, _ in wanted), out.data_ptr())
@@ -172,9 +172,9 @@ def _check_activations(
             raise ValueError(f"{len(experts)} experts and {choices} choices per token, but nothing says who chose whom")
     elif chosen.shape != (tokens, choices) or chosen.dtype != torch.int64 or not chosen.is_contiguous():
         raise ValueError(f"chosen is {_told(chosen)}, wanted contiguous int64 [{tokens}, {choices}]")
-    devices = {tensor.device.type for tensor in (hidden, out, chosen) if tensor is not None}
-    if devices != {"cpu"}:
-        raise ValueError(f"tensors are on {', '.join(sorted(devices))}, wanted all on the CPU")
+    if not (hidden.is_cpu and out.is_cpu and (chosen is None or chosen.is_cpu)):
+        devices = sorted({tensor.device.type for tensor in (hidden, out, chosen) if tensor is not None})
+        raise ValueError(f"tensors are on {', '.join(devices)}, wanted all on the CPU")
 
 
 def _check(gate: Matrix, up: Matrix, down: Matrix) -> tuple[int, int, int, int]:

@@ -55,6 +55,8 @@ class Library:
         self._turn_heads.argtypes = [*(_INT,) * 2, _POINTER, *(_INT64,) * 5, _FLOAT, *(_POINTER,) * 5]
         self._router = library.dmoe_router
         self._router.argtypes = [*(_INT,) * 2, _POINTER, *(_INT64,) * 3, *(_POINTER,) * 3]
+        self._likeliest = library.dmoe_likeliest
+        self._likeliest.argtypes = [*(_INT,) * 2, _POINTER, *(_INT64,) * 3, *(_POINTER,) * 3]
         self.select = library.dmoe_select
         """cpu/select.c, unchecked, as is the next."""
         self.select.argtypes = [_INT, *(_INT64,) * 6, _INT, _FLOAT, _DOUBLE, _INT64, *(_POINTER,) * 7]
@@ -137,6 +139,12 @@ class Library:
             raise MemoryError(f"no memory for the workspace of a router's {sizes[0]} tokens")
         if failure:
             raise ValueError(f"{self.path.name} refused a router in variant {variant} with code {failure}")
+
+    def likeliest(self, variant: int, threads: int | None, sizes: tuple[int, int, int], *data: int) -> None:
+        """Call `dmoe_likeliest` (cpu/likeliest.c) with checked arguments, on `threads` (None: torch's number)."""
+        failure = self._likeliest(variant, self._crew(threads), self.parallel, *sizes, *data)
+        if failure:
+            raise ValueError(f"{self.path.name} refused rows of logits in variant {variant} with code {failure}")
 
     def _crew(self, threads: int | None) -> int:
         return self.threads() if threads is None or self.parallel is None else threads

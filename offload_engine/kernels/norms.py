@@ -103,7 +103,7 @@ def _check_heads(fused: Tensor, kv_heads: int, cos: Tensor, sin: Tensor, norms: 
 
 
 def _plain(tensor: Tensor) -> bool:
-    return tensor.dtype == torch.bfloat16 and tensor.device.type == "cpu" and tensor.is_contiguous()
+    return tensor.dtype == torch.bfloat16 and tensor.is_cpu and tensor.is_contiguous()
 
 
 def _learning(*tensors: Tensor) -> bool:

@@ -49,4 +49,4 @@ def _fits(hidden: Tensor, weight: Tensor) -> bool:
     tensors = (hidden, weight)
     if hidden.dtype != torch.bfloat16 or weight.dtype != torch.float32:
         return False
-    return all(tensor.device.type == "cpu" and tensor.is_contiguous() for tensor in tensors)
+    return all(tensor.is_cpu and tensor.is_contiguous() for tensor in tensors)

@@ -85,7 +85,7 @@ def prefix_attention(query: Tensor, key: Tensor, value: Tensor, seen: int | None
     key-value head at a time: torch's fused kernel takes 3.5 to 6 times as long. The products' scores are rounded to
     bfloat16 before the softmax in float32, as in the published model's own attention; the kernel's are not.
     """
-    if query.dtype != torch.bfloat16 or query.device.type != "cpu":
+    if query.dtype != torch.bfloat16 or not query.is_cpu:
         return grouped_attention(query, key[:seen], value[:seen], None)
     positions = key.shape[0] if seen is None else seen
     if positions <= KERNEL_POSITIONS and kernels.serves_attention(query, key, value):

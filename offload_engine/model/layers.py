@@ -52,15 +52,34 @@ class SwiGLU(nn.Module):
         self.gate_proj = Linear(hidden, intermediate, bias=False)
         self.up_proj = Linear(hidden, intermediate, bias=False)
         self.down_proj = Linear(intermediate, hidden, bias=False)
+        self._expert: kernels.Expert | None = None
+        self._places: tuple[int, ...] = ()
+        """Where the weights lay when `_expert` was made of them."""
 
     def forward(self, x: Tensor) -> Tensor:
         """[.., hidden] -> [.., hidden]; where our kernel computes it, the inner activation is not rounded to bf16."""
-        weights = [part.weight for part in (self.gate_proj, self.up_proj, self.down_proj)]
-        if all(kernels.serves_linear(x, weight) for weight in weights):
-            rows = x.reshape(-1, x.shape[-1])
-            return kernels.expert_ffn(rows, *map(kernels.Matrix, weights)).view(x.shape)
-        out: Tensor = self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
-        return out
+        expert = self.kernel_expert(x)
+        if expert is None:
+            result: Tensor = self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+            return result
+        rows = x.reshape(-1, x.shape[-1]).contiguous()
+        out = torch.empty_like(rows)
+        kernels.experts_ffn(rows, None, [0], [expert], out)
+        return out.view(x.shape)
+
+    def kernel_expert(self, x: Tensor) -> kernels.Expert | None:
+        """The weights as our kernel takes them with `x`; None where it does not, or a gradient is wanted. Kept while no
+        gradient is: checking takes a fifth as long as computing.
+        """
+        if x.dtype != torch.bfloat16 or not kernels.serves(x):
+            return None
+        weights = (self.gate_proj.weight, self.up_proj.weight, self.down_proj.weight)
+        places = tuple(weight.data_ptr() for weight in weights)
+        if torch.is_grad_enabled() or places != self._places:
+            if not all(kernels.serves_linear(x, weight) for weight in weights):
+                return None
+            self._expert, self._places = kernels.Expert.of(*map(kernels.Matrix, weights)), places
+        return self._expert
 
 
 def rotary_angles(positions: Tensor, dims: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

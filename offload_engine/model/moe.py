@@ -151,7 +151,7 @@ def expert_ffn(hidden: Tensor, weights: Weights) -> Tensor:
 
 def _for_kernel(hidden: Tensor, weights: Weights) -> kernels.Expert | None:
     """The expert as our kernels take it, if they are to compute it on `hidden`: in bf16, and on the CPU."""
-    if hidden.dtype != torch.bfloat16 or hidden.device.type != "cpu":
+    if hidden.dtype != torch.bfloat16 or not hidden.is_cpu:
         return None
     expert = weights.kernel_expert
     return expert if expert is not None and kernels.serves(hidden, expert) else None

@@ -36,11 +36,14 @@ int dmoe_router(
 int dmoe_attention(
     int variant, int threads, parallel_fn parallel, int64_t tokens, int64_t heads, int64_t kv_heads, int64_t head_dim,
     int64_t positions, float scale, const void *query, const void *key, const void *value, void *out);
+int dmoe_likeliest(
+    int variant, int threads, parallel_fn parallel, int64_t rows, int64_t count, int64_t barred, const void *logits,
+    void *tokens, void *probabilities);
 const char *dmoe_variant(int index);
 
 enum { EXPERTS = 3, TOKENS = 7, CHOICES = 2, H = 72, I = 40, GROUP = 8, ROUTED = 64, BLOCKS = 2 };
 enum { ALL_STAGES = 31 };
-enum { HEADS = 4, KV_HEADS = 2, DIM = 72, DIMS = 40, POSITIONS = 75 };
+enum { HEADS = 4, KV_HEADS = 2, DIM = 72, DIMS = 40, POSITIONS = 75, VOCABULARY = 1100 };
 
 static uint32_t state = 1;
 
@@ -175,6 +178,17 @@ static void attend(int variant)
     tell(failure ? "attention failed" : "attention", 0, 1, out, sizeof out);
 }
 
+static void find_likeliest(int variant)
+{
+    static float logits[TOKENS * VOCABULARY], probabilities[TOKENS];
+    static int64_t tokens[TOKENS];
+    for (int at = 0; at < TOKENS * VOCABULARY; at++)
+        logits[at] = 8.0f * draw_float(0);
+    int failure = dmoe_likeliest(variant, 1, NULL, TOKENS, VOCABULARY, 5, logits, tokens, probabilities);
+    tell(failure ? "likeliest failed" : "likeliest", 0, 0, tokens, sizeof tokens);
+    tell("probabilities", 0, 0, probabilities, sizeof probabilities);
+}
+
 int main(void)
 {
     int generic = 0;
@@ -186,5 +200,6 @@ int main(void)
     select_experts();
     norm_and_route(generic);
     attend(generic);
+    find_likeliest(generic);
     return 0;
 }

@@ -64,3 +64,24 @@ def test_the_kernel_agrees_with_float64_and_rounds_less() -> None:
         exact = F.linear(x.double(), linear.weight.double(), linear.bias.double())
         assert (linear.unrounded(x) - exact).norm() < 1e-6 * exact.norm()
         assert torch.equal(linear(x), linear.unrounded(x).bfloat16())
+
+
+@pytest.mark.skipif(status().variant is None, reason="the kernels are not built")
+def test_weights_that_are_replaced_or_learn_after_a_first_use_are_seen() -> None:
+    layer, x = swiglu(torch.bfloat16), torch.randn(5, 96).bfloat16()
+    with torch.inference_mode():
+        before = layer(x)
+        assert torch.equal(layer(x), before)
+    layer.up_proj.weight.data = layer.up_proj.weight.data * 2
+    with torch.inference_mode():
+        doubled = layer(x)
+    torch.testing.assert_close(doubled, before * 2)
+    layer.gate_proj.weight = torch.nn.Parameter(torch.zeros_like(layer.gate_proj.weight))
+    with torch.inference_mode():
+        assert not layer(x).any()
+    with torch.no_grad():
+        assert not layer(x).any()
+    layer(x).sum().backward()
+    assert layer.gate_proj.weight.grad is not None, "torch computes where a gradient is wanted"
+    with torch.inference_mode():
+        assert torch.equal(layer.float()(x.float()), by_torch(layer, x.float()))

@@ -1,5 +1,6 @@
 /* AVX2 with FMA: float32 products eight at a time; integers by pairs (vpmaddwd). */
 #define DMOE_VECTOR 32
+#include "likeliest.h"
 #include "norms.h"
 #include "router.h"
 
@@ -153,6 +154,11 @@ TARGET static void turn(uint16_t *head, const struct turning *turning, const uns
     turn_inline(head, turning, weight, token);
 }
 
+TARGET static struct likeliest find_likeliest(const float *logits, int64_t count, int64_t barred)
+{
+    return find_likeliest_inline(logits, count, barred);
+}
+
 TARGET static void route(const struct routed_product *product, int64_t row, int64_t count, float *out)
 {
     route_inline(product, row, count, 6, 1, out);
@@ -160,6 +166,6 @@ TARGET static void route(const struct routed_product *product, int64_t row, int6
 
 const struct variant dmoe_avx2 = {
     "avx2", supported, sizeof(float), ROWS, DMOE_ROW_BY_ROW, DMOE_ROW_BY_ROW, pack, quantise, decode, multiply,
-    multiply_integer, scale, silu_times, round_bf16, exponentials, weighted_sum, norm, turn, route,
+    multiply_integer, scale, silu_times, round_bf16, exponentials, weighted_sum, norm, turn, find_likeliest, route,
 };
 #endif

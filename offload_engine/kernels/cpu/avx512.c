@@ -5,6 +5,7 @@
  * weights are multiplied as they lie in memory.
  */
 #define DMOE_VECTOR 64
+#include "likeliest.h"
 #include "norms.h"
 #include "router.h"
 
@@ -323,6 +324,11 @@ TARGET static void turn(uint16_t *head, const struct turning *turning, const uns
     turn_inline(head, turning, weight, token);
 }
 
+TARGET static struct likeliest find_likeliest(const float *logits, int64_t count, int64_t barred)
+{
+    return find_likeliest_inline(logits, count, barred);
+}
+
 TARGET static void route(const struct routed_product *product, int64_t row, int64_t count, float *out)
 {
     route_inline(product, row, count, 8, 2, out);
@@ -330,6 +336,6 @@ TARGET static void route(const struct routed_product *product, int64_t row, int6
 
 const struct variant dmoe_avx512 = {
     "avx512_bf16", supported, sizeof(uint16_t), ROWS, TILING, INTEGER_TILING, pack, quantise, decode, multiply,
-    multiply_integer, scale, silu_times, round_bf16, exponentials, weighted_sum, norm, turn, route,
+    multiply_integer, scale, silu_times, round_bf16, exponentials, weighted_sum, norm, turn, find_likeliest, route,
 };
 #endif

@@ -15,6 +15,7 @@ struct expert {
 
 /* The rows of `out` that an expert fills: places[first] to places[first + count - 1], the rows of `hidden` times k. */
 struct share {
+    int64_t expert; /* which of the call's experts it is */
     int64_t first, count;
     int64_t packed; /* where its tokens begin among those that are packed at a time */
 };
@@ -23,8 +24,8 @@ struct job {
     struct crew crew;
     struct packing hidden_packing, inner_packing; /* in the same memory, one after the other */
     const struct variant *variant;
-    const struct expert *experts; /* those worked on, and */
-    const struct share *shares;   /* what is theirs */
+    const struct expert *experts;
+    const struct share *shares; /* of those worked on, by falling count */
     const int64_t *places;
     int64_t count, choices, h, i, group;
     int format, bf16;   /* `hidden` and `out` are bf16, else float32 */
@@ -55,7 +56,9 @@ static struct block block_at(const struct share *share, int64_t t)
     return (struct block){share->packed + t, left < DMOE_BLOCK ? left : DMOE_BLOCK};
 }
 
-/* CHUNK rows of one of the experts' matrices. */
+/* CHUNK rows of one of the experts' matrices. Threads take them from both ends: an expert with many tokens keeps the
+ * processor busy, one with few the memory, and so one of each is worked on at a time.
+ */
 struct chunk {
     const struct expert *expert;
     const struct share *share;
@@ -71,7 +74,7 @@ static struct chunk chunk_of(const struct job *job, int64_t ticket, int64_t rows
 {
     int64_t each = (rows + CHUNK - 1) / CHUNK, index = ticket / each, first = ticket % each * CHUNK;
     int64_t last = first + CHUNK < rows ? first + CHUNK : rows;
-    return (struct chunk){&job->experts[index], &job->shares[index], first, last};
+    return (struct chunk){&job->experts[job->shares[index].expert], &job->shares[index], first, last};
 }
 
 static void pack_hidden(void *argument)
@@ -93,11 +96,11 @@ static void pack_hidden(void *argument)
 static void gate_and_up(void *argument)
 {
     struct job *job = argument;
-    char *decoded = take_scratch(&job->crew);
+    int64_t seat = take_seat(&job->crew), limit = chunks(job, job->i);
+    char *decoded = scratch_at(&job->crew, seat);
     float gates[TILE], ups[TILE];
-    int64_t limit = chunks(job, job->i);
-    for (int64_t ticket = take_ticket(&job->crew), next; ticket < limit; ticket = next) {
-        next = take_ticket(&job->crew);
+    for (int64_t ticket = take_from_end(&job->crew, seat, limit), next; ticket < limit; ticket = next) {
+        next = take_from_end(&job->crew, seat, limit);
         struct chunk chunk = chunk_of(job, ticket, job->i);
         struct matrix gate = gate_of(job, chunk.expert), up = up_of(job, chunk.expert);
         int64_t first = chunk.first, last = chunk.last, count = last - first;
@@ -135,11 +138,11 @@ static void pack_inner(void *argument)
 static void down(void *argument)
 {
     struct job *job = argument;
-    char *decoded = take_scratch(&job->crew);
+    int64_t seat = take_seat(&job->crew), limit = chunks(job, job->h);
+    char *decoded = scratch_at(&job->crew, seat);
     float tile[TILE];
-    int64_t limit = chunks(job, job->h);
-    for (int64_t ticket = take_ticket(&job->crew), next; ticket < limit; ticket = next) {
-        next = take_ticket(&job->crew);
+    for (int64_t ticket = take_from_end(&job->crew, seat, limit), next; ticket < limit; ticket = next) {
+        next = take_from_end(&job->crew, seat, limit);
         struct chunk chunk = chunk_of(job, ticket, job->h);
         struct matrix matrix = down_of(job, chunk.expert);
         int64_t first = chunk.first, last = chunk.last;
@@ -159,6 +162,13 @@ static void down(void *argument)
     }
 }
 
+/* Those with most tokens first. */
+static int by_tokens(const void *one, const void *other)
+{
+    int64_t a = ((const struct share *)one)->count, b = ((const struct share *)other)->count;
+    return (a < b) - (a > b);
+}
+
 /* Work on experts that need no more memory than the workspace has. */
 static void run_experts(struct job *job)
 {
@@ -173,6 +183,7 @@ static void sort_places(
     const int64_t *chosen, int64_t rows, const int64_t *numbers, int64_t count, int64_t *places, struct share *shares)
 {
     for (int64_t index = 0, at = 0; index < count; index++) {
+        shares[index].expert = index;
         shares[index].first = at;
         for (int64_t place = 0; place < rows; place++)
             if (!chosen || chosen[place] == numbers[index])
@@ -233,6 +244,7 @@ DMOE_EXPORT int dmoe_experts(
         .group = group,
         .format = format,
         .bf16 = bf16,
+        .experts = experts,
         .hidden = hidden,
         .out = out,
     };
@@ -264,8 +276,8 @@ DMOE_EXPORT int dmoe_experts(
 
     for (int64_t from = 0; from < count; from += job.count) {
         job.count = fill_room(&job.hidden_packing, shares + from, count - from, room);
-        job.experts = experts + from;
         job.shares = shares + from;
+        qsort(shares + from, (size_t)job.count, sizeof *shares, by_tokens);
         run_experts(&job);
     }
     free(workspace);

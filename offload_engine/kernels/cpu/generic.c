@@ -1,5 +1,6 @@
 /* Plain C for any CPU. The compiler's vector extension gives SSE2 on x86-64 and NEON on Arm. */
 #define DMOE_VECTOR 16
+#include "likeliest.h"
 #include "norms.h"
 #include "router.h"
 
@@ -106,6 +107,11 @@ static void turn(uint16_t *head, const struct turning *turning, const unsigned c
     turn_inline(head, turning, weight, token);
 }
 
+static struct likeliest find_likeliest(const float *logits, int64_t count, int64_t barred)
+{
+    return find_likeliest_inline(logits, count, barred);
+}
+
 static void route(const struct routed_product *product, int64_t row, int64_t count, float *out)
 {
     route_inline(product, row, count, 2, 1, out);
@@ -113,5 +119,5 @@ static void route(const struct routed_product *product, int64_t row, int64_t cou
 
 const struct variant dmoe_generic = {
     "generic", supported, sizeof(float), ROWS, DMOE_ROW_BY_ROW, DMOE_ROW_BY_ROW, pack, quantise, decode, multiply,
-    multiply_integer, scale, silu_times, round_bf16, exponentials, weighted_sum, norm, turn, route,
+    multiply_integer, scale, silu_times, round_bf16, exponentials, weighted_sum, norm, turn, find_likeliest, route,
 };

@@ -119,18 +119,38 @@ void run(struct crew *crew, void (*phase)(void *), void *job)
 {
     crew->next = 0;
     crew->workers = 0;
+    crew->taken[0] = crew->taken[1] = 0;
     if (crew->threads > 1)
         crew->parallel(phase, job, (unsigned)crew->threads, 0);
     else
         phase(job);
 }
 
+int64_t take_seat(struct crew *crew)
+{
+    return __atomic_fetch_add(&crew->workers, 1, __ATOMIC_RELAXED);
+}
+
+char *scratch_at(struct crew *crew, int64_t seat)
+{
+    return crew->scratch + seat * crew->scratch_size;
+}
+
 char *take_scratch(struct crew *crew)
 {
-    return crew->scratch + __atomic_fetch_add(&crew->workers, 1, __ATOMIC_RELAXED) * crew->scratch_size;
+    return scratch_at(crew, take_seat(crew));
 }
 
 int64_t take_ticket(struct crew *crew)
 {
     return __atomic_fetch_add(&crew->next, 1, __ATOMIC_RELAXED);
+}
+
+int64_t take_from_end(struct crew *crew, int64_t seat, int64_t limit)
+{
+    int64_t end = seat % 2;
+    if (take_ticket(crew) >= limit) /* so that both ends together give no more than there are */
+        return limit;
+    int64_t at = __atomic_fetch_add(&crew->taken[end], 1, __ATOMIC_RELAXED);
+    return end ? limit - 1 - at : at;
 }

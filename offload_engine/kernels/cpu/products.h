@@ -67,6 +67,7 @@ struct crew {
     int threads;
     parallel_fn parallel; /* may be null if `threads` is 1 */
     int64_t next, workers;
+    int64_t taken[2]; /* pieces, from the first on and from the last on */
     char *scratch; /* of `scratch_size` bytes for each thread */
     int64_t scratch_size;
 };
@@ -74,10 +75,17 @@ struct crew {
 /* Have every thread do `phase`. */
 void run(struct crew *crew, void (*phase)(void *), void *job);
 
-/* This thread's own scratch. */
+/* This thread's number among those at work, and the scratch that is its own. */
+int64_t take_seat(struct crew *crew);
+char *scratch_at(struct crew *crew, int64_t seat);
+
+/* Both together. */
 char *take_scratch(struct crew *crew);
 
 /* A piece of the work that nobody else has; its number is too large when all is taken. */
 int64_t take_ticket(struct crew *crew);
+
+/* The same of `limit` pieces, by every other thread from the last one on; `limit` when all are taken. */
+int64_t take_from_end(struct crew *crew, int64_t seat, int64_t limit);
 
 #endif

@@ -105,6 +105,12 @@ struct routed_product {
     int64_t cols, rows, groups;
 };
 
+/* The token that a row of logits makes likeliest, and its share of their softmax. */
+struct likeliest {
+    int64_t token;
+    float probability;
+};
+
 struct variant {
     const char *name;
     int (*supported)(void);
@@ -126,6 +132,8 @@ struct variant {
     /* norms.h */
     void (*norm)(const unsigned char *row, const unsigned char *weight, int64_t cols, float eps, uint16_t *out);
     void (*turn)(uint16_t *head, const struct turning *turning, const unsigned char *weight, int64_t token);
+    /* likeliest.h: of `count` logits; the token is not the `barred` one, the softmax is of all */
+    struct likeliest (*find_likeliest)(const float *logits, int64_t count, int64_t barred);
     /* router.h: `count` rows from `row` on, to out[r * DMOE_BLOCK + t] */
     void (*route)(const struct routed_product *product, int64_t row, int64_t count, float *out);
 };
