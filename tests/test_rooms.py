@@ -11,7 +11,7 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "offload_engine"
 
 FLOORS: list[tuple[str, ...]] = [
-    ("errors", "core", "files"),
+    ("errors", "core", "files", "pages"),
     ("config", "metrics", "trace", "text", "kernels"),
     ("routing",),
     ("model",),

@@ -19,6 +19,7 @@ from torch import Tensor
 from offload_engine.errors import EngineClosedError, InternalError, MemoryBudgetError, UsageError
 from offload_engine.experts.storage.layout import SLOT_ALIGNMENT, SlabExpert, SlabLayout
 from offload_engine.model.moe import ExpertWeights
+from offload_engine.pages import huge_pages
 
 POPULATE_WRITE = 23
 """`MADV_POPULATE_WRITE` of Linux's madvise, which Python's mmap doesn't name."""
@@ -322,18 +323,11 @@ def _populate(memory: Tensor) -> bool:
 
 
 def _map(slots: int, slab_bytes: int) -> mmap.mmap:
-    """Anonymous private memory, in huge pages where there are any: they save address translation on every product."""
     nbytes = slots * slab_bytes
     try:
-        memory = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        return huge_pages(nbytes)
     except (OSError, OverflowError) as error:
         raise MemoryBudgetError(
             f"the system refused {nbytes} bytes for {slots} expert slots of {slab_bytes} bytes ({error}); "
             "ask for a smaller --gpu-mem or --expert-mem"
         ) from None
-    if hasattr(mmap, "MADV_HUGEPAGE"):
-        try:
-            memory.madvise(mmap.MADV_HUGEPAGE)
-        except OSError:  # a kernel without huge pages: slower, not wrong
-            return memory
-    return memory

@@ -96,8 +96,9 @@ class Checkpoint:
         rows = sorted((info.name, str(info.dtype), info.shape, info.nbytes) for info in self.tensors.values())
         return hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:16]
 
-    def read(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
-        """One tensor on the CPU, in its stored dtype or cast to `dtype`; leaves nothing of it in the page cache.
+    def read(self, name: str, dtype: torch.dtype | None = None, into: Tensor | None = None) -> Tensor:
+        """One tensor on the CPU, in its stored dtype or cast to `dtype`, or `into` a contiguous one of as many numbers,
+        in its dtype; leaves nothing of it in the page cache.
 
         Takes the memory of the result and, to cast, at most `READ_CHUNK` bytes beside it. Raises `CheckpointError` when
         there is no such tensor, or its file can't be read or has changed since `open`.
@@ -111,8 +112,10 @@ class Checkpoint:
                 f"{info.path}: {size} bytes long, but {self.file_sizes[info.path]} when opened; load the model again"
             )
         self._check_header(info.path)
-        cast = dtype is not None and dtype != info.dtype
-        result = torch.empty(math.prod(info.shape), dtype=dtype if cast else info.dtype)
+        if into is None:
+            into = torch.empty(math.prod(info.shape), dtype=dtype or info.dtype)
+        result = into.view(-1)
+        cast = result.dtype != info.dtype
         try:
             done = _read_cast(info, result) if cast else _read_into(info.path, info.offset, _bytes_of(result))
         except OSError as error:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator
+import math
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,11 +13,12 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from offload_engine.core import ExpertKey
-from offload_engine.errors import CheckpointError
+from offload_engine.errors import CheckpointError, MemoryBudgetError
 from offload_engine.model.checkpoint import Checkpoint
 from offload_engine.model.config import ModelConfig
 from offload_engine.model.llada2 import LLaDA2Model
 from offload_engine.model.safetensors_header import TensorInfo
+from offload_engine.pages import huge_pages
 
 __all__ = [
     "Checkpoint",
@@ -31,6 +33,9 @@ __all__ = [
     "resident_shapes",
     "unexpected_tensors",
 ]
+
+LINE = 64
+"""Bytes of a cache line, at which tensors begin."""
 
 FLOAT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 """What the weights of a checkpoint may be stored as."""
@@ -117,16 +122,26 @@ def load_resident(
     """The network without its routed experts, in evaluation mode and without gradients.
 
     Weights are cast to `dtype`, but for the routers (`resident_dtype`). Peak memory is the model plus 16 MiB.
-    On another device than the CPU, the embedding table stays on the host unless it is the lm head as well.
-    `progress(done, total)` is called after each tensor, in bytes of the checkpoint. Raises `CheckpointError` before
-    the first read when a tensor is missing, of another shape, or not stored in bf16, fp16 or fp32.
+    On another device than the CPU, the embedding table stays on the host unless it is the lm head as well; what stays
+    on the host lies in one piece, in huge pages. `progress(done, total)` is called after each tensor, in bytes of the
+    checkpoint. Raises `CheckpointError` before the first read when a tensor is missing, of another shape, or not stored
+    in bf16, fp16 or fp32, and `MemoryBudgetError` if the system refuses the memory.
     """
     infos = resident_infos(config, checkpoint)
     total, done = sum(info.nbytes for info in infos), 0
+    everything_hosted = torch.device(device).type == "cpu"
+    hosted = {info.name for info in infos if everything_hosted}
+    if not config.tie_word_embeddings:
+        hosted.add(EMBEDDING)
+    shapes = [(info.shape, resident_dtype(info.name, dtype)) for info in infos if info.name in hosted]
+    host = _Shelf(shapes)
     state: dict[str, Tensor] = {}
     for info in sorted(infos, key=lambda info: (info.path, info.offset)):
-        hosted = info.name == EMBEDDING and not config.tie_word_embeddings
-        state[info.name] = checkpoint.read(info.name, resident_dtype(info.name, dtype)).to("cpu" if hosted else device)
+        held = resident_dtype(info.name, dtype)
+        if info.name in hosted:
+            state[info.name] = checkpoint.read(info.name, into=host.take(info.shape, held))
+        else:
+            state[info.name] = checkpoint.read(info.name, held).to(device)
         done += info.nbytes
         if progress is not None:
             progress(done, total)
@@ -138,6 +153,35 @@ def load_resident(
     if config.tie_word_embeddings:
         model.lm_head.weight = model.model.word_embeddings.weight  # assignment has made them two parameters
     return model
+
+
+class _Shelf:
+    """Room for tensors on the host, side by side: a product that has its weights between those of others, each in pages
+    of its own, could not have them in huge ones.
+    """
+
+    def __init__(self, wanted: Collection[tuple[Sequence[int], torch.dtype]]) -> None:
+        """For these shapes and dtypes, to be taken in any order. Raises `MemoryBudgetError`."""
+        nbytes = sum(map(self._bytes, wanted))
+        try:
+            self._memory = torch.frombuffer(huge_pages(nbytes), dtype=torch.uint8) if nbytes else torch.empty(0)
+        except (OSError, OverflowError) as error:
+            raise MemoryBudgetError(
+                f"the system refused {nbytes} bytes for the dense weights ({error}); end other programs"
+            ) from None
+        self._used = 0
+
+    def take(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """One of them."""
+        first = self._used
+        self._used += self._bytes((shape, dtype))
+        return self._memory[first : first + math.prod(shape) * dtype.itemsize].view(dtype).view(tuple(shape))
+
+    @staticmethod
+    def _bytes(one: tuple[Sequence[int], torch.dtype]) -> int:
+        """That it takes up, in whole cache lines."""
+        shape, dtype = one
+        return -(-math.prod(shape) * dtype.itemsize // LINE) * LINE
 
 
 class _Uninitialised(TorchFunctionMode):

@@ -27,14 +27,18 @@ static struct block block_of(const struct layer *layer, int64_t index)
     return (struct block){first, left < DMOE_BLOCK ? left : DMOE_BLOCK};
 }
 
+#define PACKED 8 /* tokens that a thread packs at a time: a multiple of every tile's lanes, which share cache lines */
+
 static void pack_tokens(void *argument)
 {
     struct layer *layer = argument;
+    int64_t columns = layer->weights.cols;
     float *row = (float *)take_scratch(&layer->crew);
-    for (int64_t token; (token = take_ticket(&layer->crew)) < layer->tokens;) {
-        decode_bf16_inline(layer->x + 2 * token * layer->weights.cols, layer->weights.cols, layer->weights.cols, row);
-        pack_token(&layer->packing, block_of(layer, token / DMOE_BLOCK), token % DMOE_BLOCK, row);
-    }
+    for (int64_t first; (first = take_ticket(&layer->crew) * PACKED) < layer->tokens;)
+        for (int64_t token = first; token < first + PACKED && token < layer->tokens; token++) {
+            decode_bf16_inline(layer->x + 2 * token * columns, columns, columns, row);
+            pack_token(&layer->packing, block_of(layer, token / DMOE_BLOCK), token % DMOE_BLOCK, row);
+        }
 }
 
 static void add_bias(const struct layer *layer, int64_t first, int64_t count, float *sums)
@@ -48,11 +52,11 @@ static void multiply_chunks(void *argument)
 {
     struct layer *layer = argument;
     const struct matrix *weights = &layer->weights;
-    char *decoded = take_scratch(&layer->crew);
+    int64_t seat = take_seat(&layer->crew), limit = (weights->rows + CHUNK - 1) / CHUNK;
+    char *decoded = scratch_at(&layer->crew, seat);
     float tile[TILE];
-    int64_t limit = (weights->rows + CHUNK - 1) / CHUNK;
-    for (int64_t ticket = take_ticket(&layer->crew), next; ticket < limit; ticket = next) {
-        next = take_ticket(&layer->crew);
+    for (int64_t ticket = take_from_end(&layer->crew, seat, limit), next; ticket < limit; ticket = next) {
+        next = take_from_end(&layer->crew, seat, limit);
         int64_t first = ticket * CHUNK, last = first + CHUNK < weights->rows ? first + CHUNK : weights->rows;
         for (int64_t index = 0; index < blocks(layer); index++) {
             struct block block = block_of(layer, index);
