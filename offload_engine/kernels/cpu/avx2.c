@@ -49,7 +49,7 @@ TARGET DMOE_INLINE int32_t total_integer(__m256i sums)
 /* `tokens` is a constant at every call, so that the sums stay in registers. */
 TARGET DMOE_INLINE void tile(const struct product *p, int64_t first, const int tokens)
 {
-    struct stream stream = tile_stream(p, first, tokens, 0);
+    struct stream stream = tile_stream(p, first, tokens, DMOE_PAD, 0);
     __m256 sums[ROWS][TOKENS];
     for (int row = 0; row < ROWS; row++)
         for (int t = 0; t < tokens; t++)
@@ -73,7 +73,7 @@ TARGET DMOE_INLINE void tile(const struct product *p, int64_t first, const int t
 
 TARGET DMOE_INLINE void tile_integer(const struct product *p, int64_t first, const int tokens)
 {
-    struct stream stream = tile_stream(p, first, tokens, 0);
+    struct stream stream = tile_stream(p, first, tokens, DMOE_PAD, 0);
     __m256i sums[ROWS][TOKENS];
     for (int row = 0; row < ROWS; row++)
         for (int t = 0; t < tokens; t++)

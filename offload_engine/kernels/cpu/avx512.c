@@ -25,6 +25,7 @@
 #define PIECE 16 /* bytes of a lane */
 #define ROWS 6
 #define GROUPS 4
+#define ASKING 64 /* bytes of a row after which the next are asked for: of longer bursts the processor drops more */
 #define UNROLL _Pragma("GCC unroll 6")
 
 static int supported(void)
@@ -168,13 +169,13 @@ DMOE_INLINE int weights_pass(void)
 TARGET DMOE_INLINE void tile(const struct product *p, int64_t first, const int groups, const int passing)
 {
     const char *x = p->packed + first / LANES * p->group_bytes;
-    struct stream stream = tile_stream(p, first, LANES * groups, passing);
+    struct stream stream = tile_stream(p, first, LANES * groups, ASKING / 2, passing);
     __m512 sums[GROUPS][ROWS];
     UNROLL for (int g = 0; g < groups; g++)
         UNROLL for (int row = 0; row < ROWS; row++)
             sums[g][row] = _mm512_setzero_ps();
     for (int64_t byte = 0; byte < 2 * p->padded; byte += PIECE, x += groups * LANES * PIECE) {
-        if (byte % (2 * DMOE_PAD) == 0)
+        if (byte % ASKING == 0)
             prefetch_step(&stream);
         __m512i activations[GROUPS];
         UNROLL for (int g = 0; g < groups; g++)
@@ -213,14 +214,14 @@ TARGET DMOE_INLINE void store_integer_totals(
 TARGET DMOE_INLINE void tile_integer(const struct product *p, int64_t first, const int groups, const int passing)
 {
     const char *x = p->packed + first / LANES * p->group_bytes;
-    struct stream stream = tile_stream(p, first, LANES * groups, passing);
+    struct stream stream = tile_stream(p, first, LANES * groups, ASKING, passing);
     const __m512i sign = _mm512_set1_epi8((char)0x80); /* w + 128, as an unsigned byte */
     __m512i high[INTEGER_GROUPS][ROWS], low[INTEGER_GROUPS][ROWS];
     UNROLL for (int g = 0; g < groups; g++)
         UNROLL for (int row = 0; row < ROWS; row++)
             high[g][row] = low[g][row] = _mm512_setzero_si512();
     for (int64_t byte = 0; byte < p->padded; byte += PIECE, x += groups * 2 * LANES * PIECE) {
-        if (byte % DMOE_PAD == 0)
+        if (byte % ASKING == 0)
             prefetch_step(&stream);
         __m512i activations[2 * INTEGER_GROUPS];
         UNROLL for (int g = 0; g < 2 * groups; g++)

@@ -377,15 +377,17 @@ DMOE_INLINE void pack_float_inline(const float *row, int64_t cols, int64_t padde
 /* The part of what comes next that one tile of tokens asks for: spread evenly, since bursts wait for the memory. */
 struct stream {
     const char *next, *end;
-    int64_t step; /* bytes for every DMOE_PAD columns, whole cache lines */
+    int64_t step; /* bytes at a time, whole cache lines */
     int passing;  /* to be read once and not kept in the outer caches, where the rest of the program has its data */
 };
 
-DMOE_INLINE struct stream tile_stream(const struct product *product, int64_t first, int64_t tokens, const int passing)
+/* Of a tile that asks every `columns` of its own. */
+DMOE_INLINE struct stream tile_stream(
+    const struct product *product, int64_t first, int64_t tokens, int64_t columns, const int passing)
 {
     int64_t last = first + tokens < product->tokens ? first + tokens : product->tokens;
     int64_t from = product->ahead_bytes * first / product->tokens, to = product->ahead_bytes * last / product->tokens;
-    int64_t step = (to - from) * DMOE_PAD / product->padded;
+    int64_t step = (to - from) * columns / product->padded;
     return (struct stream){product->ahead + from, product->ahead + to, (step + 63) / 64 * 64, passing};
 }
 
