@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from offload_engine import kernels
 from offload_engine.model.config import ModelConfig
-from offload_engine.model.layers import Linear, RMSNorm, rotate
+from offload_engine.model.layers import Linear, RMSNorm, part, rotate
 
 ATTENTION_ROWS = 32
 """Positions whose scores are held together where nothing fused computes them."""
@@ -108,6 +108,11 @@ def _attention_by_head(query: Tensor, key: Tensor, value: Tensor, seen: int | No
 
 class Attention(nn.Module):
     """One layer's attention: fused QKV, optional RMSNorm of queries and keys, partial rotary (REFERENCE §1)."""
+
+    query_key_value: Linear = part()
+    dense: Linear = part()
+    query_layernorm: RMSNorm = part()
+    key_layernorm: RMSNorm = part()
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()

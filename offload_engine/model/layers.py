@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -9,10 +11,37 @@ from torch import Tensor, nn
 from offload_engine import kernels
 
 
+class _Part:
+    """See `part`."""
+
+    def __set_name__(self, owner: type[nn.Module], name: str) -> None:
+        self.name = name
+
+    def __get__(self, module: nn.Module | None, owner: type[nn.Module] | None = None) -> Any:
+        if module is None:
+            return self
+        name, parameters, modules = self.name, module._parameters, module._modules
+        if name in parameters:
+            return parameters[name]
+        if name in modules:
+            return modules[name]
+        raise AttributeError(name)  # upon which torch looks, and tells
+
+
+def part() -> Any:
+    """A parameter or submodule of the class it is assigned to, found where torch keeps it. Torch's own way there is an
+    `AttributeError` and a search: 6 us instead of .4 between products that have used up the processor's caches, and a
+    layer looks for some 25.
+    """
+    return _Part()
+
+
 class RMSNorm(nn.Module):
     """Root-mean-square norm over the last dimension, computed in float32 and scaled in the input's dtype; in bf16 on
     the CPU by our kernel, if it is there and no gradient is wanted.
     """
+
+    weight: Tensor = part()
 
     def __init__(self, size: int, eps: float) -> None:
         super().__init__()
@@ -31,6 +60,9 @@ class RMSNorm(nn.Module):
 class Linear(nn.Linear):
     """As torch's; in bf16 on the CPU by our kernel, if it is there and no gradient is wanted."""
 
+    weight: Tensor = part()
+    bias: nn.Parameter = part()
+
     def forward(self, x: Tensor) -> Tensor:
         """[.., in] -> [.., out]."""
         if kernels.serves_linear(x, self.weight, self.bias):
@@ -46,6 +78,10 @@ class Linear(nn.Linear):
 
 class SwiGLU(nn.Module):
     """Gated feed-forward: down(silu(gate(x)) * up(x)); the dense layers' MLP and the shared experts."""
+
+    gate_proj: Linear = part()
+    up_proj: Linear = part()
+    down_proj: Linear = part()
 
     def __init__(self, hidden: int, intermediate: int) -> None:
         super().__init__()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import cast
 
@@ -15,7 +15,7 @@ from offload_engine.errors import InternalError
 from offload_engine.model.attention import Attention, KeyValues
 from offload_engine.model.config import ModelConfig
 from offload_engine.model.graphs import Attended, StepGraphs
-from offload_engine.model.layers import Linear, RMSNorm, SwiGLU, rotary_angles
+from offload_engine.model.layers import Linear, RMSNorm, SwiGLU, part, rotary_angles
 from offload_engine.model.moe import ExpertExecutor, MoEBlock
 from offload_engine.model.prefill import prefill
 from offload_engine.routing.base import Route, RoutingPolicy, SituatedPolicy
@@ -35,12 +35,16 @@ class Forward:
     experts: ExpertExecutor
     graphs: StepGraphs | None = None
     """Replays what comes before the experts, where earlier forwards did the same."""
+    situated: SituatedPolicy | None = field(init=False)
+    """`policy`, if it is one: to look that up in every layer would take longer than the rest of asking it."""
+
+    def __post_init__(self) -> None:
+        situated = self.policy if isinstance(self.policy, SituatedPolicy) else None
+        object.__setattr__(self, "situated", situated)
 
     def policy_at(self, layer: int, *, preview: bool = False) -> Route:
         """How `layer` routes in this forward; a `preview` leaves no trace."""
-        if isinstance(self.policy, SituatedPolicy):
-            return self.policy.at(layer, self.info, preview=preview)
-        return self.policy
+        return self.policy if self.situated is None else self.situated.at(layer, self.info, preview=preview)
 
 
 def residual_sum(out: Tensor, hidden: Tensor) -> Tensor:
@@ -51,13 +55,17 @@ def residual_sum(out: Tensor, hidden: Tensor) -> Tensor:
 class DecoderLayer(nn.Module):
     """Attention and a feed-forward, each behind its norm, each added to the residual stream."""
 
+    input_layernorm: RMSNorm = part()
+    attention: Attention = part()
+    post_attention_layernorm: RMSNorm = part()
+    mlp: MoEBlock | SwiGLU = part()
+
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
         self.layer = layer
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.attention = Attention(config, layer)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.mlp: MoEBlock | SwiGLU
         if layer in config.moe_layers:
             self.mlp = MoEBlock(config, layer)
         else:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from offload_engine import kernels
 from offload_engine.core import ForwardInfo, RoutingDecision
 from offload_engine.model.config import ModelConfig
-from offload_engine.model.layers import SwiGLU
+from offload_engine.model.layers import SwiGLU, part
 from offload_engine.model.quantized import Matrix, QuantizedMatrix, in_dtype
 from offload_engine.routing.base import Route
 
@@ -292,6 +292,8 @@ class ResidentExperts:
 class Router(nn.Module):
     """The gate: float32 logits over a layer's experts, and the frozen bias used for selection (REFERENCE §1)."""
 
+    weight: Tensor = part()
+
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(config.num_experts, config.hidden_size))
@@ -308,6 +310,8 @@ class Router(nn.Module):
 
 class MoEBlock(nn.Module):
     """Routed experts plus the shared ones. It owns the router; the routed experts' weights live with the executor."""
+
+    gate: Router = part()
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from unittest.mock import patch
 
@@ -85,3 +86,20 @@ def test_weights_that_are_replaced_or_learn_after_a_first_use_are_seen() -> None
     assert layer.gate_proj.weight.grad is not None, "torch computes where a gradient is wanted"
     with torch.inference_mode():
         assert torch.equal(layer.float()(x.float()), by_torch(layer, x.float()))
+
+
+def test_parts_are_those_that_the_module_has_now() -> None:
+    layer = swiglu(torch.float32)
+    first, other = layer.gate_proj, Linear(96, 40, bias=False)
+    assert first is dict(layer.named_children())["gate_proj"]
+    layer.gate_proj = other
+    assert layer.gate_proj is other
+    assert [name for name, _module in layer.named_children()] == ["gate_proj", "up_proj", "down_proj"]
+    del layer.gate_proj
+    assert not hasattr(layer, "gate_proj")
+    with pytest.raises(AttributeError, match=r"no attribute 'gate_proj'"):
+        _ = layer.gate_proj
+    layer.gate_proj = first
+    assert copy.deepcopy(layer).gate_proj is not first
+    assert Linear(4, 4, bias=False).bias is None
+    assert set(Linear(4, 4).state_dict()) == {"weight", "bias"}
