@@ -85,8 +85,8 @@ char *take_scratch(struct crew *crew);
 /* A piece of the work that nobody else has; its number is too large when all is taken. */
 int64_t take_ticket(struct crew *crew);
 
-/* The same of `limit` pieces, by every other thread from the last one on; `limit` when all are taken. What two threads
- * write then lies apart, but for one place: neighbouring pieces share cache lines.
+/* The same of `limit` pieces, by every other thread from the last one on; `limit` when all are taken. With two
+ * threads the outputs, of which neighbours share cache lines, then lie apart but for one place.
  */
 int64_t take_from_end(struct crew *crew, int64_t seat, int64_t limit);
 
