@@ -156,9 +156,7 @@ def load_resident(
 
 
 class _Shelf:
-    """Room for tensors on the host, side by side: a product that has its weights between those of others, each in pages
-    of its own, could not have them in huge ones.
-    """
+    """Room for tensors on the host, side by side in huge pages: by itself a tensor could not fill those at its ends."""
 
     def __init__(self, wanted: Collection[tuple[Sequence[int], torch.dtype]]) -> None:
         """For these shapes and dtypes, to be taken in any order. Raises `MemoryBudgetError`."""

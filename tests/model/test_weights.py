@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import itertools
 import json
 import subprocess
 import sys
@@ -17,7 +19,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from offload_engine.core import ExpertKey
-from offload_engine.errors import CheckpointError
+from offload_engine.errors import CheckpointError, MemoryBudgetError
 from offload_engine.model import checkpoint as checkpoint_module
 from offload_engine.model.checkpoint import Checkpoint
 from offload_engine.model.config import ModelConfig
@@ -106,6 +108,27 @@ def test_weights_are_cast_but_routers_stay_float32(tmp_path: Path, stored: torch
     assert sum(tensor.nbytes for tensor in model.state_dict().values()) == resident_nbytes(config, wanted)
     assert not model.training
     assert not any(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_what_stays_on_the_host_lies_in_one_piece(tmp_path: Path) -> None:
+    raw = tiny_config()
+    config, checkpoint = opened(write_checkpoint(tmp_path, raw), raw)
+    tensors = list(load_resident(config, checkpoint, torch.bfloat16).state_dict().values())
+    assert len({tensor.untyped_storage().data_ptr() for tensor in tensors}) == 1
+    assert all(tensor.data_ptr() % 64 == 0 for tensor in tensors)
+    places = sorted((tensor.data_ptr(), tensor.nbytes) for tensor in tensors)
+    assert all(first + nbytes <= second for (first, nbytes), (second, _) in itertools.pairwise(places))
+
+
+def test_memory_that_the_system_refuses_is_a_clear_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(_nbytes: int) -> None:
+        raise OSError(errno.ENOMEM, "Cannot allocate memory")
+
+    raw = tiny_config()
+    config, checkpoint = opened(write_checkpoint(tmp_path, raw), raw)
+    monkeypatch.setattr("offload_engine.model.weights.huge_pages", refuse)
+    with pytest.raises(MemoryBudgetError, match=r"refused \d+ bytes for the dense weights .*Cannot allocate memory"):
+        load_resident(config, checkpoint, torch.float32)
 
 
 def test_tied_embeddings_are_one_parameter(tmp_path: Path) -> None:
