@@ -2,6 +2,7 @@
 #define DMOE_VECTOR 32
 #include "likeliest.h"
 #include "norms.h"
+#include "prefetch.h"
 #include "router.h"
 
 #if defined(__x86_64__)

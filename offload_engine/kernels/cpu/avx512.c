@@ -7,6 +7,7 @@
 #define DMOE_VECTOR 64
 #include "likeliest.h"
 #include "norms.h"
+#include "prefetch.h"
 #include "router.h"
 
 #if defined(__x86_64__)
