@@ -120,7 +120,7 @@ class Span:
 
     @cached_property
     def _layers(self) -> list[_LayerSpan]:
-        """By layer. Cut out for all layers together: one by one it takes longer than to copy what goes there."""
+        """By layer; cut out for all layers together, by a few operations instead of six in each."""
         keys, values, behind = self.cache.keys, self.cache.values, self.start + self.tokens
         seen: list[list[tuple[Tensor, Tensor]]] = [[] for _layer in keys]
         for end in self._ends:

@@ -123,9 +123,16 @@ def expert_ffn(
     threads: int | None = None,
 ) -> Tensor:
     """One expert on all rows of `hidden` [n, H], to [n, H] in its dtype; see `experts_ffn`."""
+    return one_expert_ffn(hidden, Expert.of(gate, up, down), kernel=kernel, threads=threads)
+
+
+def one_expert_ffn(
+    hidden: Tensor, expert: Expert, *, kernel: KernelStatus | None = None, threads: int | None = None
+) -> Tensor:
+    """As `expert_ffn`, of an expert that is checked already."""
     hidden = hidden.contiguous()
     out = torch.empty_like(hidden)
-    experts_ffn(hidden, None, [0], [Expert.of(gate, up, down)], out, kernel=kernel, threads=threads)
+    experts_ffn(hidden, None, [0], [expert], out, kernel=kernel, threads=threads)
     return out
 
 

@@ -36,7 +36,7 @@ class Forward:
     graphs: StepGraphs | None = None
     """Replays what comes before the experts, where earlier forwards did the same."""
     situated: SituatedPolicy | None = field(init=False)
-    """`policy`, if it is one: to look that up in every layer would take longer than the rest of asking it."""
+    """`policy`, if it is one; asked once, for of an abstract class that is a dear question."""
 
     def __post_init__(self) -> None:
         situated = self.policy if isinstance(self.policy, SituatedPolicy) else None

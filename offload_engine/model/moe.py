@@ -137,10 +137,7 @@ def expert_ffn(hidden: Tensor, weights: Weights) -> Tensor:
     """
     expert = _for_kernel(hidden, weights)
     if expert is not None:
-        hidden = hidden.contiguous()
-        out = torch.empty_like(hidden)
-        kernels.experts_ffn(hidden, None, [0], [expert], out)
-        return out
+        return kernels.one_expert_ffn(hidden, expert)
     rows = hidden.shape[0]
     missing = padded_rows(rows, hidden.dtype) - rows
     if missing:

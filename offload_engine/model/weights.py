@@ -129,12 +129,10 @@ def load_resident(
     """
     infos = resident_infos(config, checkpoint)
     total, done = sum(info.nbytes for info in infos), 0
-    everything_hosted = torch.device(device).type == "cpu"
-    hosted = {info.name for info in infos if everything_hosted}
-    if not config.tie_word_embeddings:
-        hosted.add(EMBEDDING)
-    shapes = [(info.shape, resident_dtype(info.name, dtype)) for info in infos if info.name in hosted]
-    host = _Shelf(shapes)
+    hosted = set() if config.tie_word_embeddings else {EMBEDDING}
+    if torch.device(device).type == "cpu":
+        hosted = {info.name for info in infos}
+    host = _Shelf([(info.shape, resident_dtype(info.name, dtype)) for info in infos if info.name in hosted])
     state: dict[str, Tensor] = {}
     for info in sorted(infos, key=lambda info: (info.path, info.offset)):
         held = resident_dtype(info.name, dtype)

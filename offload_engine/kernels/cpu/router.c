@@ -11,7 +11,7 @@
 #include "products.h"
 #include "router.h"
 
-#define ROWS_AT_ONCE 32 /* that a thread takes */
+#define ROWS_AT_ONCE 48 /* that a thread takes */
 
 struct router {
     struct crew crew;
