@@ -23,6 +23,7 @@ FLAGS = (
     *("-std=gnu11", "-O3", "-fPIC", "-shared", "-fvisibility=hidden", "-Wall", "-Wextra"),
     "-ffp-contract=off",  # every instruction set rounds alike
     "-fno-math-errno",
+    "-fno-trapping-math",  # gcc turns no comparison of floats into vectors otherwise
 )
 LIBRARIES = ("-lm",)  # for compilers that don't have a square root of their own
 

@@ -92,9 +92,10 @@ def experts_ffn(
     `hidden` and `out` bf16 or float32. Without `chosen`, one expert computes all rows.
 
     Products are summed in float32 and the inner activation is not rounded to `hidden`'s dtype. Activations meet bf16
-    and int4 weights as bf16 on AVX512-BF16 and as float32 elsewhere; they meet int8 weights as integers of at most
-    2^31 / (128 cols) of the row's largest. A token's result depends neither on the tokens or experts beside it nor on
-    `threads` (default: torch's number).
+    and int4 weights as bf16 on AVX512-BF16 and as float32 elsewhere; int4 weights times their scales are rounded to
+    bf16 on AVX512-BF16 and AVX2. Activations meet int8 weights as integers of at most 2^31 / (128 cols) of the row's
+    largest. A token's result depends neither on the tokens or experts beside it nor on `threads` (default: torch's
+    number).
 
     `kernel` defaults to `status()`. Raises ValueError for shapes or dtypes that don't fit, or without a kernel.
     """

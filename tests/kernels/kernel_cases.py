@@ -49,9 +49,10 @@ def dense(matrix: Matrix) -> Tensor:
     return (nibbles * scales.double()[..., None]).flatten(1)
 
 
-def oracle(hidden: Tensor, expert: Expert) -> Tensor:
-    """float64 [n, H]."""
-    gate, up, down = (dense(matrix) for matrix in expert)
+def oracle(hidden: Tensor, expert: Expert, *, int4_in_bf16: bool = False) -> Tensor:
+    """float64 [n, H]; `int4_in_bf16`: of int4 weights that were rounded to bf16."""
+    rounded = int4_in_bf16 and expert[0].values.dtype == torch.uint8
+    gate, up, down = (dense(matrix).bfloat16().double() if rounded else dense(matrix) for matrix in expert)
     x = hidden.double()
     return F.linear(F.silu(F.linear(x, gate)) * F.linear(x, up), down)
 

@@ -97,19 +97,11 @@ TARGET static void decode_int4(const struct matrix *matrix, int64_t row, int64_t
     memset(out + matrix->cols, 0, (size_t)(padded - matrix->cols) * sizeof *out);
 }
 
-/* bf16 and int8 weights are used where they lie, unless their rows need padding. */
 TARGET static const void *decode(const struct matrix *matrix, int64_t row, int64_t padded, void *scratch)
 {
-    const unsigned char *values = row_values(matrix, row);
-    if (matrix->format == DMOE_INT4) {
-        decode_int4(matrix, row, padded, scratch);
-        return scratch;
-    }
-    if (padded == matrix->cols)
-        return values;
-    int64_t element = matrix->format == DMOE_INT8 ? 1 : 2;
-    memcpy(scratch, values, (size_t)(matrix->cols * element));
-    memset((char *)scratch + matrix->cols * element, 0, (size_t)((padded - matrix->cols) * element));
+    if (matrix->format != DMOE_INT4)
+        return stored_row(matrix, row, padded, scratch);
+    decode_int4(matrix, row, padded, scratch);
     return scratch;
 }
 

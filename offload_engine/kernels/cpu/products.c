@@ -2,6 +2,8 @@
 
 #include "products.h"
 
+#define DECODED 4 /* bytes at most per element that `decode` leaves */
+
 /* Largest activation that keeps every sum of products within int32: |w| <= 128. */
 static int32_t integer_limit(int64_t cols)
 {
@@ -55,7 +57,7 @@ void place_packing(struct packing *packing, int64_t tokens, char *memory)
 
 int64_t decoded_bytes(const struct packing *packing)
 {
-    return round_up(packing->variant->rows * packing->padded * element_size(packing), ALIGN);
+    return round_up(packing->variant->rows * packing->padded * DECODED, ALIGN);
 }
 
 void pack_token(const struct packing *packing, struct block block, int64_t t, const float *row)
@@ -77,7 +79,7 @@ void project(
     const unsigned char *after, char *decoded, float *out, int64_t stride)
 {
     const struct variant *variant = packing->variant;
-    int64_t rows = variant->rows, row_bytes = packing->padded * element_size(packing);
+    int64_t rows = variant->rows, row_bytes = packing->padded * DECODED;
     struct product product = {
         .packed = packed_block(packing, block),
         .sums = packing->integer ? packing->sums + block.first : NULL,

@@ -114,12 +114,14 @@ struct likeliest {
 struct variant {
     const char *name;
     int (*supported)(void);
-    int64_t element; /* bytes per element on the float path; on the integer path 2, or less where `decode` says so */
+    int64_t element; /* bytes per activation on the float path; on the integer path 2 */
     int64_t rows;    /* of weights that a product takes */
     struct tiling tiling, integer_tiling;
     void (*pack)(const float *row, int64_t cols, int64_t padded, struct lane lane);
     struct rounded (*quantise)(const float *row, int64_t cols, int64_t padded, int32_t limit, struct lane lane);
-    /* A row in the path's element type, zeros behind `cols`: in `scratch`, or where it lies. */
+    /* A row of weights as `multiply` takes it, at most 4 bytes per element, zeros behind `cols`: in `scratch`, or where
+     * it lies.
+     */
     const void *(*decode)(const struct matrix *matrix, int64_t row, int64_t padded, void *scratch);
     void (*multiply)(const struct product *product);
     void (*multiply_integer)(const struct product *product);
@@ -311,29 +313,6 @@ DMOE_INLINE void scale_inline(float *sums, const unsigned char *scales, float wo
     }
 }
 
-DMOE_INLINE void decode_int8_inline(const unsigned char *values, int64_t cols, int64_t padded, int16_t *row)
-{
-    const int8_t *from = (const int8_t *)values;
-    for (int64_t i = 0; i < cols; i++)
-        row[i] = from[i];
-    memset(row + cols, 0, (size_t)(padded - cols) * sizeof *row);
-}
-
-/* int4 to float32: byte i of a group holds column i in its low nibble and column i + group / 2 in its high one. */
-DMOE_INLINE void decode_int4_inline(
-    const unsigned char *values, const unsigned char *scales, int64_t cols, int64_t padded, int64_t group, float *row)
-{
-    int64_t half = group / 2;
-    for (int64_t start = 0; start < cols; start += group, values += half, scales += 2) {
-        float scale = load_bf16(scales);
-        for (int64_t i = 0; i < half; i++) {
-            row[start + i] = (float)((values[i] & 15) - 8) * scale;
-            row[start + half + i] = (float)((values[i] >> 4) - 8) * scale;
-        }
-    }
-    memset(row + cols, 0, (size_t)(padded - cols) * sizeof *row);
-}
-
 DMOE_INLINE void decode_bf16_inline(const unsigned char *values, int64_t cols, int64_t padded, float *row)
 {
     for (int64_t i = 0; i < cols; i++)
@@ -355,17 +334,33 @@ DMOE_INLINE const unsigned char *int4_scales(const struct matrix *matrix, int64_
     return matrix->scales + row * (matrix->cols / matrix->group) * 2;
 }
 
-/* Rows in float32, or int16 on the integer path: what the variants without bf16 products decode to. */
-DMOE_INLINE const void *decode_inline(const struct matrix *matrix, int64_t row, int64_t padded, void *scratch)
+/* A row of bf16 or int8 where it lies, or if it needs zeros behind it, in `scratch`. */
+DMOE_INLINE const void *stored_row(const struct matrix *matrix, int64_t row, int64_t padded, void *scratch)
 {
     const unsigned char *values = row_values(matrix, row);
-    if (matrix->format == DMOE_INT8)
-        decode_int8_inline(values, matrix->cols, padded, scratch);
-    else if (matrix->format == DMOE_INT4)
-        decode_int4_inline(values, int4_scales(matrix, row), matrix->cols, padded, matrix->group, scratch);
-    else
-        decode_bf16_inline(values, matrix->cols, padded, scratch);
+    if (padded == matrix->cols)
+        return values;
+    int64_t element = matrix->format == DMOE_INT8 ? 1 : 2;
+    memcpy(scratch, values, (size_t)(matrix->cols * element));
+    memset((char *)scratch + matrix->cols * element, 0, (size_t)((padded - matrix->cols) * element));
     return scratch;
+}
+
+/* What the sixteen values of an int4 group with this scale stand for. */
+DMOE_INLINE void int4_levels(float scale, uint16_t *levels)
+{
+    for (int i = 0; i < 16; i++)
+        levels[i] = to_bf16((float)(i - 8) * scale);
+}
+
+/* Bytes [from, half) of a group: byte i holds column i in its low nibble and column i + half in its high one. */
+DMOE_INLINE void int4_by_levels(
+    const uint16_t *levels, const unsigned char *values, int64_t from, int64_t half, uint16_t *to)
+{
+    for (int64_t i = from; i < half; i++) {
+        to[i] = levels[values[i] & 15];
+        to[half + i] = levels[values[i] >> 4];
+    }
 }
 
 DMOE_INLINE void pack_float_inline(const float *row, int64_t cols, int64_t padded, void *packed)
