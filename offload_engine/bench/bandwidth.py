@@ -26,6 +26,8 @@ DISK_BYTES = 1_000_000_000
 DRAM_BYTES = 512 * 2**20
 """Well beyond any cache of the processor."""
 GEMM_SIZE = 2048
+TRIED_SIZE = 256
+"""Of a first product, which tells whether a large one is worth its time: minutes, in a dtype without instructions."""
 LINK_BYTES = 64 * 2**20
 """Copied at a time: some experts' worth, so that its start doesn't count."""
 REPEATS = 5
@@ -49,7 +51,7 @@ class DeviceRates(NamedTuple):
     memory: float
     """Bytes read."""
     gemm: float
-    """16-bit operations of a large product."""
+    """Operations of a large product of 16-bit weights."""
     pinned: float
     """Bytes copied from pinned host memory."""
     pageable: float
@@ -110,9 +112,20 @@ def _dram(device: torch.device = _CPU) -> float:
 
 
 def _gemm(device: torch.device = _CPU, dtype: torch.dtype = torch.bfloat16) -> float:
-    """16-bit operations per second of a square product."""
-    left, right = torch.ones(2, GEMM_SIZE, GEMM_SIZE, dtype=dtype, device=device)
-    return 2 * GEMM_SIZE**3 / _shortest(lambda: left @ right, device)
+    """Operations per second of a large product of 16-bit weights: in `dtype`, or on a CPU in float32 where that is
+    faster.
+    """
+    best = 0.0
+    for one in (torch.float32, dtype) if device.type == "cpu" else (dtype,):
+        if _product(TRIED_SIZE, device, one) > best / 4:  # small ones are slower than large ones, but not by so much
+            best = max(best, _product(GEMM_SIZE, device, one))
+    return best
+
+
+def _product(size: int, device: torch.device, dtype: torch.dtype) -> float:
+    """Operations per second of a square product."""
+    left, right = torch.ones(2, size, size, dtype=dtype, device=device)
+    return 2 * size**3 / _shortest(lambda: left @ right, device)
 
 
 def _link(device: torch.device, *, pinned: bool) -> float:

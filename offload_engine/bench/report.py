@@ -218,7 +218,7 @@ def _bandwidth(found: Bandwidth) -> str:
     how = "direct" if found.direct else "through the page cache"
     return (
         f"disk, {how}, experts of {format_bytes(found.slab_bytes)}: {disk}; DRAM read {found.dram / 1e9:.1f} GB/s; "
-        f"bf16 product {found.gemm / 1e12:.3f} TFLOP/s"
+        f"products {found.gemm / 1e12:.3f} TFLOP/s"
     )
 
 

@@ -137,7 +137,7 @@ class Bandwidth(Document):
     dram: float
     """Bytes per second of reading, all compute threads together."""
     gemm: float
-    """bf16 operations per second of a large product."""
+    """Operations per second of a large product, in bf16 or where the CPU is faster at it, in float32."""
 
 
 class Report(Document):
