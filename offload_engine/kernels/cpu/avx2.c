@@ -12,7 +12,7 @@
 
 #define TARGET __attribute__((target("avx2,fma")))
 #define ROWS 4
-#define TOKENS 3         /* with four rows: twelve sums, three activations and one row of weights fill the sixteen registers */
+#define TOKENS 3         /* with four rows: twelve sums, three activations and one row of weights fill the registers */
 #define INTEGER_TOKENS 2 /* their products need a register before they are added */
 
 static int supported(void)
@@ -46,7 +46,7 @@ TARGET DMOE_INLINE __m256i rounded_halves(__m256 values)
     return _mm256_srli_epi32(_mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7FFF))), 16);
 }
 
-/* As `int4_levels`, in a register: sixteen bf16 in their order. */
+/* What the sixteen values of an int4 group with this scale stand for, as bf16, in their order. */
 TARGET DMOE_INLINE __m256i levels_of(float scale)
 {
     __m256 below = _mm256_setr_ps(-8, -7, -6, -5, -4, -3, -2, -1), above = _mm256_setr_ps(0, 1, 2, 3, 4, 5, 6, 7);
@@ -60,6 +60,18 @@ TARGET DMOE_INLINE __m256i table_of(__m256i halves)
 {
     __m256i bytes = _mm256_permute4x64_epi64(_mm256_packus_epi16(halves, halves), 0x08);
     return _mm256_broadcastsi128_si256(_mm256_castsi256_si128(bytes));
+}
+
+/* Bytes [from, half) of a group: byte i holds column i in its low nibble and column i + half in its high one. */
+TARGET DMOE_INLINE void look_up_one_by_one(
+    __m256i levels, const unsigned char *values, int64_t from, int64_t half, uint16_t *to)
+{
+    uint16_t stored[16];
+    _mm256_storeu_si256((__m256i *)stored, levels);
+    for (int64_t i = from; i < half; i++) {
+        to[i] = stored[values[i] & 15];
+        to[half + i] = stored[values[i] >> 4];
+    }
 }
 
 /* int4 to bf16: a group has sixteen values, so two tables of bytes answer 32 nibbles at a time. */
@@ -77,11 +89,8 @@ TARGET static void decode_int4(const struct matrix *matrix, int64_t row, int64_t
             look_up(_mm256_and_si256(both, nibble), lows, highs, out + start + i);
             look_up(_mm256_and_si256(_mm256_srli_epi16(both, 4), nibble), lows, highs, out + start + half + i);
         }
-        if (i < half) {
-            uint16_t stored[16];
-            _mm256_storeu_si256((__m256i *)stored, levels);
-            int4_by_levels(stored, values, i, half, out + start);
-        }
+        if (i < half)
+            look_up_one_by_one(levels, values, i, half, out + start);
     }
     memset(out + matrix->cols, 0, (size_t)(padded - matrix->cols) * sizeof *out);
 }

@@ -346,23 +346,6 @@ DMOE_INLINE const void *stored_row(const struct matrix *matrix, int64_t row, int
     return scratch;
 }
 
-/* What the sixteen values of an int4 group with this scale stand for. */
-DMOE_INLINE void int4_levels(float scale, uint16_t *levels)
-{
-    for (int i = 0; i < 16; i++)
-        levels[i] = to_bf16((float)(i - 8) * scale);
-}
-
-/* Bytes [from, half) of a group: byte i holds column i in its low nibble and column i + half in its high one. */
-DMOE_INLINE void int4_by_levels(
-    const uint16_t *levels, const unsigned char *values, int64_t from, int64_t half, uint16_t *to)
-{
-    for (int64_t i = from; i < half; i++) {
-        to[i] = levels[values[i] & 15];
-        to[half + i] = levels[values[i] >> 4];
-    }
-}
-
 DMOE_INLINE void pack_float_inline(const float *row, int64_t cols, int64_t padded, void *packed)
 {
     memcpy(packed, row, (size_t)cols * sizeof *row);
