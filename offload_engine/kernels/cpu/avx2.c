@@ -1,16 +1,17 @@
 /* AVX2 with FMA: float32 products eight at a time, of bf16 weights widened on their way to the registers; integers by pairs
  * (vpmaddwd).
  */
-#define DMOE_VECTOR 32
-#include "likeliest.h"
-#include "norms.h"
 #include "prefetch.h"
-#include "router.h"
 
 #if defined(__x86_64__)
 #include <immintrin.h>
 
 #define TARGET __attribute__((target("avx2,fma")))
+#define DMOE_VECTOR 32
+#define ROUTED_ROWS 6
+#define ROUTED_GROUPS 1
+#include "vectorised.h"
+
 #define ROWS 4
 #define TOKENS 3         /* with four rows: twelve sums, three activations and one row of weights fill the registers */
 #define INTEGER_TOKENS 2 /* their products need a register before they are added */
@@ -202,54 +203,8 @@ TARGET static void multiply_integer(const struct product *p)
         tile_integer(p, t, 1);
 }
 
-TARGET static void scale(float *sums, const unsigned char *scales, float worth, int64_t count)
-{
-    scale_inline(sums, scales, worth, count);
-}
-
-TARGET static void silu_times(float *gate, const float *up, int64_t count)
-{
-    silu_times_inline(gate, up, count);
-}
-
-TARGET static void round_bf16(const float *from, int64_t count, uint16_t *to)
-{
-    round_inline(from, count, to);
-}
-
-TARGET static float exponentials(float *row, int64_t count, int64_t padded, float scale)
-{
-    return exponentials_inline(row, count, padded, scale);
-}
-
-TARGET static void weighted_sum(const struct choices *choices, int64_t h, uint16_t *to)
-{
-    weighted_sum_inline(choices, h, to);
-}
-
-TARGET static void norm(
-    const unsigned char *row, const unsigned char *weight, int64_t cols, float eps, uint16_t *out)
-{
-    norm_inline(row, weight, cols, eps, out);
-}
-
-TARGET static void turn(uint16_t *head, const struct turning *turning, const unsigned char *weight, int64_t token)
-{
-    turn_inline(head, turning, weight, token);
-}
-
-TARGET static struct likeliest find_likeliest(const float *logits, int64_t count, int64_t barred)
-{
-    return find_likeliest_inline(logits, count, barred);
-}
-
-TARGET static void route(const struct routed_product *product, int64_t row, int64_t count, float *out)
-{
-    route_inline(product, row, count, 6, 1, out);
-}
-
 const struct variant dmoe_avx2 = {
     "avx2", supported, sizeof(float), ROWS, DMOE_ROW_BY_ROW, DMOE_ROW_BY_ROW, pack, quantise, decode, multiply,
-    multiply_integer, scale, silu_times, round_bf16, exponentials, weighted_sum, norm, turn, find_likeliest, route,
+    multiply_integer, VECTORISED,
 };
 #endif

@@ -4,11 +4,7 @@
  * into two signed bytes, q = 256 high + low. So w q = 256 (w + 128) high + (w + 128) low - 128 q, exactly, and int8
  * weights are multiplied as they lie in memory.
  */
-#define DMOE_VECTOR 64
-#include "likeliest.h"
-#include "norms.h"
 #include "prefetch.h"
-#include "router.h"
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -19,6 +15,11 @@
 #define WIDE ",prefer-vector-width=512"
 #endif
 #define TARGET __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,avx512vnni,avx2,fma" WIDE)))
+#define DMOE_VECTOR 64
+#define ROUTED_ROWS 8
+#define ROUTED_GROUPS 2
+#include "vectorised.h"
+
 /* A register holds a group of four tokens, each in a lane of 128 bits, with which four neighbouring products of a row are
  * summed apart. With six rows: 24 sums, four groups of activations and one row of weights, of 32 registers.
  */
@@ -282,54 +283,8 @@ TARGET static void multiply_integer(const struct product *p)
         multiply_integer_tiles(p, 0);
 }
 
-TARGET static void scale(float *sums, const unsigned char *scales, float worth, int64_t count)
-{
-    scale_inline(sums, scales, worth, count);
-}
-
-TARGET static void silu_times(float *gate, const float *up, int64_t count)
-{
-    silu_times_inline(gate, up, count);
-}
-
-TARGET static void round_bf16(const float *from, int64_t count, uint16_t *to)
-{
-    round_inline(from, count, to);
-}
-
-TARGET static float exponentials(float *row, int64_t count, int64_t padded, float scale)
-{
-    return exponentials_inline(row, count, padded, scale);
-}
-
-TARGET static void weighted_sum(const struct choices *choices, int64_t h, uint16_t *to)
-{
-    weighted_sum_inline(choices, h, to);
-}
-
-TARGET static void norm(
-    const unsigned char *row, const unsigned char *weight, int64_t cols, float eps, uint16_t *out)
-{
-    norm_inline(row, weight, cols, eps, out);
-}
-
-TARGET static void turn(uint16_t *head, const struct turning *turning, const unsigned char *weight, int64_t token)
-{
-    turn_inline(head, turning, weight, token);
-}
-
-TARGET static struct likeliest find_likeliest(const float *logits, int64_t count, int64_t barred)
-{
-    return find_likeliest_inline(logits, count, barred);
-}
-
-TARGET static void route(const struct routed_product *product, int64_t row, int64_t count, float *out)
-{
-    route_inline(product, row, count, 8, 2, out);
-}
-
 const struct variant dmoe_avx512 = {
     "avx512_bf16", supported, sizeof(uint16_t), ROWS, TILING, INTEGER_TILING, pack, quantise, decode, multiply,
-    multiply_integer, scale, silu_times, round_bf16, exponentials, weighted_sum, norm, turn, find_likeliest, route,
+    multiply_integer, VECTORISED,
 };
 #endif

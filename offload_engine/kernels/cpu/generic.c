@@ -1,8 +1,9 @@
 /* Plain C for any CPU. The compiler's vector extension gives SSE2 on x86-64 and NEON on Arm. */
+#define TARGET
 #define DMOE_VECTOR 16
-#include "likeliest.h"
-#include "norms.h"
-#include "router.h"
+#define ROUTED_ROWS 2
+#define ROUTED_GROUPS 1
+#include "vectorised.h"
 
 #define ROWS 4
 #define TOKENS 3 /* with four rows: twelve sums, three activations and one row of weights, of sixteen registers */
@@ -132,53 +133,7 @@ static void multiply_integer(const struct product *p)
         dot_integers((const int16_t *)(p->packed + t * p->group_bytes), p->weights, p->padded, out + t * p->out_stride);
 }
 
-static void scale(float *sums, const unsigned char *scales, float worth, int64_t count)
-{
-    scale_inline(sums, scales, worth, count);
-}
-
-static void silu_times(float *gate, const float *up, int64_t count)
-{
-    silu_times_inline(gate, up, count);
-}
-
-static void round_bf16(const float *from, int64_t count, uint16_t *to)
-{
-    round_inline(from, count, to);
-}
-
-static float exponentials(float *row, int64_t count, int64_t padded, float scale)
-{
-    return exponentials_inline(row, count, padded, scale);
-}
-
-static void weighted_sum(const struct choices *choices, int64_t h, uint16_t *to)
-{
-    weighted_sum_inline(choices, h, to);
-}
-
-static void norm(
-    const unsigned char *row, const unsigned char *weight, int64_t cols, float eps, uint16_t *out)
-{
-    norm_inline(row, weight, cols, eps, out);
-}
-
-static void turn(uint16_t *head, const struct turning *turning, const unsigned char *weight, int64_t token)
-{
-    turn_inline(head, turning, weight, token);
-}
-
-static struct likeliest find_likeliest(const float *logits, int64_t count, int64_t barred)
-{
-    return find_likeliest_inline(logits, count, barred);
-}
-
-static void route(const struct routed_product *product, int64_t row, int64_t count, float *out)
-{
-    route_inline(product, row, count, 2, 1, out);
-}
-
 const struct variant dmoe_generic = {
     "generic", supported, sizeof(float), ROWS, DMOE_ROW_BY_ROW, DMOE_ROW_BY_ROW, pack, quantise, decode, multiply,
-    multiply_integer, scale, silu_times, round_bf16, exponentials, weighted_sum, norm, turn, find_likeliest, route,
+    multiply_integer, VECTORISED,
 };
