@@ -18,13 +18,22 @@ _points: dict[CodeType, frozenset[int]] = {}
 def points(code: CodeType) -> frozenset[int]:
     """Offsets of the instructions before which a signal handler may run."""
     if code not in _points:
-        found, before = set(), ""
+        found, before = set(), None
         for instruction in dis.get_instructions(code):
-            if instruction.opname.startswith(LETTING) or before.startswith("CALL"):
+            called = before is not None and before.opname.startswith("CALL")
+            # an interrupt is raised by the call, and handled where the call's own exceptions are
+            alike = called and _handler(code, instruction) == _handler(code, before)
+            if instruction.opname.startswith(LETTING) or alike:
                 found.add(instruction.offset)
-            before = instruction.opname
+            before = instruction
         _points[code] = frozenset(found)
     return _points[code]
+
+
+def _handler(code: CodeType, instruction: dis.Instruction) -> int | None:
+    """Where an exception of this instruction is handled."""
+    table = dis._parse_exception_table(code)  # type: ignore[attr-defined]
+    return next((one.target for one in table if one.start <= instruction.offset < one.end), None)
 
 
 class Interrupt:
