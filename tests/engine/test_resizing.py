@@ -110,6 +110,7 @@ def test_memory_goes_back_to_the_system_and_comes_again(large: Path) -> None:
         shrunk = engine.generate(PROMPT, PARAMS)
         assert shrunk.token_ids == done.token_ids
         assert shrunk.stats.measured_peak_bytes < full, "the peak is that of the smaller cache"
+        small = resident()  # an answer may have given other memory of the process back, 32 MiB of it once
         engine.resize(expert_mem=32 * slab)
         assert resident() - small == pytest.approx(24 * slab, abs=6 * MIB), "all pages are there at once"
 
