@@ -7,6 +7,7 @@ import threading
 import time
 import warnings
 import weakref
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -34,10 +35,12 @@ def wanted(checkpoint: Path) -> list[int]:
         return engine.generate(PROMPT, PARAMS).token_ids
 
 
-def ours() -> list[str]:
-    """Threads that engines begin."""
+@pytest.fixture
+def ours() -> Callable[[], list[str]]:
+    """The threads that engines have begun since; those of other files may live as long as the tests do."""
+    before = set(threading.enumerate())
     names = ("expert-reader", "slot-toucher", "engine-closer")
-    return [thread.name for thread in threading.enumerate() if thread.name.startswith(names)]
+    return lambda: [thread.name for thread in set(threading.enumerate()) - before if thread.name.startswith(names)]
 
 
 def test_of_many_threads_one_is_answered_and_the_others_are_refused(checkpoint: Path, wanted: list[int]) -> None:
@@ -110,7 +113,9 @@ def test_several_engines_answer_at_the_same_time(checkpoint: Path, wanted: list[
     assert answers == dict.fromkeys(range(3), wanted)
 
 
-def test_close_joins_every_thread_and_frees_what_was_large(checkpoint: Path) -> None:
+def test_close_joins_every_thread_and_frees_what_was_large(
+    checkpoint: Path, ours: Callable[[], list[str]]
+) -> None:
     engine = open_engine(checkpoint)
     engine.generate(PROMPT, PARAMS)
     arena = weakref.ref(engine._parts.experts.arena._bytes)
@@ -123,7 +128,9 @@ def test_close_joins_every_thread_and_frees_what_was_large(checkpoint: Path) -> 
         engine.set_routing("dmoe")
 
 
-def test_an_engine_that_was_dropped_warns_and_is_freed_all_the_same(checkpoint: Path) -> None:
+def test_an_engine_that_was_dropped_warns_and_is_freed_all_the_same(
+    checkpoint: Path, ours: Callable[[], list[str]]
+) -> None:
     engine = open_engine(checkpoint)
     engine.generate(PROMPT, PARAMS)
     arena = weakref.ref(engine._parts.experts.arena._bytes)
