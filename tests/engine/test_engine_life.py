@@ -113,9 +113,7 @@ def test_several_engines_answer_at_the_same_time(checkpoint: Path, wanted: list[
     assert answers == dict.fromkeys(range(3), wanted)
 
 
-def test_close_joins_every_thread_and_frees_what_was_large(
-    checkpoint: Path, ours: Callable[[], list[str]]
-) -> None:
+def test_close_joins_every_thread_and_frees_what_was_large(checkpoint: Path, ours: Callable[[], list[str]]) -> None:
     engine = open_engine(checkpoint)
     engine.generate(PROMPT, PARAMS)
     arena = weakref.ref(engine._parts.experts.arena._bytes)
