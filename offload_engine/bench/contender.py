@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from offload_engine.bench.bandwidth import measure_bandwidth
+from offload_engine.bench.fresh import touch_memory
 from offload_engine.bench.overlap import LayerRun, missed_bytes
 from offload_engine.bench.probe import (
     Probe,
@@ -49,14 +50,18 @@ TOKEN_SLOTS = 8
 
 def main(task_file: Path, report_file: Path) -> None:
     """Carry out the task."""
-    began = time.perf_counter()
     task = Task.model_validate_json(task_file.read_bytes())
+    fresh = touch_memory(task.touched)
+    reset_peak()
+    began = time.perf_counter()
     if task.kind in TORCH:
         os.environ[KERNEL_CHOICE] = "off"  # of this process, which runs nothing else
     try:
         report = carry_out(task, began)
     except (OffloadError, ImportError) as error:
         report = Report(error=str(error).splitlines()[0])
+    if report.bandwidth is not None:
+        report = Report(bandwidth=report.bandwidth.model_copy(update={"fresh": fresh}))
     write_document(report_file, report)
 
 

@@ -216,9 +216,10 @@ def _details(everyone: Mapping[str, Figures]) -> tuple[list[str], list[list[str]
 def _bandwidth(found: Bandwidth) -> str:
     disk = ", ".join(f"{rate / 1e9:.2f} GB/s at depth {depth}" for depth, rate in found.disk.items())
     how = "direct" if found.direct else "through the page cache"
+    fresh = "" if found.fresh is None else f"; memory touched for the first time {found.fresh / 1e9:.2f} GB/s"
     return (
         f"disk, {how}, experts of {format_bytes(found.slab_bytes)}: {disk}; DRAM read {found.dram / 1e9:.1f} GB/s; "
-        f"products {found.gemm / 1e12:.3f} TFLOP/s"
+        f"products {found.gemm / 1e12:.3f} TFLOP/s{fresh}"
     )
 
 

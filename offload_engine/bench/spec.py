@@ -73,6 +73,8 @@ class Task(Document):
     """Whether it runs within the run's memory limit."""
     patience: Annotated[float, Field(gt=0)] = 900.0
     """Seconds after which an answer is cut short, and what was measured until then counts."""
+    touched: int = 0
+    """Bytes of memory to touch before the clock starts, as far as there are so many: what the model might take."""
 
 
 class Measured(Document):
@@ -138,6 +140,8 @@ class Bandwidth(Document):
     """Bytes per second of reading, all compute threads together."""
     gemm: float
     """Operations per second of a large product, in bf16 or where the CPU is faster at it, in float32."""
+    fresh: float | None = None
+    """Bytes per second of touching memory for the first time; None if not measured."""
 
 
 class Report(Document):
