@@ -15,6 +15,7 @@ from pathlib import Path
 from offload_engine.config import format_bytes
 from offload_engine.doctor.finding import Finding, Level
 from offload_engine.experts.storage.disk_file import DiskFile
+from offload_engine.pages import huge_pages
 
 PIECE = 6 * 2**20
 """Bytes of a read, about an expert of LLaDA2.0-mini."""
@@ -84,7 +85,7 @@ def read_speed(file: Path, seconds: float = SECONDS) -> DiskSpeed:
     if hasattr(os, "posix_fadvise"):
         with file.open("rb") as handle:  # what another program left in memory says nothing about the disk
             os.posix_fadvise(handle.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-    with closing(DiskFile(file, size, head=min(size, mmap.PAGESIZE))) as opened, mmap.mmap(-1, PIECE) as memory:
+    with closing(DiskFile(file, size, head=min(size, mmap.PAGESIZE))) as opened, huge_pages(PIECE) as memory:
         with memoryview(memory) as target:
             began, done = time.perf_counter(), 0
             while done < size and time.perf_counter() - began < seconds:
