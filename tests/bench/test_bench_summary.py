@@ -161,6 +161,9 @@ def test_the_tables_name_every_contender_and_every_failure() -> None:
     assert "no memory limit was in force: no groups" in text
     tables = [block.splitlines() for block in text.split("\n\n") if block.startswith("|")]
     assert len(tables) == 3
+    assert "first time" not in text
+    fresh = BANDWIDTH.model_copy(update={"fresh": 2.8e8})
+    assert "memory touched for the first time 0.28 GB/s" in Findings(conditions(), [run("bandwidth", fresh)]).markdown()
     assert all(len({len(line) for line in table}) == 1 for table in tables), "columns are aligned"
 
 

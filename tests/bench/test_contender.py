@@ -136,6 +136,21 @@ def test_bandwidths_of_a_converted_model(checkpoint: Path, tmp_path: Path, monke
     assert min(found.disk.values()) > 0
 
 
+def test_the_machine_is_told_how_fast_fresh_memory_comes(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    touched: list[int] = []
+    monkeypatch.setattr(bandwidth, "DRAM_BYTES", 2**20)
+    monkeypatch.setattr(bandwidth, "GEMM_SIZE", 64)
+    monkeypatch.setattr(contender, "touch_memory", lambda nbytes: touched.append(nbytes) or 7e8)
+    write_document(tmp_path / "task.json", task(checkpoint, "bandwidth").model_copy(update={"touched": 123}))
+    main(tmp_path / "task.json", tmp_path / "report.json")
+    found = Report.model_validate_json((tmp_path / "report.json").read_bytes()).bandwidth
+    assert touched == [123]
+    assert found is not None
+    assert found.fresh == 7e8
+
+
 def test_an_error_is_reported_and_named(checkpoint: Path, tmp_path: Path) -> None:
     write_document(tmp_path / "task.json", task(checkpoint, "engine", gpu_mem=1000))
     main(tmp_path / "task.json", tmp_path / "report.json")

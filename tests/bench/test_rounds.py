@@ -63,6 +63,22 @@ def test_contenders_take_turns_and_one_that_failed_is_not_run_again(monkeypatch:
     assert "round 2 of 2: a: 1.000 s per step (4 steps, 9 s in all)" in told
 
 
+def test_before_its_clock_starts_each_touches_as_much_memory_as_the_model_is_large(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    sizes, files = [], [tmp_path / "a", tmp_path / "b"]
+    for file, nbytes in zip(files, (3000, 500), strict=True):
+        file.write_bytes(bytes(nbytes))
+
+    def noted(one: Task, number: int, limit: int | None) -> Run:
+        sizes.append(one.touched)
+        return run(one.name, measured(), number, limit=limit)
+
+    monkeypatch.setattr(rounds, "run_task", noted)
+    assert len(list(run_rounds([task("a"), task("b")], 1, None, files, lambda _line: None))) == 2
+    assert sizes == [3500, 3500]
+
+
 def test_a_report_reaches_the_parent(monkeypatch: pytest.MonkeyPatch) -> None:
     stand_in(
         monkeypatch, f"import sys; open(sys.argv[2], 'w').write({Report(measured=measured()).model_dump_json()!r})"
