@@ -53,6 +53,18 @@ def test_every_variant_computes_what_float64_does(
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("group", [8, 24, 32, 48, 64, 96, 128])
+def test_int4_is_exact_in_groups_of_any_size(library: Library, variant: str, group: int) -> None:
+    """The default, 32, among them: what is looked up sixteen bytes at a time, and what is left over."""
+    kernel = kernel_named(library, variant)
+    expert = random_expert("int4", 4 * group, 2 * group, group, seed=group)
+    hidden = random_hidden(5, 4 * group, torch.float32)
+    found = expert_ffn(hidden, *expert, kernel=kernel)
+    wanted = oracle(hidden, expert, int4_in_bf16=variant == "avx2")
+    assert relative_error(found, wanted) < tolerance("int4", variant)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
 @given(
     form=st.sampled_from(FORMATS),
     tokens=st.integers(1, 20),

@@ -32,13 +32,13 @@ TARGET static struct rounded quantise(
     return quantise_inline(row, cols, padded, limit, lane.at);
 }
 
-/* 32 bytes' worth of nibbles by a table of their low and one of their high bytes, in their order. */
-TARGET DMOE_INLINE void look_up(__m256i nibbles, __m256i lows, __m256i highs, uint16_t *to)
+/* The nibbles of sixteen bytes, the low ones in one lane, by a table of their low and one of their high bytes. */
+TARGET DMOE_INLINE void look_up(__m256i nibbles, __m256i lows, __m256i highs, uint16_t *of_low, uint16_t *of_high)
 {
     __m256i low = _mm256_shuffle_epi8(lows, nibbles), high = _mm256_shuffle_epi8(highs, nibbles);
     __m256i first = _mm256_unpacklo_epi8(low, high), second = _mm256_unpackhi_epi8(low, high);
-    _mm256_storeu_si256((__m256i *)to, _mm256_permute2x128_si256(first, second, 0x20));
-    _mm256_storeu_si256((__m256i *)(to + 16), _mm256_permute2x128_si256(first, second, 0x31));
+    _mm256_storeu_si256((__m256i *)of_low, _mm256_permute2x128_si256(first, second, 0x20));
+    _mm256_storeu_si256((__m256i *)of_high, _mm256_permute2x128_si256(first, second, 0x31));
 }
 
 TARGET DMOE_INLINE __m256i rounded_halves(__m256 values)
@@ -85,10 +85,10 @@ TARGET static void decode_int4(const struct matrix *matrix, int64_t row, int64_t
         __m256i levels = levels_of(load_bf16(scales));
         __m256i lows = table_of(_mm256_and_si256(levels, byte)), highs = table_of(_mm256_srli_epi16(levels, 8));
         int64_t i = 0;
-        for (; i + 32 <= half; i += 32) {
-            __m256i both = _mm256_loadu_si256((const __m256i *)(values + i));
-            look_up(_mm256_and_si256(both, nibble), lows, highs, out + start + i);
-            look_up(_mm256_and_si256(_mm256_srli_epi16(both, 4), nibble), lows, highs, out + start + half + i);
+        for (; i + 16 <= half; i += 16) { /* all of a group of 32, which int4 has unless told otherwise */
+            __m128i both = _mm_loadu_si128((const __m128i *)(values + i));
+            __m256i nibbles = _mm256_and_si256(_mm256_set_m128i(_mm_srli_epi16(both, 4), both), nibble);
+            look_up(nibbles, lows, highs, out + start + i, out + start + half + i);
         }
         if (i < half)
             look_up_one_by_one(levels, values, i, half, out + start);
