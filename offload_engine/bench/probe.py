@@ -20,7 +20,7 @@ from offload_engine.engine.engine import Engine
 from offload_engine.experts.transfer.base import Stream, TransferTicket
 from offload_engine.metrics import EngineStats
 from offload_engine.model import llada2
-from offload_engine.model.llada2 import LLaDA2Model
+from offload_engine.model.llada2 import DecoderLayer, LLaDA2Model
 from offload_engine.model.moe import Beside, Decide, ExpertExecutor, ExpertOutputs, MoEBlock, Preview, nothing
 
 Callback = Callable[..., Any]
@@ -164,6 +164,7 @@ def probing(engine: Engine, *, offloaded: bool) -> Iterator[Probe]:
         stack.enter_context(_patched(MoEBlock, "decide", _timed("routing", probe)))
         stack.enter_context(_patched(MoEBlock, "shared", _timed("dense", probe)))
         stack.enter_context(_patched(MoEBlock, "with_shared", _timed("dense", probe)))
+        stack.enter_context(_patched(DecoderLayer, "at_once", _timed("attention", probe)))
         stack.enter_context(_patched(llada2, "residual_sum", _timed("dense", probe)))
         stack.enter_context(_patched(llada2, "rotary_angles", _timed("attention", probe)))
         timed = _TimedExperts(engine._decoder.experts, probe, whole=not offloaded)

@@ -21,8 +21,9 @@ FOREIGN: tuple[Kind, ...] = (*TORCH, "accelerate", "mlx")
 """The kinds whose products are another library's: their answers differ from ours by rounding."""
 
 COMPONENTS = ("attention", "dense", "routing", "experts", "head")
-"""What a step is made of, apart from waiting: attention with its projections and angles; embedding, norms, routers,
-dense and shared feed-forwards, sums into the residual stream; the choice of experts from the routers' logits; routed
+"""What a step is made of, apart from waiting: attention with its projections and angles, and with the norms, sum and
+router around it where one call computes them all; embedding, other norms, routers and sums into the residual stream,
+dense and shared feed-forwards; the choice of experts from the routers' logits; routed
 experts with their weighted sum; the LM head and the choice of tokens from its logits. What is left of a step's time is
 scheduling, prediction and Python: its overhead."""
 

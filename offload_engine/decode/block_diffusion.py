@@ -12,7 +12,7 @@ from torch import Tensor
 
 from offload_engine.core import BlockPass, ForwardInfo, Phase
 from offload_engine.decode.grouping import Grouping
-from offload_engine.decode.kv_cache import PrefixCache, Span, side_by_side
+from offload_engine.decode.kv_cache import PrefixCache, Span, places_of, side_by_side
 from offload_engine.decode.lane import Lane, generator_of
 from offload_engine.decode.reuse import choose
 from offload_engine.decode.sampler import Proposal, propose
@@ -146,7 +146,8 @@ class BlockDiffusionDecoder:
         positions = torch.cat([span.positions for span in spans])
         length = spans[0].block_length
         blocks = torch.arange(len(positions), device=positions.device) // length
-        return Forward(info, positions, blocks, side_by_side(spans), policy, self.experts)
+        places = places_of(spans)
+        return Forward(info, positions, blocks, side_by_side(spans), policy, self.experts, places=places)
 
     @torch.inference_mode()
     def step(self, lanes: Sequence[Lane]) -> None:
@@ -200,7 +201,6 @@ class BlockDiffusionDecoder:
             passes.append(lane.block_pass(Phase.DENOISE))
         forward = self._forward(ForwardInfo.of(passes), spans, active[0].policy)
         if self.graphs is not None and len(spans) == 1 and not any(fused):
-            spans[0].claim()
             forward = replace(forward, graphs=StepGraphs(self.graphs, spans[0].place))
         hidden = self.model(torch.tensor(ids), forward)
         for lane, fuse in zip(active, fused, strict=True):

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from offload_engine import kernels
 from offload_engine.model.attention import KeyValues, padded_positions, prefix_attention
 from offload_engine.model.config import ModelConfig
 from offload_engine.routing.base import RoutingPolicy
@@ -118,6 +119,13 @@ class Span:
         behind = self.start + self.tokens
         return [min(first + self.block_length, behind) for first in range(self.start, behind, self.block_length)]
 
+    @property
+    def places(self) -> list[kernels.BlockPlace]:
+        """Where the keys and values of its blocks go."""
+        keys, values, start = self.cache.keys, self.cache.values, self.start
+        starts = range(start, start + self.tokens, self.block_length)
+        return [kernels.BlockPlace(keys, values, at, end - at) for at, end in zip(starts, self._ends, strict=True)]
+
     @cached_property
     def _layers(self) -> list[_LayerSpan]:
         """By layer; cut out for all layers together, by a few operations instead of six in each."""
@@ -154,6 +162,13 @@ class SideBySide:
         """See `KeyValues`; here without leading dimensions: [T, heads, d]."""
         parts = zip(self.spans, query.split(self.sizes), key.split(self.sizes), value.split(self.sizes), strict=True)
         return torch.cat([span.attend(layer, *of_span) for span, *of_span in parts])
+
+
+def places_of(spans: Sequence[Span]) -> kernels.Places | None:
+    """Where the keys and values of all of `spans` go, if our kernels put them there; they will."""
+    for span in spans:
+        span.claim()
+    return kernels.Places.of([place for span in spans for place in span.places])
 
 
 def side_by_side(spans: Sequence[Span]) -> KeyValues:

@@ -4,12 +4,21 @@ and can run.
 `expert_ffn` and `one_expert_ffn` compute one expert, `experts_ffn` several at once, `weighted_sum` adds up what they
 gave; `fits` and `serves` say whether they would take such weights. `linear` is a layer of its own, `rms_norm` a norm,
 `turn_heads` the norm and rotary embedding of queries and keys, `router_logits` a router, `attention` the queries of a
-block and `likeliest` a token for each position, each if its `serves_` says so. `status` says what is in use and why.
+block and `likeliest` a token for each position, each if its `serves_` says so; `attention_half` is most of these in one
+call. `status` says what is in use and why.
 """
 
 from __future__ import annotations
 
 from offload_engine.kernels.attention import attention, serves_attention
+from offload_engine.kernels.attention_half import (
+    AttentionHalf,
+    BlockPlace,
+    HalfWeights,
+    Places,
+    attention_half,
+    serves_half,
+)
 from offload_engine.kernels.dense import linear, serves_linear
 from offload_engine.kernels.ffn import (
     Expert,
@@ -27,10 +36,15 @@ from offload_engine.kernels.norms import rms_norm, serves_heads, serves_norm, tu
 from offload_engine.kernels.router import router_logits, serves_router
 
 __all__ = [
+    "AttentionHalf",
+    "BlockPlace",
     "Expert",
+    "HalfWeights",
     "KernelStatus",
     "Matrix",
+    "Places",
     "attention",
+    "attention_half",
     "expert_ffn",
     "experts_ffn",
     "fits",
@@ -41,6 +55,7 @@ __all__ = [
     "router_logits",
     "serves",
     "serves_attention",
+    "serves_half",
     "serves_heads",
     "serves_likeliest",
     "serves_linear",

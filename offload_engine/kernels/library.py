@@ -47,6 +47,16 @@ class Library:
         self._linear.argtypes = [*(_INT,) * 3, _POINTER, *(_INT64,) * 3, *(_POINTER,) * 4]
         self._attention = library.dmoe_attention
         self._attention.argtypes = [*(_INT,) * 2, _POINTER, *(_INT64,) * 5, _FLOAT, *(_POINTER,) * 4]
+        self._attention_half = library.dmoe_attention_half
+        self._attention_half.argtypes = [
+            *(_INT,) * 2,
+            _POINTER,
+            _POINTER,
+            _INT64,
+            _POINTER,
+            *(_INT64,) * 3,
+            *(_POINTER,) * 6,
+        ]
         self._weighted_sum = library.dmoe_weighted_sum
         self._weighted_sum.argtypes = [*(_INT,) * 2, _POINTER, *(_INT64,) * 3, *(_POINTER,) * 4]
         self._norm = library.dmoe_norm
@@ -111,6 +121,26 @@ class Library:
             raise MemoryError(f"no memory for the workspace of attention to {sizes[-1]} positions")
         if failure:
             raise ValueError(f"{self.path.name} refused attention in variant {variant} with code {failure}")
+
+    def attention_half(
+        self,
+        variant: int,
+        threads: int | None,
+        half: bytes,
+        layer: int,
+        places: bytes,
+        sizes: tuple[int, int, int],
+        *data: int,
+    ) -> None:
+        """Call `dmoe_attention_half` (cpu/attention_half.c) with checked arguments, `threads` None: torch's number.
+        Raises MemoryError.
+        """
+        crew = self._crew(threads)
+        failure = self._attention_half(variant, crew, self.parallel, half, layer, places, *sizes, *data)
+        if failure == NO_MEMORY:
+            raise MemoryError(f"no memory for the workspace of a layer's {sizes[1]} tokens")
+        if failure:
+            raise ValueError(f"{self.path.name} refused a layer's first half in variant {variant} with code {failure}")
 
     def weighted_sum(self, variant: int, sizes: tuple[int, ...], *data: int) -> None:
         """Call `dmoe_weighted_sum` (cpu/weighted_sum.c) with checked arguments."""

@@ -26,7 +26,7 @@ class Attended(NamedTuple):
     normed: Tensor
     """[T, H]: what experts see."""
     logits: Tensor
-    """[T, E] float32: the router's."""
+    """[T, E] float32: the router's; of a dense layer nothing, [T, 0]."""
 
 
 Work = Callable[[Tensor], Attended]

@@ -10,9 +10,10 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from offload_engine import kernels
 from offload_engine.core import ForwardInfo, RoutingDecision
 from offload_engine.errors import InternalError
-from offload_engine.model.attention import Attention, KeyValues
+from offload_engine.model.attention import KERNEL_POSITIONS, Attention, KeyValues
 from offload_engine.model.config import ModelConfig
 from offload_engine.model.graphs import Attended, StepGraphs
 from offload_engine.model.layers import Linear, RMSNorm, SwiGLU, part, rotary_angles
@@ -35,6 +36,8 @@ class Forward:
     experts: ExpertExecutor
     graphs: StepGraphs | None = None
     """Replays what comes before the experts, where earlier forwards did the same."""
+    places: kernels.Places | None = None
+    """Where `key_values` has its tokens' keys and values, for a kernel that puts them there itself."""
     situated: SituatedPolicy | None = field(init=False)
     """`policy`, if it is one; asked once, for of an abstract class that is a dear question."""
 
@@ -70,6 +73,9 @@ class DecoderLayer(nn.Module):
             self.mlp = MoEBlock(config, layer)
         else:
             self.mlp = SwiGLU(config.hidden_size, config.intermediate_size)
+        self._half: kernels.AttentionHalf | None = None
+        self._half_places: tuple[int, ...] = ()
+        """Where the weights lay when `_half` was made of them."""
 
     def attend(self, hidden: Tensor, angles: tuple[Tensor, Tensor], key_values: KeyValues) -> Tensor:
         """What attention adds to the residual stream: [.., T, H] -> [.., T, H]."""
@@ -87,13 +93,51 @@ class DecoderLayer(nn.Module):
 
     def forward(self, hidden: Tensor, angles: tuple[Tensor, Tensor], forward: Forward) -> Tensor:
         """[.., T, H] -> [.., T, H]."""
-        if forward.graphs is not None and isinstance(self.mlp, MoEBlock):
+        mlp = self.mlp
+        if forward.graphs is not None and isinstance(mlp, MoEBlock):
             work = partial(self.attended, angles, forward.key_values)
-            hidden, normed, logits = forward.graphs.run(self.layer, self.attention.query_key_value.weight, hidden, work)
-            policy = forward.policy_at(self.layer)
-            return residual_sum(self.mlp.routed(normed, logits, forward.block_ids, policy, forward.experts), hidden)
-        hidden = residual_sum(self.attend(hidden, angles, forward.key_values), hidden)
-        return residual_sum(self.feed_forward(hidden, forward), hidden)
+            attended = forward.graphs.run(self.layer, self.attention.query_key_value.weight, hidden, work)
+        elif (at_once := self.at_once(hidden, angles, forward.places)) is not None:
+            attended = at_once
+        else:
+            hidden = residual_sum(self.attend(hidden, angles, forward.key_values), hidden)
+            return residual_sum(self.feed_forward(hidden, forward), hidden)
+        hidden, normed, logits = attended
+        if isinstance(mlp, MoEBlock):
+            out = mlp.routed(normed, logits, forward.block_ids, forward.policy_at(self.layer), forward.experts)
+        else:
+            out = mlp(normed)
+        return residual_sum(out, hidden)
+
+    def at_once(self, hidden: Tensor, angles: tuple[Tensor, Tensor], places: kernels.Places | None) -> Attended | None:
+        """The layer up to its router, or to its dense feed-forward, by one call of our kernels, for `hidden` [T, H] at
+        `places`; None where it takes several. Bit for bit what several give.
+        """
+        if places is None or places.longest > KERNEL_POSITIONS or not kernels.serves_half(hidden):
+            return None
+        weights = self._half_weights()
+        if weights.places != self._half_places:
+            heads, kv_heads, eps = self.attention.heads, self.attention.kv_heads, self.attention.eps
+            self._half, self._half_places = kernels.AttentionHalf.of(weights, heads, kv_heads, eps), weights.places
+        if self._half is None:
+            return None
+        return Attended(*kernels.attention_half(self._half, places, self.layer, hidden, angles))
+
+    def _half_weights(self) -> kernels.HalfWeights:
+        attention, mlp = self.attention, self.mlp
+        projection, dense = attention.query_key_value, attention.dense
+        normed = attention.use_qk_norm
+        return kernels.HalfWeights(
+            norm=self.input_layernorm.weight,
+            projection=projection.weight,
+            projection_bias=projection.bias,
+            query_norm=attention.query_layernorm.weight if normed else None,
+            key_norm=attention.key_layernorm.weight if normed else None,
+            dense=dense.weight,
+            dense_bias=dense.bias,
+            next_norm=self.post_attention_layernorm.weight,
+            router=mlp.gate.weight if isinstance(mlp, MoEBlock) else None,
+        )
 
     def attended(self, angles: tuple[Tensor, Tensor], key_values: KeyValues, hidden: Tensor) -> Attended:
         """The MoE layer up to its router, for `hidden` [T, H]."""

@@ -325,12 +325,13 @@ class MoEBlock(nn.Module):
         self, hidden: Tensor, logits: Tensor, block_ids: Tensor, policy: Route, experts: ExpertExecutor
     ) -> Tensor:
         """As `forward`, once the router has spoken: `logits` [T, E]."""
-        rows = hidden.flatten(0, -2)
+        flat = hidden.dim() == 2  # as where experts are offloaded; reshaping what has its shape takes as long as a norm
+        rows = hidden if flat else hidden.flatten(0, -2)
         decision = experts.route(self.layer, rows, partial(self.decide, logits, block_ids, policy))
         shared: list[Tensor] = []
         out = experts.run(self.layer, rows, decision, partial(self._share, hidden, shared))
         # in shape before the sum: the residual stream is added to it in place, which FSDP does not survive on a view
-        return self.with_shared(out.view_as(hidden), hidden, *shared)
+        return self.with_shared(out if flat else out.view_as(hidden), hidden, *shared)
 
     def _share(self, hidden: Tensor, shared: list[Tensor]) -> None:
         if self.shared_experts is not None:
