@@ -11,7 +11,7 @@ from itertools import islice
 from torch import Tensor
 
 from offload_engine.core import ExpertKey, ForwardInfo, Phase, RoutingDecision
-from offload_engine.errors import InternalError, OffloadError, TransferError
+from offload_engine.errors import InternalError, MemoryBudgetError, OffloadError, TransferError
 from offload_engine.experts.arena import Slots
 from offload_engine.experts.cpu_experts import NO_ERRAND, Errand
 from offload_engine.experts.hot_set import HotSet
@@ -270,9 +270,7 @@ class OffloadedExperts(Residency):
         """
         with self._changed:
             if not self._arrival.wait_for(lambda: self.scheduler.transfers_under_way == 0, timeout):
-                raise InternalError(
-                    f"{self.scheduler.transfers_under_way} transfers did not end within {timeout:.0f} s"
-                )
+                raise InternalError(f"{self.scheduler.transfers_under_way} transfers did not end in {timeout:.0f} s")
             self.scheduler.cache.check()
             self.stats.stall_seconds += self.transfers.stalled()
 
@@ -384,6 +382,9 @@ class OffloadedExperts(Residency):
                     self._carry_out(self.scheduler.failed(ticket.key))
             except OffloadError as error:
                 self._failure = error
+            except MemoryError:
+                which = f"expert {ticket.key.expert} of layer {ticket.key.layer}"
+                self._failure = MemoryBudgetError(f"{which}: memory ran out; free some, or ask for a smaller --gpu-mem")
             except Exception as error:  # a defect must reach the compute thread, not die in a reader
                 self._failure = InternalError(f"{ticket.key} arrived, and then: {type(error).__name__}: {error}")
             finally:

@@ -15,13 +15,13 @@ from torch import Tensor
 
 from offload_engine.core import ExpertKey, ForwardInfo, Phase, RoutingDecision
 from offload_engine.decode.kv_cache import PrefixCache
-from offload_engine.errors import InternalError, TransferError
+from offload_engine.errors import InternalError, MemoryBudgetError, TransferError
 from offload_engine.experts.arena import SlotArena
 from offload_engine.experts.executor import OffloadedExperts
 from offload_engine.experts.scheduling.cache import ExpertCache
 from offload_engine.experts.scheduling.eviction import EVICTION, make_eviction
 from offload_engine.experts.scheduling.predictor import make_predictor
-from offload_engine.experts.scheduling.scheduler import ExpertScheduler
+from offload_engine.experts.scheduling.scheduler import Command, ExpertScheduler
 from offload_engine.experts.storage.conversion import Kind, convert
 from offload_engine.experts.storage.opening import open_store
 from offload_engine.experts.storage.store import ExpertStore, load_all
@@ -435,15 +435,28 @@ def test_an_unforeseen_error_in_a_reader_reaches_the_caller(model: Model) -> Non
     experts.close()
 
 
-def test_a_defect_met_on_arrival_reaches_the_caller(model: Model) -> None:
-    experts = model.offloaded(slots=5)
+@pytest.mark.parametrize(
+    ("met", "raised", "told"),
+    [
+        (KeyError("books"), InternalError, "KeyError: 'books'"),
+        (MemoryError(), MemoryBudgetError, r"expert \d+ of layer 1: memory ran out"),
+    ],
+)
+def test_what_is_met_on_arrival_reaches_the_caller_and_costs_one_answer(
+    model: Model, met: Exception, raised: type[Exception], told: str
+) -> None:
+    experts, ids = model.offloaded(slots=5), torch.arange(12)
+    arrived, left = experts.scheduler.arrived, [met]
 
-    def broken(_key: ExpertKey) -> list[object]:
-        raise KeyError("books")
+    def broken(key: ExpertKey) -> Sequence[Command]:
+        if left:
+            raise left.pop()
+        return arrived(key)
 
     experts.scheduler.arrived = broken  # type: ignore[method-assign, assignment]
-    with pytest.raises(InternalError, match="KeyError: 'books'"):
-        model.hidden(experts, "original", torch.arange(12))
+    with pytest.raises(raised, match=told):
+        model.hidden(experts, "original", ids)
+    assert torch.equal(model.hidden(experts, "original", ids), model.hidden(model.resident, "original", ids))
     experts.close()
 
 
