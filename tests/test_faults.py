@@ -20,13 +20,13 @@ import psutil
 import pytest
 import torch
 
+from offload_engine import disk_file
 from offload_engine.core import SamplingParams
 from offload_engine.decode.kv_cache import PrefixCache
 from offload_engine.engine import assembly, planning
 from offload_engine.engine.engine import Engine
 from offload_engine.errors import CheckpointError, EngineClosedError, MemoryBudgetError, TransferError
 from offload_engine.experts import arena
-from offload_engine.experts.storage import disk_file
 from offload_engine.experts.storage.conversion import convert
 from offload_engine.experts.storage.packed_header import PACKED_FILE
 from offload_engine.kernels import library

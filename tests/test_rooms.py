@@ -11,7 +11,7 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "offload_engine"
 
 FLOORS: list[tuple[str, ...]] = [
-    ("errors", "core", "files", "pages"),
+    ("errors", "core", "disk_file", "files", "pages"),
     ("config", "metrics", "trace", "text", "kernels"),
     ("routing",),
     ("model",),

@@ -33,13 +33,13 @@ import click
 import psutil
 import torch
 
+from offload_engine import disk_file
 from offload_engine.cli.errors import ReportingCommand
 from offload_engine.core import SamplingParams
 from offload_engine.engine.assembly import BUILT_IN
 from offload_engine.engine.engine import Engine
 from offload_engine.errors import MemoryBudgetError, OffloadError, TransferError
 from offload_engine.evaluate.fingerprint import fingerprint
-from offload_engine.experts.storage import disk_file
 from offload_engine.experts.storage.conversion import Kind, convert
 from offload_engine.experts.storage.packed_header import PACKED_FILE
 from offload_engine.memory import MIN_SLOTS

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from offload_engine.config import format_bytes
+from offload_engine.disk_file import DiskFile
 from offload_engine.doctor.finding import Finding, Level
-from offload_engine.experts.storage.disk_file import DiskFile
 from offload_engine.pages import huge_pages
 
 PIECE = 6 * 2**20

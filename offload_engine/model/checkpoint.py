@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
-import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack, closing
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -14,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from offload_engine.disk_file import DiskFile
 from offload_engine.errors import CheckpointError
 from offload_engine.model.safetensors_header import (
     MAX_HEADER_BYTES,
@@ -23,11 +23,10 @@ from offload_engine.model.safetensors_header import (
     regular_file_size,
     unique_keys,
 )
+from offload_engine.model.tensor_reads import read_tensors
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
-READ_CHUNK = 16 * 2**20
-"""Bytes read before they are dropped from the page cache again: what a read adds to it stays below this."""
 
 
 class Checkpoint:
@@ -47,6 +46,10 @@ class Checkpoint:
         """Bytes of each safetensors file when its header was read."""
         self.metadata: Mapping[Path, Mapping[str, str]] = MappingProxyType(metadata or {})
         """The `__metadata__` of each safetensors file."""
+        self._header_bytes: dict[Path, int] = {}
+        """Of each file, to where its tensors begin."""
+        for info in tensors.values():
+            self._header_bytes[info.path] = min(info.offset, self._header_bytes.get(info.path, info.offset))
         self._stamps = {path: path.stat().st_mtime_ns for path in file_sizes}
 
     @classmethod
@@ -96,33 +99,46 @@ class Checkpoint:
         rows = sorted((info.name, str(info.dtype), info.shape, info.nbytes) for info in self.tensors.values())
         return hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:16]
 
-    def read(self, name: str, dtype: torch.dtype | None = None, into: Tensor | None = None) -> Tensor:
-        """One tensor on the CPU, in its stored dtype or cast to `dtype`, or `into` a contiguous one of as many numbers,
-        in its dtype; leaves nothing of it in the page cache.
+    def open_file(self, path: Path, direct: bool = True) -> DiskFile:
+        """One of its files, for reads past the page cache; `direct=False` never tries direct I/O.
 
-        Takes the memory of the result and, to cast, at most `READ_CHUNK` bytes beside it. Raises `CheckpointError` when
-        there is no such tensor, or its file can't be read or has changed since `open`.
+        Raises `CheckpointError` when it can't be opened or has changed since `open`.
         """
+        size = regular_file_size(path)
+        if size != self.file_sizes[path]:
+            raise CheckpointError(
+                f"{path}: {size} bytes long, but {self.file_sizes[path]} when opened; load the model again"
+            )
+        self._check_header(path)
+        return DiskFile(path, size, self._header_bytes[path], direct)
+
+    def read(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
+        """One tensor on the CPU, in its stored dtype or cast to `dtype`. Raises as `read_into` does."""
+        info = self._info(name)
+        tensor = torch.empty(info.shape, dtype=dtype or info.dtype)
+        self.read_into({name: tensor})
+        return tensor
+
+    def read_into(self, targets: Mapping[str, Tensor], progress: Callable[[int, int], None] | None = None) -> None:
+        """Fill contiguous tensors, on any device, by published name, cast to their dtype; leaves nothing of them in the
+        page cache.
+
+        Takes 24 MiB beside them; `progress(done, total)` is called as they come (`read_tensors`). Raises
+        `CheckpointError` when there is no such tensor, or its file can't be read or has changed since `open`.
+        """
+        wanted = [(self._info(name), target) for name, target in targets.items()]
+        wanted.sort(key=lambda one: (one[0].path, one[0].offset))
+        with ExitStack() as opened:
+            files: dict[Path, DiskFile] = {}
+            for info, _ in wanted:
+                if info.path not in files:
+                    files[info.path] = opened.enter_context(closing(self.open_file(info.path)))
+            read_tensors(wanted, files, progress)
+
+    def _info(self, name: str) -> TensorInfo:
         if name not in self.tensors:
             raise CheckpointError(f"{self.directory}: tensor {name!r} is missing")
-        info = self.tensors[name]
-        size = regular_file_size(info.path)
-        if size != self.file_sizes[info.path]:
-            raise CheckpointError(
-                f"{info.path}: {size} bytes long, but {self.file_sizes[info.path]} when opened; load the model again"
-            )
-        self._check_header(info.path)
-        if into is None:
-            into = torch.empty(math.prod(info.shape), dtype=dtype or info.dtype)
-        result = into.view(-1)
-        cast = result.dtype != info.dtype
-        try:
-            done = _read_cast(info, result) if cast else _read_into(info.path, info.offset, _bytes_of(result))
-        except OSError as error:
-            raise CheckpointError(f"{info.path}: tensor {name!r} can't be read ({error.strerror})") from None
-        if done < info.nbytes:
-            raise CheckpointError(f"{info.path}: tensor {name!r} ends after {done} bytes, wanted {info.nbytes}")
-        return result.view(info.shape)
+        return self.tensors[name]
 
     def _check_header(self, path: Path) -> None:
         """Look at a file that was written to since `open`: its tensors must still be where they were."""
@@ -134,45 +150,6 @@ class Checkpoint:
             if info.path == path and found.get(info.name) != info:
                 raise CheckpointError(f"{path}: has another header than when opened; load the model again")
         self._stamps[path] = stamp
-
-
-def _bytes_of(tensor: Tensor) -> memoryview:
-    return tensor.view(torch.uint8).numpy().data
-
-
-def _read_cast(info: TensorInfo, target: Tensor) -> int:
-    """Fill `target` [numbers] with the tensor cast to its dtype, a chunk at a time; returns the bytes read."""
-    count = READ_CHUNK // info.dtype.itemsize
-    chunk = torch.empty(min(count, target.numel()), dtype=info.dtype)
-    done = 0
-    for part in target.split(count):
-        piece = chunk[: part.numel()]
-        got = _read_into(info.path, info.offset + done, _bytes_of(piece))
-        done += got
-        if got < piece.nbytes:
-            break
-        part.copy_(piece)
-    return done
-
-
-def _read_into(path: Path, offset: int, target: memoryview) -> int:
-    """Fill `target` from `offset` of the file, chunk by chunk; returns the bytes read, fewer only at the file's end."""
-    done = 0
-    with path.open("rb", buffering=0) as file:
-        file.seek(offset)
-        while done < len(target):
-            count = file.readinto(target[done : done + READ_CHUNK])
-            if not count:
-                break
-            done += count
-            drop_page_cache(file.fileno(), offset, done)
-    return done
-
-
-def drop_page_cache(descriptor: int, offset: int, nbytes: int) -> None:
-    """Ask the kernel to forget these bytes of a file, so that a memory budget means what it says."""
-    if nbytes and hasattr(os, "posix_fadvise"):  # a length of 0 would mean the whole file
-        os.posix_fadvise(descriptor, offset, nbytes, os.POSIX_FADV_DONTNEED)
 
 
 def _nothing_to_read(files: set[str]) -> str:

@@ -8,10 +8,12 @@ import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from offload_engine.model.checkpoint import INDEX_FILE, SINGLE_FILE, Checkpoint, drop_page_cache
+from offload_engine.disk_file import drop_page_cache
+from offload_engine.model.checkpoint import INDEX_FILE, SINGLE_FILE, Checkpoint
 from offload_engine.model.safetensors_header import TensorInfo
 
 SHARD_BYTES = 512 * 2**20
@@ -34,7 +36,8 @@ def write_tensors(
     weight_map: dict[str, str] = {}
     for number, shard in enumerate(shards, start=1):
         name = SINGLE_FILE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        tensors = {info.name: checkpoint.read(info.name) for info in shard}
+        tensors = {info.name: torch.empty(info.shape, dtype=info.dtype) for info in shard}
+        checkpoint.read_into(tensors)
         try:
             save_file(tensors, folder / name, {"format": "pt"} | metadata)
         except SafetensorError as error:  # what the library makes of a full disk

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from offload_engine.disk_file import drop_page_cache, read_nothing_ahead
 from offload_engine.errors import CheckpointError
 
 MAX_HEADER_BYTES = 100_000_000
@@ -95,6 +96,7 @@ def read_header(path: Path) -> FileHeader:
     size = regular_file_size(path)
     try:
         with path.open("rb", buffering=0) as file:
+            read_nothing_ahead(file.fileno())
             start = file.read(LENGTH_BYTES)
             if len(start) < LENGTH_BYTES:
                 raise CheckpointError(f"{path}: {size} bytes long, wanted at least {LENGTH_BYTES} (header length)")
@@ -105,6 +107,7 @@ def read_header(path: Path) -> FileHeader:
                     "the file is cut short or is no safetensors file"
                 )
             header = file.read(length)
+            drop_page_cache(file.fileno(), 0, LENGTH_BYTES + length)
     except OSError as error:
         raise CheckpointError(f"{path}: can't be read ({error.strerror})") from None
     if len(header) < length:

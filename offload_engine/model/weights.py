@@ -108,7 +108,9 @@ def resident_nbytes(config: ModelConfig, dtype: torch.dtype) -> int:
 def resident_infos(config: ModelConfig, checkpoint: Checkpoint) -> list[TensorInfo]:
     """Where every tensor but the routed experts' lies. Raises `CheckpointError` as `load_resident` does."""
     shapes = resident_shapes(config)
-    _require(checkpoint, shapes)
+    missing = [name for name in shapes if name not in checkpoint.tensors]
+    if missing:
+        raise _missing(checkpoint, missing)
     return [_checked(checkpoint, name, shape) for name, shape in shapes.items()]
 
 
@@ -121,28 +123,25 @@ def load_resident(
 ) -> LLaDA2Model:
     """The network without its routed experts, in evaluation mode and without gradients.
 
-    Weights are cast to `dtype`, but for the routers (`resident_dtype`). Peak memory is the model plus 16 MiB.
+    Weights are cast to `dtype`, but for the routers (`resident_dtype`). Peak memory is the model plus 24 MiB.
     On another device than the CPU, the embedding table stays on the host unless it is the lm head as well; what stays
-    on the host lies in one piece, in huge pages. `progress(done, total)` is called after each tensor, in bytes of the
+    on the host lies in one piece, in huge pages. `progress(done, total)` is called as they come, in bytes of the
     checkpoint. Raises `CheckpointError` before the first read when a tensor is missing, of another shape, or not stored
     in bf16, fp16 or fp32, and `MemoryBudgetError` if the system refuses the memory.
     """
     infos = resident_infos(config, checkpoint)
-    total, done = sum(info.nbytes for info in infos), 0
     hosted = set() if config.tie_word_embeddings else {EMBEDDING}
     if torch.device(device).type == "cpu":
         hosted = {info.name for info in infos}
     host = _Shelf([(info.shape, resident_dtype(info.name, dtype)) for info in infos if info.name in hosted])
     state: dict[str, Tensor] = {}
-    for info in sorted(infos, key=lambda info: (info.path, info.offset)):
+    for info in infos:
         held = resident_dtype(info.name, dtype)
         if info.name in hosted:
-            state[info.name] = checkpoint.read(info.name, into=host.take(info.shape, held))
+            state[info.name] = host.take(info.shape, held)
         else:
-            state[info.name] = checkpoint.read(info.name, held).to(device)
-        done += info.nbytes
-        if progress is not None:
-            progress(done, total)
+            state[info.name] = torch.empty(info.shape, dtype=held, device=device)
+    checkpoint.read_into(state, progress)
     if config.tie_word_embeddings:
         state[HEAD] = state[EMBEDDING]
     with torch.device("meta"), _Uninitialised():
@@ -195,20 +194,19 @@ class _Uninitialised(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def _require(checkpoint: Checkpoint, names: Collection[str]) -> None:
-    missing = [name for name in names if name not in checkpoint.tensors]
-    if missing:
-        others = f" and {len(missing) - 1} more are" if len(missing) > 1 else " is"
-        raise CheckpointError(
-            f"{checkpoint.directory}: tensor {missing[0]!r}{others} missing, wanted by config.json; "
-            "download the checkpoint again, or mend its config.json"
-        )
+def _missing(checkpoint: Checkpoint, names: Sequence[str]) -> CheckpointError:
+    others = f" and {len(names) - 1} more are" if len(names) > 1 else " is"
+    return CheckpointError(
+        f"{checkpoint.directory}: tensor {names[0]!r}{others} missing, wanted by config.json; "
+        "download the checkpoint again, or mend its config.json"
+    )
 
 
 def _checked(checkpoint: Checkpoint, name: str, shape: tuple[int, ...]) -> TensorInfo:
     """The tensor of that name; raises `CheckpointError` unless it has this shape and a dtype we compute with."""
-    _require(checkpoint, (name,))
-    info = checkpoint.tensors[name]
+    info = checkpoint.tensors.get(name)
+    if info is None:
+        raise _missing(checkpoint, [name])
     if info.shape != shape:
         raise CheckpointError(
             f"{info.path}: tensor {name!r} has shape {list(info.shape)}, wanted {list(shape)} by config.json"

@@ -9,15 +9,16 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 import pytest
 import torch
 
+from offload_engine import disk_file
 from offload_engine.decode.kv_cache import PrefixCache
 from offload_engine.engine import assembly, planning
-from offload_engine.experts.storage import disk_file
 from offload_engine.experts.storage.conversion import convert
 from offload_engine.experts.storage.packed_header import PACKED_FILE, read_packed_header
 from tests.cli.command_line import ROOT, SHORT, complaint, dmoe_run, write_speaking_checkpoint
@@ -39,12 +40,15 @@ def experts_of(model: Path) -> Path:
     return packed if packed.exists() else model / "model.safetensors"
 
 
-def reads(monkeypatch, fault):
-    """Every fifth read of experts is `fault`'s."""
+def reads(monkeypatch, fault, of="experts"):
+    """Every fifth read of experts, or of what stays resident, is `fault`'s."""
     real, calls = os.preadv, iter(range(10**9))
-    monkeypatch.setattr(
-        disk_file.os, "preadv", lambda *given: fault(real, *given) if next(calls) % 5 == 4 else real(*given)
-    )
+
+    def read(*given):
+        of_weights = threading.current_thread().name.startswith("tensor-reader")
+        return fault(real, *given) if of_weights == (of == "weights") and next(calls) % 5 == 4 else real(*given)
+
+    monkeypatch.setattr(disk_file.os, "preadv", read)
 
 
 def eio(_real, *_given):
@@ -77,9 +81,25 @@ def test_a_disk_that_fails_is_one_line_that_names_the_expert(model, monkeypatch,
     assert done.exit_code == code
 
 
-def test_half_reads_change_no_answer(model, monkeypatch):
+@pytest.mark.parametrize(
+    ("fault", "code", "said"),
+    [
+        (eio, 3, r"^tensor '[a-z_.0-9]+': .*model\.safetensors can't be read \(Input/output error\)$"),
+        (nothing, 3, r"^tensor '[a-z_.0-9]+': .*model\.safetensors gave 0 bytes at offset \d+, wanted \d+$"),
+        (enomem, 4, r"^memory ran out while the model was loaded \(.*Cannot allocate memory\): .*; free memory"),
+    ],
+)
+def test_a_disk_that_fails_before_the_first_expert_is_one_line(model, monkeypatch, fault, code, said):
+    reads(monkeypatch, fault, of="weights")
+    done = dmoe_run("--model", model, *FEW_SLOTS, "-p", "How many?")
+    assert re.search(said, complaint(done)), complaint(done)
+    assert done.exit_code == code
+
+
+@pytest.mark.parametrize("of", ["experts", "weights"])
+def test_half_reads_change_no_answer(model, monkeypatch, of):
     wanted = dmoe_run("--model", model, *SHORT, "-p", "How many?")
-    reads(monkeypatch, lambda real, *given: real(*given) // 2)
+    reads(monkeypatch, lambda real, *given: real(*given) // 2, of)
     done = dmoe_run("--model", model, *FEW_SLOTS, "-p", "How many?")
     assert wanted.exit_code == done.exit_code == 0
     assert done.stdout_bytes == wanted.stdout_bytes
@@ -167,7 +187,7 @@ def test_an_address_space_that_is_too_small_is_one_line_or_no_hindrance(model, r
 SLOW = """
 import os, sys, time
 from offload_engine.cli.commands import run
-from offload_engine.experts.storage import disk_file
+from offload_engine import disk_file
 real = os.preadv
 def slow(*given):
     time.sleep(2)

@@ -20,7 +20,6 @@ from torch import Tensor
 
 from offload_engine.core import ExpertKey
 from offload_engine.errors import CheckpointError, MemoryBudgetError
-from offload_engine.model import checkpoint as checkpoint_module
 from offload_engine.model.checkpoint import Checkpoint
 from offload_engine.model.config import ModelConfig
 from offload_engine.model.llada2 import LLaDA2Model
@@ -35,7 +34,6 @@ from offload_engine.model.weights import (
     unexpected_tensors,
 )
 from tests.checkpoints import GOLDEN, needs_golden, random_tensors, tiny_config, write_checkpoint, write_tensors
-from tests.page_cache import cached_bytes, evictable
 
 
 def opened(directory: Path, config: dict[str, Any]) -> tuple[ModelConfig, Checkpoint]:
@@ -140,24 +138,6 @@ def test_tied_embeddings_are_one_parameter(tmp_path: Path) -> None:
     assert resident_nbytes(config, torch.bfloat16) == sum(p.nbytes for p in [*model.parameters(), *model.buffers()])
 
 
-def test_casting_takes_one_chunk_beside_the_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    raw = tiny_config()
-    config, checkpoint = opened(write_checkpoint(tmp_path, raw, dtype=torch.float16), raw)
-    chunks: list[int] = []
-    read_into = checkpoint_module._read_into
-
-    def watched(path: Path, offset: int, target: memoryview) -> int:
-        chunks.append(len(target))
-        return read_into(path, offset, target)
-
-    monkeypatch.setattr(checkpoint_module, "_read_into", watched)
-    monkeypatch.setattr(checkpoint_module, "READ_CHUNK", 100)
-    model = load_resident(config, checkpoint, torch.float32)
-    assert max(chunks) == 100, "except the biases of the routers, everything is cast"
-    stored = random_tensors(raw, dtype=torch.float16, layout="split", seed=0)
-    assert all(torch.equal(tensor, stored[name].float()) for name, tensor in model.state_dict().items())
-
-
 def test_loading_draws_no_initial_values(tmp_path: Path) -> None:
     """On the meta device that imports sympy: 75 MB that no plan knows of."""
     directory = write_checkpoint(tmp_path, tiny_config())
@@ -178,30 +158,10 @@ def test_progress_rises_to_the_total(tmp_path: Path) -> None:
     seen: list[tuple[int, int]] = []
     load_resident(config, checkpoint, torch.float32, progress=lambda done, total: seen.append((done, total)))
     total = sum(checkpoint.tensors[name].nbytes for name in resident_shapes(config))
-    assert len(seen) == len(resident_shapes(config))
+    assert len(seen) >= len(resident_shapes(config))
     assert seen == sorted(seen)
     assert seen[-1] == (total, total)
     assert {row[1] for row in seen} == {total}
-
-
-def test_read_goes_chunk_by_chunk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checkpoint_module, "READ_CHUNK", 1000)
-    tensors = {"a": torch.arange(5001, dtype=torch.int32), "scalar": torch.tensor(7.0), "none": torch.empty(0, 3)}
-    write_tensors(tmp_path, tensors)
-    checkpoint = Checkpoint.open(tmp_path)
-    for name, tensor in tensors.items():
-        read = checkpoint.read(name)
-        assert read.dtype == tensor.dtype
-        assert torch.equal(read, tensor)
-
-
-def test_read_leaves_the_page_cache_empty(tmp_path: Path) -> None:
-    write_tensors(tmp_path, {"a": torch.zeros(2**20)})
-    file = tmp_path / "model.safetensors"
-    if not evictable(file):
-        pytest.skip("this file system keeps its files in memory")
-    Checkpoint.open(tmp_path).read("a")
-    assert cached_bytes(file) <= 2 * 4096  # the pages at either end may belong to a neighbour, and stay
 
 
 def test_shards_may_be_symlinks_as_in_the_hub_cache(tmp_path: Path) -> None:
@@ -322,7 +282,7 @@ def test_resident_tensors_are_checked_before_any_is_read(
     kept = {name: tensor for name, tensor in tensors.items() if name != "lm_head.weight"}
     write_tensors(tmp_path, kept if changed is None else {**kept, "lm_head.weight": changed})
     config, checkpoint = opened(tmp_path, raw)
-    monkeypatch.setattr(checkpoint, "read", lambda name: pytest.fail(f"read {name}"))
+    monkeypatch.setattr(checkpoint, "read_into", lambda *_given: pytest.fail("something was read"))
     with pytest.raises(CheckpointError, match=rf"lm_head\.weight.*{wanted}"):
         load_resident(config, checkpoint, torch.float32)
 

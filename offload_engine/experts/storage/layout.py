@@ -17,25 +17,16 @@ import torch
 from torch import Tensor
 
 from offload_engine import kernels
+from offload_engine.disk_file import UNIT, align_down, align_up
 from offload_engine.model.moe import ExpertWeights
 from offload_engine.model.quantized import ExpertFormat, Matrix, QuantizedMatrix
 from offload_engine.model.weights import ExpertSpans, FileSpan
 
-SLOT_ALIGNMENT = 4096
-"""Slots, slabs and the windows read into them start and end on multiples of this, in bytes; direct I/O needs it."""
+SLOT_ALIGNMENT = UNIT
+"""Slots, slabs and the windows read into them start and end on multiples of this, in bytes: direct reads fill them."""
 
 MATRIX_ALIGNMENT = 64
 """In a packed slab values and scales start on multiples of this, in bytes: a cache line, the widest vector."""
-
-
-def align_down(offset: int) -> int:
-    """The last multiple of `SLOT_ALIGNMENT` not above `offset`."""
-    return offset - offset % SLOT_ALIGNMENT
-
-
-def align_up(offset: int) -> int:
-    """The first multiple of `SLOT_ALIGNMENT` not below `offset`."""
-    return align_down(offset + SLOT_ALIGNMENT - 1)
 
 
 class MatrixPlace(NamedTuple):

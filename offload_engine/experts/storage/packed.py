@@ -7,8 +7,8 @@ from collections.abc import Collection
 from typing import Literal
 
 from offload_engine.core import ExpertKey
+from offload_engine.disk_file import DiskFile
 from offload_engine.errors import CheckpointError, TransferError
-from offload_engine.experts.storage.disk_file import DiskFile
 from offload_engine.experts.storage.layout import SlabLayout
 from offload_engine.experts.storage.packed_header import (
     PACKED_FILE,

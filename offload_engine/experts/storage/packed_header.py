@@ -17,9 +17,9 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from offload_engine.core import ExpertKey
+from offload_engine.disk_file import align_up, drop_page_cache
 from offload_engine.errors import CheckpointError
-from offload_engine.experts.storage.layout import SLOT_ALIGNMENT, SlabLayout, align_up, packed_layout
-from offload_engine.model.checkpoint import drop_page_cache
+from offload_engine.experts.storage.layout import SLOT_ALIGNMENT, SlabLayout, packed_layout
 from offload_engine.model.quantized import ExpertFormat
 from offload_engine.model.safetensors_header import regular_file_size
 

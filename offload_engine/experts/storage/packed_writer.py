@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 
 from offload_engine.core import ExpertKey
+from offload_engine.disk_file import drop_page_cache
 from offload_engine.errors import CheckpointError, InternalError
 from offload_engine.experts.arena import SlotArena
 from offload_engine.experts.storage.layout import packed_layout
 from offload_engine.experts.storage.packed_header import Description, Slab, encode_header, header_bytes
 from offload_engine.experts.storage.store import named
-from offload_engine.model.checkpoint import drop_page_cache
 from offload_engine.model.moe import ExpertWeights
 from offload_engine.model.quantized import ExpertFormat, Matrix, QuantizedMatrix, quantize_int4, quantize_int8
 

@@ -10,9 +10,9 @@ from typing import Protocol
 import torch
 
 from offload_engine.core import ExpertKey
+from offload_engine.disk_file import DiskFile
 from offload_engine.errors import CheckpointError, TransferError
 from offload_engine.experts.arena import SlotArena
-from offload_engine.experts.storage.disk_file import DiskFile
 from offload_engine.experts.storage.layout import SLOT_ALIGNMENT, ReadPlan, SlabLayout, plan_reads
 from offload_engine.model.checkpoint import Checkpoint
 from offload_engine.model.config import ModelConfig
@@ -78,11 +78,10 @@ class SafetensorsStore:
         self._format = ExpertFormat(_one_dtype(self._plans, checkpoint))
         self._slab_bytes = max((plan.layout.nbytes for plan in self._plans.values()), default=SLOT_ALIGNMENT)
         paths = sorted({window.path for plan in self._plans.values() for window in plan.windows})
-        heads = _header_bytes(checkpoint)
         self._files: dict[Path, DiskFile] = {}
         try:
             for path in paths:
-                self._files[path] = DiskFile(path, checkpoint.file_sizes[path], heads[path], direct)
+                self._files[path] = checkpoint.open_file(path, direct)
         except BaseException:
             self.close()
             raise
@@ -158,14 +157,6 @@ class SafetensorsStore:
 def named(key: ExpertKey) -> str:
     """An expert as errors call it."""
     return f"expert {key.expert} of layer {key.layer}"
-
-
-def _header_bytes(checkpoint: Checkpoint) -> dict[Path, int]:
-    """Where the tensors of each file begin, at the end of its header."""
-    heads: dict[Path, int] = {}
-    for info in checkpoint.tensors.values():
-        heads[info.path] = min(info.offset, heads.get(info.path, info.offset))
-    return heads
 
 
 def _one_dtype(plans: dict[ExpertKey, ReadPlan], checkpoint: Checkpoint) -> torch.dtype:

@@ -13,12 +13,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from offload_engine import kernels
+from offload_engine.disk_file import align_down, align_up
 from offload_engine.experts.storage.layout import (
     SLOT_ALIGNMENT,
     ReadPlan,
     SlabExpert,
-    align_down,
-    align_up,
     packed_layout,
     plan_reads,
 )
@@ -186,9 +185,3 @@ def same_memory(one: Matrix, other: Matrix) -> bool:
         return same_memory(one.values, other.values) and same_memory(one.scales, other.scales)
     first, second = cast("Tensor", one), cast("Tensor", other)
     return first.data_ptr() == second.data_ptr() and first.shape == second.shape
-
-
-@pytest.mark.parametrize(("offset", "down", "up"), [(0, 0, 0), (1, 0, 4096), (4095, 0, 4096), (4096, 4096, 4096)])
-def test_alignment(offset: int, down: int, up: int) -> None:
-    assert align_down(offset) == down
-    assert align_up(offset) == up

@@ -131,7 +131,7 @@ def test_a_file_that_vanished_before_the_store_opens(tmp_path: Path) -> None:
     checkpoint = Checkpoint.open(tmp_path)
     (tmp_path / "model-00002-of-00003.safetensors").unlink()
     before = open_descriptors()
-    with pytest.raises(CheckpointError, match=r"model-00002-of-00003\.safetensors: can't be opened"):
+    with pytest.raises(CheckpointError, match=r"model-00002-of-00003\.safetensors: not found"):
         SafetensorsStore(ModelConfig.from_dict(RAW), checkpoint)
     assert open_descriptors() == before
 

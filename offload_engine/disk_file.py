@@ -1,4 +1,4 @@
-"""A file of experts: read past the page cache, at any place, by any thread, and watched for changes."""
+"""A file of weights: read past the page cache, at any place, by any thread, and watched for changes."""
 
 from __future__ import annotations
 
@@ -10,8 +10,31 @@ import threading
 from pathlib import Path
 
 from offload_engine.errors import CheckpointError, TransferError
-from offload_engine.experts.storage.layout import SLOT_ALIGNMENT, align_down, align_up
-from offload_engine.model.checkpoint import drop_page_cache
+
+UNIT = 4096
+"""Direct reads begin and end on multiples of this, in bytes, in the file as in memory."""
+
+
+def align_down(offset: int) -> int:
+    """The last multiple of `UNIT` not above `offset`."""
+    return offset - offset % UNIT
+
+
+def align_up(offset: int) -> int:
+    """The first multiple of `UNIT` not below `offset`."""
+    return align_down(offset + UNIT - 1)
+
+
+def read_nothing_ahead(descriptor: int) -> None:
+    """Have the kernel read of a file what is asked for, and no more."""
+    if hasattr(os, "posix_fadvise"):
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_RANDOM)
+
+
+def drop_page_cache(descriptor: int, offset: int, nbytes: int) -> None:
+    """Ask the kernel to forget these bytes of a file, so that a memory budget means what it says."""
+    if nbytes and hasattr(os, "posix_fadvise"):  # a length of 0 would mean the whole file
+        os.posix_fadvise(descriptor, offset, nbytes, os.POSIX_FADV_DONTNEED)
 
 
 class DiskFile:
@@ -38,9 +61,8 @@ class DiskFile:
             self._descriptor = os.open(path, os.O_RDONLY) if descriptor is None else descriptor
         except OSError as error:
             raise CheckpointError(f"{path}: can't be opened ({error.strerror}); was it moved?") from None
-        if not self.direct and hasattr(os, "posix_fadvise"):
-            # no read-ahead: it reads what nobody asked for
-            os.posix_fadvise(self._descriptor, 0, 0, os.POSIX_FADV_RANDOM)
+        if not self.direct:
+            read_nothing_ahead(self._descriptor)
         try:
             self._stamp = os.fstat(self._descriptor).st_mtime_ns
             self._head = self._head_digest()
@@ -49,7 +71,7 @@ class DiskFile:
             raise CheckpointError(f"{path}: can't be read ({_reason(error)})") from None
 
     def read(self, target: memoryview, offset: int, needed: int) -> int:
-        """Fill `target` from `offset` of the file, both multiples of `SLOT_ALIGNMENT`; returns the bytes read.
+        """Fill `target` from `offset` of the file, both multiples of `UNIT`; returns the bytes read.
 
         The file may end before `target` does, but not before `needed` bytes. Blocks without holding the interpreter
         lock. Raises `TransferError`, naming the file, when it is short, has changed, or the disk reports an error.
@@ -82,7 +104,7 @@ class DiskFile:
                 self._stamp = status.st_mtime_ns
 
     def _head_digest(self) -> bytes:
-        buffer = memoryview(mmap.mmap(-1, max(SLOT_ALIGNMENT, align_up(self._head_bytes))))
+        buffer = memoryview(mmap.mmap(-1, max(UNIT, align_up(self._head_bytes))))
         self._fill(buffer, 0, self._head_bytes)
         return hashlib.sha256(buffer[: self._head_bytes]).digest()
 
@@ -115,7 +137,7 @@ def _open_direct(path: Path) -> int | None:
             return None
         raise
     try:
-        os.preadv(descriptor, [mmap.mmap(-1, SLOT_ALIGNMENT)], 0)
+        os.preadv(descriptor, [mmap.mmap(-1, UNIT)], 0)
     except OSError:
         os.close(descriptor)
         return None
