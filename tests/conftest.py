@@ -1,7 +1,10 @@
-"""One thread per test process: the machine's cores are few, and a spinning thread pool slows everything else down."""
+"""One thread per test process and whatever it starts: the machine's cores are few, and a spinning thread pool slows all
+else down. Tests of several threads say how many.
+"""
 
 from __future__ import annotations
 
+import os
 import signal
 from collections.abc import Iterator
 
@@ -14,6 +17,7 @@ from offload_engine.experts.executor import OffloadedExperts
 from offload_engine.kernels import library
 
 torch.set_num_threads(1)
+os.environ["OMP_NUM_THREADS"] = "1"
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a run in the background, whose children would ignore it too
     signal.signal(signal.SIGINT, signal.default_int_handler)

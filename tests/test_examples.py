@@ -23,7 +23,7 @@ def run(name: str | Path, *arguments: object, stdin: str = "") -> str:
         input=stdin,
         timeout=300,
         check=False,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
     )
     assert done.returncode == 0, done.stderr
     return done.stdout

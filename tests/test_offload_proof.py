@@ -98,10 +98,10 @@ def test_a_fraction_of_the_experts_gives_the_same_answer_within_the_plan(micro: 
 
 @pytest.mark.slow
 def test_a_long_prompt_in_a_batch_stays_within_the_plan(micro: Path) -> None:
-    wide = options(micro, "original", EVERYTHING) | {"max_context": 4096, "batch_size": 2}
-    whole = offload_run.run(wide, 3900, **PARAMS)
+    wide = options(micro, "original", EVERYTHING) | {"max_context": 2048, "batch_size": 2}
+    whole = offload_run.run(wide, 1950, **PARAMS)
     fixed = whole.plan["total"] - whole.plan["expert_slots"]
-    tight = offload_run.run(wide | {"gpu_mem": fixed + 150 * whole.plan["slab_bytes"]}, 3900, **PARAMS)
+    tight = offload_run.run(wide | {"gpu_mem": fixed + 150 * whole.plan["slab_bytes"]}, 1950, **PARAMS)
     assert tight.token_ids == whole.token_ids
     assert whole.plan["sequences"] == 2
     for report in (whole, tight):

@@ -102,7 +102,7 @@ def run(*command: object, where: Path, environment: dict[str, str] | None = None
     return subprocess.run(
         [str(part) for part in command],
         cwd=where,
-        env={**own, "OMP_NUM_THREADS": "1", "PIP_DISABLE_PIP_VERSION_CHECK": "1", **(environment or {})},
+        env={**own, "PIP_DISABLE_PIP_VERSION_CHECK": "1", **(environment or {})},
         capture_output=True,
         text=True,
         timeout=500,

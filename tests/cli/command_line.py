@@ -59,7 +59,7 @@ def dmoe_command(*args: Any) -> Result:
 
 def process(*args: Any, env: dict[str, str] | None = None, **options: Any) -> subprocess.Popen[bytes]:
     """`python -m offload_engine.cli` with pipes for stdout and stderr, its Ctrl-C as in a shell's foreground."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **(env or {})}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), **(env or {})}
     defaults: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "stdin": subprocess.DEVNULL}
     return subprocess.Popen(
         [sys.executable, "-m", "offload_engine.cli", *map(str, args)],

@@ -174,7 +174,6 @@ def test_an_address_space_that_is_too_small_is_one_line_or_no_hindrance(model, r
     arguments = [str(room * 2**20), "--model", str(model), *FEW_SLOTS, "-p", "How many?"]
     done = subprocess.run(
         [sys.executable, "-c", LIMITED, *arguments], cwd=ROOT, capture_output=True, timeout=120, check=False,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     errors = done.stderr.decode()
     assert "Traceback" not in errors
@@ -203,7 +202,7 @@ run.main(sys.argv[1:], prog_name="dmoe-run")
 def test_ctrl_c_gets_through_to_a_run_on_a_disk_that_takes_seconds(model):
     child = subprocess.Popen(
         [sys.executable, "-c", SLOW, "--model", str(model), *FEW_SLOTS, "-p", "How many?"],
-        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "1"},
+        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )  # fmt: skip
     assert child.stderr is not None

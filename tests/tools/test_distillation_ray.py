@@ -42,7 +42,7 @@ def ray_home() -> Iterator[dict[str, str]]:
     folder = tempfile.mkdtemp(prefix="ray")
     kept = {key: value for key, value in os.environ.items() if not key.startswith("RAY_") and key != "PYTHONPATH"}
     try:
-        yield {**kept, "RAY_TMPDIR": folder, "OMP_NUM_THREADS": "1"}
+        yield {**kept, "RAY_TMPDIR": folder}
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
@@ -60,9 +60,9 @@ def worker_at_work(job: psutil.Process, journals: Path) -> psutil.Process | None
 
 @pytest.mark.slow
 def test_a_killed_workers_shard_is_done_again(tmp_path: Path, ray_home: dict[str, str]) -> None:
-    command = [sys.executable, "-m", "tools.arithmetic_problems", "--n", "64", "--seed", "5"]
+    command = [sys.executable, "-m", "tools.arithmetic_problems", "--n", "32", "--seed", "5"]
     (tmp_path / "p.jsonl").write_bytes(subprocess.check_output(command, cwd=ROOT))
-    options = ["--prompts", tmp_path / "p.jsonl", "--routing", "original", "--gpu-mem", "2GB", "--shard-size", 16]
+    options = ["--prompts", tmp_path / "p.jsonl", "--routing", "original", "--gpu-mem", "2GB", "--shard-size", 8]
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     result = CliRunner().invoke(self_distil, [*map(str, options), "--out", str(whole)])
     assert result.exit_code == 0, result.output

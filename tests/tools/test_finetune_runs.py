@@ -213,7 +213,7 @@ def test_a_kill_while_saving_leaves_the_previous_checkpoint_whole(base: Path, da
     killed = subprocess.run(
         [sys.executable, "-c", KILLED, str(base), str(data), str(tmp_path)],
         cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
         timeout=120,
         check=False,
     )
