@@ -76,6 +76,7 @@ def line_up(request: Request, *, packed: bool = False) -> Lineup:
             everyone.append(_task(request, kind, f"{kind}/{routing}", {"routing": routing}))
         if routing == "original":  # mlx-vlm knows no other
             everyone += _mlx(request)
+    for routing in _routings(request.config):  # last: a virtual machine's host is busy with what they give back
         config = {"routing": routing, "gpu_mem": "auto", "expert_mem": None}
         everyone.append(_task(request, "unlimited", f"unlimited/{routing}", config, limited=False))
     wanted = [task for task in everyone if not request.only or any(fnmatchcase(task.name, p) for p in request.only)]
