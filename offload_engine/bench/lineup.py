@@ -23,6 +23,8 @@ PEERS: dict[Kind, tuple[str, str]] = {
     "mlx": ("mlx_vlm", "mlx-vlm is not installed; pip install 'mlx[cpu]' mlx-vlm adds it, with all that it brings"),
 }
 """Kinds that need a package of another: what is imported of it, and what to say where it isn't there."""
+ROOMY = ("mlx-unlimited", "unlimited")
+"""Who takes as much memory as there is. They come last: what they give back slows a virtual machine for a while."""
 RESERVE = 100_000_000
 """Of the limit, what an engine's budget leaves for page cache and the kernel's own tables, in bytes, ..."""
 RESERVE_SHARE = 64
@@ -76,9 +78,9 @@ def line_up(request: Request, *, packed: bool = False) -> Lineup:
             everyone.append(_task(request, kind, f"{kind}/{routing}", {"routing": routing}))
         if routing == "original":  # mlx-vlm knows no other
             everyone += _mlx(request)
-    for routing in _routings(request.config):  # last: a virtual machine's host is busy with what they give back
         config = {"routing": routing, "gpu_mem": "auto", "expert_mem": None}
         everyone.append(_task(request, "unlimited", f"unlimited/{routing}", config, limited=False))
+    everyone.sort(key=lambda task: task.name.split("/")[0] in ROOMY)
     wanted = [task for task in everyone if not request.only or any(fnmatchcase(task.name, p) for p in request.only)]
     if not wanted:
         names = ", ".join(task.name for task in everyone)

@@ -22,7 +22,7 @@ from offload_engine.experts.resizing import REFUSALS, change_slots
 from offload_engine.experts.scheduling.predictor import ExpertPredictor
 from offload_engine.experts.scheduling.prefetch import HOST_PREVIEWS, PREDICTION_SHARE, RECENT_RUNS, prefetch_order
 from offload_engine.experts.scheduling.scheduler import LAUNCH_EXPERTS, Command, Compute, ExpertScheduler, Load
-from offload_engine.experts.storage.store import ExpertStore
+from offload_engine.experts.storage.store import ExpertStore, named
 from offload_engine.experts.transfer.base import Stream, TransferBackend, TransferTicket
 from offload_engine.metrics import EngineStats
 from offload_engine.model.moe import (
@@ -383,8 +383,8 @@ class OffloadedExperts(Residency):
             except OffloadError as error:
                 self._failure = error
             except MemoryError:
-                which = f"expert {ticket.key.expert} of layer {ticket.key.layer}"
-                self._failure = MemoryBudgetError(f"{which}: memory ran out; free some, or ask for a smaller --gpu-mem")
+                told = f"{named(ticket.key)}: memory ran out; free some, or ask for a smaller --gpu-mem"
+                self._failure = MemoryBudgetError(told)
             except Exception as error:  # a defect must reach the compute thread, not die in a reader
                 self._failure = InternalError(f"{ticket.key} arrived, and then: {type(error).__name__}: {error}")
             finally:
