@@ -20,7 +20,7 @@ import psutil
 import pytest
 import torch
 
-from offload_engine import disk_file
+from offload_engine import disk_file, pages
 from offload_engine.core import SamplingParams
 from offload_engine.decode.kv_cache import PrefixCache
 from offload_engine.engine import assembly, planning
@@ -340,8 +340,8 @@ def test_memory_that_goes_between_plan_and_allocation_is_refused(
 def test_slots_that_the_system_takes_back_its_word_on_are_a_budget_error(
     directory: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    populate, calls = arena._populate, iter(range(10**6))
-    monkeypatch.setattr(arena, "_populate", lambda memory: populate(memory) if next(calls) == 0 else False)
+    populate, calls = pages._populate, iter(range(10**6))
+    monkeypatch.setattr(pages, "_populate", lambda memory: populate(memory) if next(calls) == 0 else False)
     with (
         open_engine(directory) as engine,
         pytest.raises(MemoryBudgetError, match=r"refused \d+ of the \d+ bytes for \d+ expert slots; ask for a smaller"),

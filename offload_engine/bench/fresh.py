@@ -10,9 +10,8 @@ import time
 
 import torch
 
-from offload_engine.experts.arena import touch
 from offload_engine.memory.machine import available_memory
-from offload_engine.pages import huge_pages
+from offload_engine.pages import huge_pages, touch
 
 SHARE = 0.85
 """Of the memory that there is; all of it would be the peak that a control group reports."""

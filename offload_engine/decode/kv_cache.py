@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from functools import cached_property
 from typing import NamedTuple
@@ -10,13 +11,17 @@ import torch
 from torch import Tensor
 
 from offload_engine import kernels
+from offload_engine.disk_file import align_up
+from offload_engine.errors import MemoryBudgetError
 from offload_engine.model.attention import KeyValues, padded_positions, prefix_attention
 from offload_engine.model.config import ModelConfig
+from offload_engine.pages import PIECE_BYTES, Toucher, huge_pages
 from offload_engine.routing.base import RoutingPolicy
 
 
 class PrefixCache:
-    """The exact keys and values of one sequence's finished blocks, allocated once for the whole context.
+    """The exact keys and values of one sequence's finished blocks, allocated once for the whole context; on the host in
+    huge pages, which the system is asked for meanwhile (`wait_touched`). Raises `MemoryBudgetError` where it refuses.
 
     A forward writes its own keys and values behind the prefix and attends to both; they stay there only if they are
     then committed, and otherwise the next forward overwrites them.
@@ -24,8 +29,13 @@ class PrefixCache:
 
     def __init__(self, config: ModelConfig, context: int, dtype: torch.dtype, device: torch.device) -> None:
         shape = (config.num_hidden_layers, context, config.num_key_value_heads, config.head_dim)
-        self.keys = torch.zeros(shape, dtype=dtype, device=device)
-        self.values = torch.zeros(shape, dtype=dtype, device=device)
+        self._toucher: Toucher | None = None
+        """Of host memory that is worth a thread."""
+        if device.type == "cpu":
+            self.keys, self.values = self._on_the_host(shape, dtype)
+        else:
+            self.keys = torch.zeros(shape, dtype=dtype, device=device)
+            self.values = torch.zeros(shape, dtype=dtype, device=device)
         self.context = context
         self.ids: list[int] = []
         """The tokens of the positions committed so far."""
@@ -35,6 +45,19 @@ class PrefixCache:
         """Of the blocks that they are in."""
         self.written = 0
         """Positions that a forward may have left something in."""
+
+    def _on_the_host(self, shape: Sequence[int], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        nbytes = 2 * math.prod(shape) * dtype.itemsize
+        try:
+            memory = torch.frombuffer(huge_pages(align_up(nbytes)), dtype=torch.uint8)
+        except (OSError, OverflowError) as error:
+            raise MemoryBudgetError(
+                f"the system refused {nbytes} bytes for keys and values ({error}); ask for a smaller max_context"
+            ) from None
+        if nbytes > PIECE_BYTES:
+            self._toucher = Toucher(memory)
+        keys, values = memory[:nbytes].view(dtype).view(2, *shape)
+        return keys, values
 
     @property
     def length(self) -> int:
@@ -65,8 +88,18 @@ class PrefixCache:
         """The tokens committed, if this very policy routed them in blocks of this length; else none."""
         return self.ids if self.policy is policy and self.block_length == block_length else []
 
+    def wait_touched(self) -> None:
+        """Wait until all memory is there. Raises `MemoryBudgetError` if the system did not give it."""
+        refused = 0 if self._toucher is None else self._toucher.wait()
+        if refused:
+            raise MemoryBudgetError(
+                f"the system refused {refused} bytes of those for keys and values; ask for a smaller max_context"
+            )
+
     def release(self) -> None:
         """Give the memory back; the cache can't be used any more."""
+        if self._toucher is not None:
+            self._toucher.stop()
         self.keys = self.values = torch.empty(0)
 
     def span(self, tokens: int, block_length: int, offset: int = 0) -> Span:

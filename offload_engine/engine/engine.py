@@ -369,7 +369,9 @@ class Engine(EngineFacts):
             return
         experts = self._parts.experts
         experts.idle()  # a prefetch under way belongs to this answer
-        experts.wait_for_slots()  # and all of them to its peak
+        experts.wait_for_slots()  # and all of them to its peak, ...
+        for cache in self._decoder.caches:
+            cache.wait_touched()  # ... with what every context may hold
         gpu = self._parts.gpu
         self.stats.measured_peak_bytes = measure_peak() if gpu is None else gpu.peak()
 

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import ctypes
-import errno
 import gc
 import mmap
-import sys
 import threading
-import time
 import weakref
 from collections.abc import Callable
 from typing import cast
@@ -19,16 +15,7 @@ from torch import Tensor
 from offload_engine.errors import EngineClosedError, InternalError, MemoryBudgetError, UsageError
 from offload_engine.experts.storage.layout import SLOT_ALIGNMENT, SlabExpert, SlabLayout
 from offload_engine.model.moe import ExpertWeights
-from offload_engine.pages import huge_pages
-
-POPULATE_WRITE = 23
-"""`MADV_POPULATE_WRITE` of Linux's madvise, which Python's mmap doesn't name."""
-
-TOUCH_BYTES = 64 * 2**20
-"""Touched at a time: at worst some 0.1 s, for which `close` may have to wait."""
-
-PATIENCE = 1.0
-"""Seconds for which the kernel may be out of breath before its refusal counts."""
+from offload_engine.pages import Toucher, huge_pages
 
 
 class Slots:
@@ -179,34 +166,21 @@ class SlotArena(HostSlots):
     def __init__(self, slots: int, slab_bytes: int) -> None:
         """`slab_bytes` is a multiple of `SLOT_ALIGNMENT`."""
         super().__init__(slots, slab_bytes)
-        self._closing = False
         self._remapping = threading.Lock()
         """Keeps `close`, which may come from any thread, from a mapping that is being resized."""
-        self._refused = 0
-        """Bytes that the system did not give when asked."""
         self._half_done = False
         """Whether the mapping's size is being changed, or something stopped that half way."""
-        self._toucher = self._touch_from(0)
-
-    def _touch_from(self, touched: int) -> threading.Thread:
-        """Begin to touch what is behind the first `touched` bytes."""
-        memory = self.whole()[touched:]
-        if not _populate(memory[:SLOT_ALIGNMENT]):  # no thread may write where a reader may write as well
-            _write_pages(memory)
-            memory = memory[:0]
-        toucher = threading.Thread(target=self._touch, args=(memory,), name="slot-toucher", daemon=True)
-        toucher.start()
-        return toucher
+        self._toucher = Toucher(self.whole())
 
     def wait_touched(self) -> None:
         """Wait until every page of the slots is there, or the arena is closed.
 
         Raises `MemoryBudgetError` when the system did not give them all.
         """
-        self._toucher.join()
-        if self._refused:
+        refused = self._toucher.wait()
+        if refused:
             raise MemoryBudgetError(
-                f"the system refused {self._refused} of the {self.nbytes} bytes for {self.slots} expert slots; "
+                f"the system refused {refused} of the {self.nbytes} bytes for {self.slots} expert slots; "
                 "ask for a smaller --gpu-mem or --expert-mem"
             )
 
@@ -244,9 +218,8 @@ class SlotArena(HostSlots):
                     f"({error}); ask for fewer, or make another engine"
                 ) from None
             finally:
-                self._refused = 0
                 self._hand_out(self._mapping)
-                self._toucher = self._touch_from(kept)
+                self._toucher = Toucher(self.whole()[kept:])
                 self._half_done = False
 
     def mend(self) -> None:
@@ -255,42 +228,14 @@ class SlotArena(HostSlots):
             if self._half_done and self._mapping is not None:
                 if self._tensor is None:
                     self._hand_out(self._mapping)
-                self._toucher = self._touch_from(0)
+                self._toucher = Toucher(self.whole())
                 self._half_done = False
 
     def close(self) -> None:
         """See `HostSlots`."""
-        self._closing = True
         with self._remapping:
-            self._toucher.join()
+            self._toucher.stop()
             super().close()
-
-    def _touch(self, memory: Tensor) -> None:
-        self._refused = _populate_all(memory, lambda: self._closing)
-
-
-def touch(memory: Tensor) -> bool:
-    """Have the system give these whole pages, which nobody uses yet; False where it refuses some of them."""
-    if _populate(memory[:SLOT_ALIGNMENT]):
-        return _populate_all(memory, lambda: False) == 0
-    _write_pages(memory)
-    return True
-
-
-def _write_pages(memory: Tensor) -> None:
-    """Take pages where the kernel knows no better way than a write to each. A refusal is then a signal, and the end."""
-    memory[::SLOT_ALIGNMENT] = 0
-
-
-def _populate_all(memory: Tensor, closing: Callable[[], bool]) -> int:
-    """Populate piece by piece until that is `closing`; returns the bytes that the system refused."""
-    touched = 0
-    while touched < memory.numel() and not closing():
-        piece = memory[touched : touched + TOUCH_BYTES]
-        if not _populate(piece):
-            return memory.numel() - touched
-        touched += piece.numel()
-    return 0
 
 
 def _resize(mapping: mmap.mmap, nbytes: int, looked_at: Callable[[], object]) -> None:
@@ -304,22 +249,6 @@ def _resize(mapping: mmap.mmap, nbytes: int, looked_at: Callable[[], object]) ->
         if looked_at() is not None:
             raise
         mapping.resize(nbytes)
-
-
-def _populate(memory: Tensor) -> bool:
-    """Have the kernel map these whole pages, as a write would, but leaving what they hold alone; False where it can't
-    (Linux before 5.14, or there is no memory). Holds no interpreter lock.
-    """
-    if not sys.platform.startswith("linux"):
-        return False
-    libc = ctypes.CDLL(None, use_errno=True)
-    address, nbytes = ctypes.c_void_p(memory.data_ptr()), ctypes.c_size_t(memory.numel())
-    began = time.monotonic()
-    while libc.madvise(address, nbytes, POPULATE_WRITE) != 0:
-        if ctypes.get_errno() not in (errno.EAGAIN, errno.EINTR) or time.monotonic() - began > PATIENCE:
-            return False
-        time.sleep(0.001)
-    return True
 
 
 def _map(slots: int, slab_bytes: int) -> mmap.mmap:

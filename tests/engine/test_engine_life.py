@@ -39,7 +39,7 @@ def wanted(checkpoint: Path) -> list[int]:
 def ours() -> Callable[[], list[str]]:
     """The threads that engines have begun since; those of other files may live as long as the tests do."""
     before = set(threading.enumerate())
-    names = ("expert-reader", "slot-toucher", "engine-closer")
+    names = ("expert-reader", "page-toucher", "engine-closer")
     return lambda: [thread.name for thread in set(threading.enumerate()) - before if thread.name.startswith(names)]
 
 

@@ -13,7 +13,15 @@ import psutil
 import pytest
 import torch
 
-from offload_engine import Engine, EngineClosedError, MemoryBudgetError, SamplingParams, TransferError, UsageError
+from offload_engine import (
+    Engine,
+    EngineClosedError,
+    MemoryBudgetError,
+    SamplingParams,
+    TransferError,
+    UsageError,
+    pages,
+)
 from offload_engine.experts import arena
 from offload_engine.experts.storage.conversion import convert
 from offload_engine.experts.storage.store import SafetensorsStore
@@ -136,13 +144,13 @@ def test_memory_that_the_system_refuses_changes_nothing(engine: Engine, monkeypa
         raise OSError(errno.ENOMEM, "Cannot allocate memory")
 
     calls = itertools.count()
-    populate: Callable[[torch.Tensor], bool] = arena._populate
-    for name, fake in (
-        ("_resize", refuses_mapping),
-        ("_populate", lambda memory: populate(memory) if next(calls) < 1 else False),
+    populate: Callable[[torch.Tensor], bool] = pages._populate
+    for room, name, fake in (
+        (arena, "_resize", refuses_mapping),
+        (pages, "_populate", lambda memory: populate(memory) if next(calls) < 1 else False),
     ):
         with monkeypatch.context() as patched:
-            patched.setattr(arena, name, fake)
+            patched.setattr(room, name, fake)
             with pytest.raises(MemoryBudgetError, match="refused"):
                 engine.resize(expert_mem=20 * SLAB)
         assert engine.plan is plan

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import ctypes
-import errno
 import gc
-import sys
 import time
 from pathlib import Path
 
@@ -13,8 +10,8 @@ import psutil
 import pytest
 import torch
 
+from offload_engine import pages
 from offload_engine.errors import EngineClosedError, MemoryBudgetError
-from offload_engine.experts import arena as arena_module
 from offload_engine.experts.arena import SlotArena
 from offload_engine.experts.storage.layout import SLOT_ALIGNMENT, plan_reads
 from offload_engine.model.weights import ExpertSpans, FileSpan
@@ -125,12 +122,10 @@ def test_closing_does_not_wait_for_gigabytes_to_be_touched(monkeypatch: pytest.M
         time.sleep(0.01)
         return True
 
-    monkeypatch.setattr(arena_module, "_populate", slowly)
-    monkeypatch.setattr(arena_module, "TOUCH_BYTES", SLOT_ALIGNMENT)
-    arena = SlotArena(10_000, SLOT_ALIGNMENT)
-    arena.close()
+    monkeypatch.setattr(pages, "_populate", slowly)
+    monkeypatch.setattr(pages, "PIECE_BYTES", SLOT_ALIGNMENT)
+    SlotArena(10_000, SLOT_ALIGNMENT).close()
     assert len(pieces) < 100
-    assert not arena._toucher.is_alive()
 
 
 def test_memory_refused_after_the_first_page_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -140,8 +135,8 @@ def test_memory_refused_after_the_first_page_is_told(monkeypatch: pytest.MonkeyP
         asked.append(piece.numel())
         return len(asked) <= 2
 
-    monkeypatch.setattr(arena_module, "_populate", twice)
-    monkeypatch.setattr(arena_module, "TOUCH_BYTES", 2 * SLOT_ALIGNMENT)
+    monkeypatch.setattr(pages, "_populate", twice)
+    monkeypatch.setattr(pages, "PIECE_BYTES", 2 * SLOT_ALIGNMENT)
     arena = SlotArena(5, SLOT_ALIGNMENT)
     refused, all_ = 3 * SLOT_ALIGNMENT, 5 * SLOT_ALIGNMENT
     with pytest.raises(MemoryBudgetError, match=f"refused {refused} of the {all_} bytes for 5 expert slots; ask for"):
@@ -150,31 +145,8 @@ def test_memory_refused_after_the_first_page_is_told(monkeypatch: pytest.MonkeyP
     assert asked == [SLOT_ALIGNMENT, 2 * SLOT_ALIGNMENT, 2 * SLOT_ALIGNMENT]
 
 
-@pytest.mark.parametrize(
-    ("code", "patience", "there"),
-    [(errno.EAGAIN, 60.0, True), (errno.EAGAIN, -1.0, False), (errno.ENOMEM, 60.0, False)],
-)
-def test_a_kernel_out_of_breath_is_asked_again(
-    monkeypatch: pytest.MonkeyPatch, code: int, patience: float, there: bool
-) -> None:
-    class Library:
-        calls = 0
-
-        def madvise(self, *_arguments: object) -> int:
-            self.calls += 1
-            ctypes.set_errno(code)
-            return -1 if self.calls < 3 else 0
-
-    library = Library()
-    monkeypatch.setattr(ctypes, "CDLL", lambda *_arguments, **_options: library)
-    monkeypatch.setattr(sys, "platform", "linux")
-    monkeypatch.setattr(arena_module, "PATIENCE", patience)
-    assert arena_module._populate(torch.zeros(1)) is there
-    assert library.calls == (3 if there else 1)
-
-
 def test_where_the_kernel_cannot_every_page_is_touched_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(arena_module, "_populate", lambda _piece: False)
+    monkeypatch.setattr(pages, "_populate", lambda _piece: False)
     before = resident_memory()
     arena = SlotArena(4, 8 * MIB)
     assert resident_memory() - before >= 0.95 * arena.nbytes

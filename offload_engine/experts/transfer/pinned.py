@@ -9,10 +9,11 @@ from torch import Tensor
 
 from offload_engine.config import format_bytes
 from offload_engine.errors import MemoryBudgetError
-from offload_engine.experts.arena import HostSlots, touch
+from offload_engine.experts.arena import HostSlots
 from offload_engine.experts.transfer.driver import StreamDriver
 from offload_engine.experts.transfer.marks import Mark
 from offload_engine.memory import available_memory
+from offload_engine.pages import touch
 
 CHUNK_BYTES = 2**28
 """Taken, and later pinned, at a time: what the system grants before it refuses is kept, and a reader is held up for
