@@ -57,9 +57,7 @@ def test_memory_that_the_system_refuses(monkeypatch: pytest.MonkeyPatch) -> None
     with monkeypatch.context() as patch:
         patch.setattr(pages, "_populate", lambda _piece: next(calls) < 2)
         cache = PrefixCache(CONFIG, LONG, torch.float32, CPU)
-        with pytest.raises(
-            MemoryBudgetError, match=r"refused \d+ bytes of those for keys and values; ask"
-        ):
+        with pytest.raises(MemoryBudgetError, match=r"refused \d+ bytes of those for keys and values; ask"):
             cache.wait_touched()
         cache.release()
 
