@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Protocol
 
 import torch
@@ -16,8 +17,9 @@ ATTENTION_ROWS = 32
 """Positions whose scores are held together where nothing fused computes them."""
 
 KERNEL_POSITIONS = 1024
-"""Positions up to which our kernel attends. Its copies of values outgrow the cache then: against the plain products it
-is 1.9 times as fast at 33 positions, 1.4 times at 432, 1.2 times at 1000, and slower at 2000.
+"""Positions up to which our kernel attends where torch can have the CPU multiply bf16. Its copies of values outgrow the
+cache then: against the plain products it is 1.9 times as fast at 33 positions, 1.4 times at 432, 1.2 times at 1000, and
+slower at 2000.
 """
 
 
@@ -77,6 +79,12 @@ def padded_positions(positions: int, most: int) -> int:
     return min(most, power // 4 * 3 if positions <= power // 4 * 3 else power)
 
 
+def kernel_positions() -> float:
+    """Positions up to which our kernel attends rather than torch."""
+    # Without vectors of bf16, torch multiplies number by number: 60 times as long at 2000 positions (docs/LOG.md).
+    return KERNEL_POSITIONS if kernels.status().variant == "avx512_bf16" else math.inf
+
+
 def prefix_attention(query: Tensor, key: Tensor, value: Tensor, seen: int | None = None) -> Tensor:
     """As `grouped_attention` without a mask or leading dimensions, for inference: every query sees the first `seen`
     keys (None: all). What lies behind them must be finite.
@@ -88,7 +96,7 @@ def prefix_attention(query: Tensor, key: Tensor, value: Tensor, seen: int | None
     if query.dtype != torch.bfloat16 or not query.is_cpu:
         return grouped_attention(query, key[:seen], value[:seen], None)
     positions = key.shape[0] if seen is None else seen
-    if positions <= KERNEL_POSITIONS and kernels.serves_attention(query, key, value):
+    if positions <= kernel_positions() and kernels.serves_attention(query, key, value):
         return kernels.attention(query, key, value, positions)
     return torch.cat([_attention_by_head(rows, key, value, seen) for rows in query.split(ATTENTION_ROWS)])
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from offload_engine import kernels
 from offload_engine.core import ForwardInfo, RoutingDecision
 from offload_engine.errors import InternalError
-from offload_engine.model.attention import KERNEL_POSITIONS, Attention, KeyValues
+from offload_engine.model.attention import Attention, KeyValues, kernel_positions
 from offload_engine.model.config import ModelConfig
 from offload_engine.model.graphs import Attended, StepGraphs
 from offload_engine.model.layers import Linear, RMSNorm, SwiGLU, part, rotary_angles
@@ -113,7 +113,7 @@ class DecoderLayer(nn.Module):
         """The layer up to its router, or to its dense feed-forward, by one call of our kernels, for `hidden` [T, H] at
         `places`; None where it takes several. Bit for bit what several give.
         """
-        if places is None or places.longest > KERNEL_POSITIONS or not kernels.serves_half(hidden):
+        if places is None or places.longest > kernel_positions() or not kernels.serves_half(hidden):
             return None
         weights = self._half_weights()
         if weights.places != self._half_places:

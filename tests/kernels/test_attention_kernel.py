@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import inf
 from unittest.mock import patch
 
 import pytest
@@ -63,10 +64,16 @@ def test_any_shape(
 def test_the_sizes_of_a_model_and_half_the_error_of_plain_products(library: Library, positions: int) -> None:
     query, key, value = inputs(32, positions, 4, 4, 128)
     wanted = exact(query, key, value)
-    with patch.object(model_attention, "KERNEL_POSITIONS", 0):
+    with patch.object(model_attention, "kernel_positions", lambda: 0):
         plain = relative_error(prefix_attention(query, key, value), wanted)
     for kernel in kernels_of(library):
         assert relative_error(attend(query, key, value, positions, kernel=kernel), wanted) < 0.75 * plain
+
+
+@pytest.mark.parametrize(("variant", "most"), [("avx512_bf16", 1024), ("avx2", inf), ("generic", inf)])
+def test_how_long_a_prefix_may_be(variant: str, most: float) -> None:
+    with patch.object(model_attention.kernels, "status", lambda: KernelStatus(variant, "as a test wants")):
+        assert model_attention.kernel_positions() == most
 
 
 def test_neither_threads_nor_neighbours_show_in_a_query(library: Library) -> None:

@@ -119,7 +119,7 @@ def test_who_goes_the_long_way() -> None:
         assert layer.at_once(hidden, angles, places) is not None
         assert layer.at_once(hidden, angles, None) is None
         assert layer.at_once(hidden.float(), angles, places) is None
-        with patch.object(llada2, "KERNEL_POSITIONS", 23):
+        with patch.object(llada2, "kernel_positions", lambda: 23):
             assert layer.at_once(hidden, angles, places) is None, "the kernel's attention is slow over long prefixes"
     assert layer.at_once(hidden, angles, places) is None, "a gradient may be wanted"
 
