@@ -11,10 +11,9 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c const
 run: $(STAMP)
 	$(BIN)/dmoe-run --gpu-mem 8GB examples/prompt.txt
 
-# Three processes on two cores: many tests wait, for a disk or for processes of theirs. A file's tests stay in one, and
-# share what the file builds.
+# Two processes, since many tests wait for others of theirs; a file's tests stay in one, and share what the file builds.
 test: $(DEV)
-	$(BIN)/python -m pytest -n 3 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 check: lint types
 
