@@ -88,9 +88,7 @@ def prefill_peak(
 def test_prefill_stays_within_the_workspace(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, itemsize: int, shape: dict[str, Any], pieces: int
 ) -> None:
-    monkeypatch.setattr(
-        attention, "kernel_positions", lambda: 0
-    )  # where torch attends, which takes more than our kernel
+    monkeypatch.setattr(attention, "kernel_positions", lambda: 0)  # torch attends, which takes more than our kernel
     config = mini(num_hidden_layers=3, vocab_size=64, num_experts=16, **shape)
     setup = Setup(device="cpu", itemsize=itemsize, prefill_chunk=128)
     plan = plan_memory(config, setup, 10**9, max_context=128 * pieces)

@@ -90,8 +90,9 @@ def prefix_attention(query: Tensor, key: Tensor, value: Tensor, seen: int | None
     keys (None: all). What lies behind them must be finite.
 
     In bfloat16 on a CPU by our kernel, if it is there and the prefix not too long; or else as plain products, a
-    key-value head at a time: torch's fused kernel takes 3.5 to 6 times as long. The products' scores are rounded to
-    bfloat16 before the softmax in float32, as in the published model's own attention; the kernel's are not.
+    key-value head at a time: where the CPU has vectors of bf16, torch's fused kernel takes 3.5 to 6 times as long. The
+    products' scores are rounded to bfloat16 before the softmax in float32, as in the published model's own attention;
+    the kernel's are not.
     """
     if query.dtype != torch.bfloat16 or not query.is_cpu:
         return grouped_attention(query, key[:seen], value[:seen], None)
